@@ -1,0 +1,181 @@
+"""The causal diffusion transformer: Wan 2.1's maths on one chunk of frames, with the past behind a `Memory`.
+
+Modules own weights only. Timesteps, positions, the prompt's keys and values and the memory come in as arguments, so one
+forward serves a denoising step, a KV commit and a teacher-forced training pass. Parameter names are Wan 2.1's own.
+Source: Wan 2.1 `wan/modules/model.py`; per-frame modulation as in Self-Forcing `wan/modules/causal_model.py`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsa_engine import ops
+from dsa_engine.config import ModelConfig
+from dsa_engine.models.rope import rope_table
+
+
+class Memory(Protocol):
+    """Owns the keys and values of the past: a ring cache at inference, the neighbouring chunks in training."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, gains: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor],
+        eps: float,
+    ) -> Tensor:
+        """Raw q, k, v [B, T, C] of this chunk -> attention output [B, T, C] over the past and the chunk."""
+
+
+class DiTOutput(NamedTuple):
+    """velocity [B, F, C, H, W]; hidden [B, T, dim] of the last block; time [B, F, dim], the timestep embedding."""
+
+    velocity: Tensor
+    hidden: Tensor
+    time: Tensor
+
+
+def timestep_features(t: Tensor, dim: int) -> Tensor:
+    """[cos(t w_j), sin(t w_j)], w_j = 10000 ** (-j / (dim / 2)), in float64. t [...] -> [..., dim] float32."""
+    half = dim // 2
+    rates = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float64) / half)
+    angles = t.to(torch.float64)[..., None] * rates
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections and q/k norms that self- and cross-attention share; the norms span all heads, as in Wan."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = (config.num_heads, config.head_dim)
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = RMSNorm(config.dim, config.eps)
+        self.norm_k = RMSNorm(config.dim, config.eps)
+
+
+class SelfAttention(Attention):
+    def forward(self, x: Tensor, layer: int, memory: Memory, rope: tuple[Tensor, Tensor]) -> Tensor:
+        gains = (self.norm_q.weight, self.norm_k.weight)
+        return self.o(memory.attend(layer, self.q(x), self.k(x), self.v(x), gains, rope, self.norm_q.eps))
+
+
+class CrossAttention(Attention):
+    def keys_values(self, text: Tensor) -> Tensor:
+        """text [B, L, dim] -> [2, B, L, H, D]: this layer's keys and values of a prompt, computed once per prompt."""
+        return torch.stack((self.norm_k(self.k(text)), self.v(text))).unflatten(-1, self.heads)
+
+    def forward(self, x: Tensor, kv: Tensor) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
+        return self.o(ops.cross_attention(q, kv[0], kv[1]).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim, self.eps = config.dim, config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+
+    def forward(self, x: Tensor, mod: Tensor, layer: int, rope, text_kv: Tensor, memory: Memory) -> Tensor:
+        """x [B, T, dim], mod [B, F, 6, dim] (shift, scale, gate of attention, then of the feed-forward)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + mod).unbind(2)
+        y = self.self_attn(ops.modulate(x, shift1, scale1, self.eps), layer, memory, rope)
+        x = ops.gate_residual(x, y, gate1)
+        x = x + self.cross_attn(self.norm3(x), text_kv)
+        y = self.ffn(ops.modulate(x, shift2, scale2, self.eps))
+        return ops.gate_residual(x, y, gate2)
+
+
+class Head(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.head = nn.Linear(config.dim, config.patch_size[1] * config.patch_size[2] * config.out_dim)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time.float()[:, :, None]).unbind(2)
+        return self.head(ops.modulate(x, shift, scale, self.eps))
+
+
+class CausalDiT(nn.Module):
+    """Predicts the flow velocity of a chunk of latent frames from its noisy latents, the prompt and the past."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def text_kv(self, embeds: Tensor) -> Tensor:
+        """Keys and values of every cross-attention for prompt embeddings, once per prompt.
+
+        embeds: [B, L <= text_len, text_dim]; short ones are padded with zeros, which Wan attends to, not masks.
+        Returns [layers, 2, B, text_len, H, D].
+        """
+        if embeds.ndim != 3 or embeds.shape[2] != self.config.text_dim or embeds.shape[1] > self.config.text_len:
+            raise ValueError(
+                f"prompt_embeds of shape {list(embeds.shape)}: must be [B, L, {self.config.text_dim}] "
+                f"with L at most {self.config.text_len}"
+            )
+        embeds = F.pad(embeds.to(self.device, self.dtype), (0, 0, 0, self.config.text_len - embeds.shape[1]))
+        text = self.text_embedding(embeds)
+        return torch.stack([block.cross_attn.keys_values(text) for block in self.blocks])
+
+    def forward(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: Tensor, memory: Memory) -> DiTOutput:
+        """One forward over a chunk.
+
+        x [B, F, C, H, W] noisy latents; t [B, F] timesteps in [0, 1000] (1000 sigma); frames [B, F] absolute positions;
+        text_kv as `text_kv()` returns it; memory supplies the past and takes this chunk's keys and values.
+        """
+        batch, count, _, height, width = x.shape
+        p = self.config.patch_size[1]
+        tokens = self._patchify(x)
+        time = self.time_embedding(timestep_features(t, self.config.freq_dim).to(self.dtype))
+        mod = self.time_projection(time).unflatten(-1, (6, -1)).float()
+        rope = rope_table(frames, height // p, width // p, self.config.head_dim, self.config.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            tokens = block(tokens, mod, layer, rope, text_kv[layer], memory)
+        out = self.head(tokens, time)
+        out = out.view(batch, count, height // p, width // p, p, p, self.config.out_dim)
+        velocity = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, count, self.config.out_dim, height, width)
+        return DiTOutput(velocity, tokens, time)
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """The strided convolution as one matrix product: [B, F, C, H, W] -> [B, F * H/p * W/p, dim]."""
+        p = self.config.patch_size[1]
+        patches = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 3, 5, 2, 4, 6)
+        patches = patches.reshape(x.shape[0], -1, x.shape[2] * p * p).to(self.dtype)
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)

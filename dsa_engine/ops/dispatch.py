@@ -1,0 +1,32 @@
+"""Which implementation of the ops runs, and why. `DSA_BACKEND` (auto | torch) is the only run-time switch."""
+
+from __future__ import annotations
+
+import os
+from typing import Callable, NamedTuple
+
+from dsa_engine.ops import reference
+
+BACKENDS = ("auto", "torch")
+
+
+class Choice(NamedTuple):
+    backend: str
+    why: str
+
+
+def choose(wanted: str) -> Choice:
+    """The backend for a value of `DSA_BACKEND`. Raises ValueError for one that does not exist."""
+    if wanted not in BACKENDS:
+        raise ValueError(f"DSA_BACKEND={wanted!r}: must be one of {', '.join(BACKENDS)}")
+    if wanted == "torch":
+        return Choice("torch", "asked for by DSA_BACKEND")
+    return Choice("torch", "plain torch ops are the only implementation built into this version")
+
+
+CHOICE = choose(os.environ.get("DSA_BACKEND", "auto"))
+
+
+def implementation(op: str) -> Callable:
+    """The chosen backend's function of that name."""
+    return getattr(reference, op)

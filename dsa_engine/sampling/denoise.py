@@ -1,0 +1,86 @@
+"""The loop that gives DSA its name: denoise a chunk step by step, and stop when the confidence head says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsa_engine import ops
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.sampling.cache import CacheRows
+from dsa_engine.sampling.policy import Policy
+from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
+
+
+class Denoised(NamedTuple):
+    """latents [B, F, C, H, W]: each row's x0 estimate at its exit step; steps: each row's count;
+    confidence [B, F] of the exit step on the device, None without a head."""
+
+    latents: Tensor
+    steps: list[int]
+    confidence: Tensor | None
+
+
+def denoise_chunk(
+    model: CausalDiT,
+    head: ConfidenceHead | None,
+    x: Tensor,
+    *,
+    chunk: int,
+    schedule: Schedule,
+    policies: Sequence[Policy],
+    renoise: Callable[[int, list[int]], Tensor],
+    text_kv: Tensor,
+    rows: CacheRows,
+    on_step: Callable[[int, float, Tensor], None] | None = None,
+) -> Denoised:
+    """Denoise one chunk of B rows, each for as many steps as its policy gives it.
+
+    At level sigma: v = model(x), x0 = x - sigma v, c = head(hidden). A row whose policy is done leaves with x0; the
+    others go on from (1 - sigma') x0 + sigma' noise at the next level sigma'. Rows that stopped leave the batch, so
+    they cost nothing more.
+
+    x [B, F, C, H, W]: pure noise; policies: one a row; renoise(step, rows) gives the noise after `step` steps
+    (1, 2, ...) for those rows of the batch; text_kv, rows: what the model reads of prompt and past (the chunk's own
+    K/V are left in the cache, not advanced); on_step(step, sigma, x0) is called after each step.
+    """
+    sigmas = schedule.sigmas
+    latents = torch.empty_like(x)
+    confidence = x.new_empty(x.shape[:2], dtype=torch.float32) if head else None
+    steps = [0] * len(x)
+    active = list(range(len(x)))
+    for step, sigma in enumerate(sigmas, 1):
+        level = x.new_full(x.shape[:2], sigma, dtype=torch.float32)
+        out = model(x, TIMESTEPS * level, rows.frames, text_kv, rows)
+        x0 = ops.velocity_to_x0(x, out.velocity, level)
+        certain = head(out.hidden, out.time).sigmoid() if head else None
+        if on_step is not None:
+            on_step(step, sigma, x0)
+
+        asked = any(policies[row].needs_confidence for row in active)
+        values = certain.tolist() if asked else [None] * len(active)  # the one read of a decision
+        last = step == len(sigmas)
+        stop = [last or policies[row].done(chunk, step, c, len(sigmas)) for row, c in zip(active, values)]
+        leave = [i for i, s in enumerate(stop) if s]
+        stay = [i for i, s in enumerate(stop) if not s]
+        for i in leave:
+            latents[active[i]], steps[active[i]] = x0[i], step
+            if head:
+                confidence[active[i]] = certain[i]
+        if not stay:
+            return Denoised(latents, steps, confidence)
+        if leave:
+            keep = torch.tensor(stay, device=x.device)
+            x0, text_kv, rows = x0[keep], text_kv[:, :, keep], rows.select(keep)
+            active = [active[i] for i in stay]
+        x = ops.renoise(x0, renoise(step, active), level[: len(active)].fill_(sigmas[step]))
+    raise AssertionError("unreachable: every row stops at the last level")
+
+
+def commit_chunk(model: CausalDiT, latents: Tensor, text_kv: Tensor, rows: CacheRows) -> None:
+    """Write the clean chunk's keys and values: one forward at timestep 0. Advances nothing."""
+    model(latents, latents.new_zeros(latents.shape[:2], dtype=torch.float32), rows.frames, text_kv, rows)

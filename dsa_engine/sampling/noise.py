@@ -1,0 +1,85 @@
+"""Noise from a counter, not from a state: the same seed, chunk and step give the same numbers whatever runs beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Union
+
+import numpy as np
+import torch
+
+Renoise = Union[torch.Tensor, Callable[[int, int], torch.Tensor]]
+
+
+def gaussian(seed: int, chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal float32 on the CPU from Philox 4x64 with key `seed` and counter (0, 0, step, chunk).
+
+    step 0 is the chunk's first noise, step k the re-noising after k steps. The two low counter words belong to the
+    draw itself, so no two (chunk, step) streams overlap.
+    """
+    bits = np.random.Philox(key=seed, counter=[0, 0, step, chunk])
+    return torch.from_numpy(np.random.Generator(bits).standard_normal(shape, dtype=np.float32))
+
+
+def check_seed(seed: int) -> int:
+    """A seed is an integer in [0, 2^64). Raises ValueError with the nearest."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise ValueError(f"seed={seed!r}: must be an integer from 0 to 2^64 - 1, e.g. 0")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed}: must be from 0 to 2^64 - 1; nearest is {0 if seed < 0 else 2**64 - 1}")
+    return int(seed)
+
+
+class SeededNoise:
+    """Each row's noise from its own seed: `gaussian(seed, chunk, step)`."""
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+        self.seeds, self.shape, self.device, self.dtype = [check_seed(s) for s in seeds], shape, device, dtype
+
+    def initial(self, chunk: int) -> torch.Tensor:
+        """[B, F, C, H, W] to start chunk `chunk` from."""
+        return self._draw(chunk, 0, range(len(self.seeds)))
+
+    def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
+        """[len(rows), F, C, H, W] after `step` steps (1, 2, ...)."""
+        return self._draw(chunk, step, rows)
+
+    def _draw(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
+        draws = [gaussian(self.seeds[row], chunk, step, self.shape) for row in rows]
+        return torch.stack(draws).to(self.device, self.dtype)
+
+
+class GivenNoise:
+    """Noise that comes from outside, so that another implementation's rollout can be compared number by number.
+
+    latents: [B, F_total, C, H, W]; renoise: as `Pipeline.generate_latents` takes it. What is not given comes from
+    `fallback`.
+    """
+
+    def __init__(self, fallback: SeededNoise, latents: torch.Tensor | None, renoise: Renoise | None):
+        self.fallback, self.latents, self.given = fallback, latents, renoise
+        self.frames = fallback.shape[0]
+
+    def initial(self, chunk: int) -> torch.Tensor:
+        if self.latents is None:
+            return self.fallback.initial(chunk)
+        return self._place(self.latents[:, self._span(chunk)])
+
+    def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
+        if self.given is None:
+            return self.fallback.renoise(chunk, step, rows)
+        if callable(self.given):
+            noise = self.given(chunk, step - 1)
+            wanted = [len(self.fallback.seeds), *self.fallback.shape]
+            if not isinstance(noise, torch.Tensor) or list(noise.shape) != wanted:
+                got = list(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
+                raise ValueError(f"renoise({chunk}, {step - 1}) gave {got}: must be a tensor of shape {wanted}")
+        else:
+            noise = (self.given if self.given.ndim == 5 else self.given[step - 1])[:, self._span(chunk)]
+        return self._place(noise[list(rows)])
+
+    def _span(self, chunk: int) -> slice:
+        return slice(chunk * self.frames, (chunk + 1) * self.frames)
+
+    def _place(self, noise: torch.Tensor) -> torch.Tensor:
+        return noise.to(self.fallback.device, self.fallback.dtype)

@@ -1,0 +1,185 @@
+"""Step policies: how many denoising steps does a chunk get?
+
+A policy is asked after every step whether the chunk is done, and told afterwards how it went. Each row of a batch and
+each session holds its own copy (`start`), so a policy that learns, like `Budget`, learns from its own stream alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+class Policy(ABC):
+    """What `denoise_chunk` calls. `limit` is the number of levels in the schedule: no chunk can take more steps."""
+
+    needs_confidence = False
+
+    def start(self, limit: int) -> Policy:
+        """A checked copy for one stream."""
+        self.check(limit)
+        return copy.deepcopy(self)
+
+    @abstractmethod
+    def check(self, limit: int) -> None:
+        """Raise ValueError with the nearest legal value where the policy does not fit a schedule of `limit` steps."""
+
+    @abstractmethod
+    def done(self, chunk: int, step: int, confidence: Sequence[float] | None, limit: int) -> bool:
+        """After `step` steps (1, 2, ...) of chunk `chunk` (0, 1, ...): stop here? confidence: one value a frame."""
+
+    def observe(self, seconds: float, frames: int) -> None:
+        """A chunk of `frames` video frames took `seconds`, all its phases together."""
+
+
+def _check_count(name: str, count: int, limit: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ValueError(f"{name}={count!r}: must be a whole number of steps from 1 to {limit}")
+    if not 1 <= count <= limit:
+        raise ValueError(
+            f"{name}={count}: must be from 1 to {limit}, the length of the step list; nearest is "
+            f"{min(max(count, 1), limit)}"
+        )
+
+
+def _check_unit(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
+        number = isinstance(value, (int, float)) and value == value
+        hint = f"; nearest is {min(max(float(value), 0.0), 1.0)}" if number else ""
+        raise ValueError(f"{name}={value!r}: must be within [0, 1]{hint}")
+
+
+@dataclass
+class Fixed(Policy):
+    """Every chunk takes n steps. The first n levels of the schedule are used: the exit estimate of step n is kept."""
+
+    n: int
+
+    def check(self, limit: int) -> None:
+        _check_count("n", self.n, limit)
+
+    def done(self, chunk, step, confidence, limit) -> bool:
+        return step >= self.n
+
+
+@dataclass
+class PerChunk(Policy):
+    """Chunk i takes counts[i] steps; chunks after the end of the list take its last count."""
+
+    counts: Sequence[int]
+
+    def check(self, limit: int) -> None:
+        if not self.counts:
+            raise ValueError("counts=[]: must hold at least one number of steps, e.g. [4, 2, 1, 3]")
+        for i, count in enumerate(self.counts):
+            _check_count(f"counts[{i}]", count, limit)
+
+    def done(self, chunk, step, confidence, limit) -> bool:
+        return step >= self.counts[min(chunk, len(self.counts) - 1)]
+
+
+REDUCE = {"min": min, "mean": lambda values: sum(values) / len(values), "max": max}
+
+
+@dataclass
+class Confidence(Policy):
+    """Stop as soon as the chunk's confidence reaches `threshold`, within [min_steps, max_steps].
+
+    The chunk's confidence is its least confident frame's (`frame_reduce="min"`; "mean" and "max" are the others).
+    max_steps None is the whole schedule. threshold 0 always stops at min_steps; at 1 only a certain chunk stops early.
+    """
+
+    threshold: float = 0.5
+    min_steps: int = 1
+    max_steps: int | None = None
+    frame_reduce: str = "min"
+
+    needs_confidence = True
+
+    def check(self, limit: int) -> None:
+        _check_unit("threshold", self.threshold)
+        _check_count("min_steps", self.min_steps, limit)
+        if self.max_steps is not None:
+            _check_count("max_steps", self.max_steps, limit)
+            if self.max_steps < self.min_steps:
+                raise ValueError(
+                    f"max_steps={self.max_steps} with min_steps={self.min_steps}: must not be less; "
+                    f"nearest is {self.min_steps}"
+                )
+        if self.frame_reduce not in REDUCE:
+            raise ValueError(f"frame_reduce={self.frame_reduce!r}: must be one of {', '.join(REDUCE)}")
+
+    def done(self, chunk, step, confidence, limit) -> bool:
+        if step >= (limit if self.max_steps is None else self.max_steps):
+            return True
+        return step >= self.min_steps and REDUCE[self.frame_reduce](confidence) >= self.threshold
+
+
+@dataclass
+class Budget(Policy):
+    """A `Confidence` policy whose threshold moves so that chunks keep their deadline of frames / target_fps seconds.
+
+    `lag` is how late the stream is, in seconds; it never falls below minus one deadline, so that idle time is not saved
+    up for ever. After each chunk
+
+        threshold <- clamp(threshold - gain * lag / deadline, 0, ceiling)
+
+    and while the lag exceeds one deadline, chunks stop after min_steps. It starts at the ceiling.
+    """
+
+    target_fps: float
+    ceiling: float = 0.9
+    min_steps: int = 1
+    max_steps: int | None = None
+    frame_reduce: str = "min"
+    gain: float = 0.25
+    threshold: float = field(init=False)
+    lag: float = field(init=False, default=0.0)
+    late: bool = field(init=False, default=False)
+
+    needs_confidence = True
+
+    def __post_init__(self):
+        self.threshold = self.ceiling
+
+    def _rule(self) -> Confidence:
+        return Confidence(self.threshold, self.min_steps, self.max_steps, self.frame_reduce)
+
+    def check(self, limit: int) -> None:
+        _check_unit("ceiling", self.ceiling)
+        self._rule().check(limit)
+        for name in ("target_fps", "gain"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r}: must be a number above 0, e.g. {'16' if name == 'target_fps' else 0.25}")
+
+    def done(self, chunk, step, confidence, limit) -> bool:
+        return (self.late and step >= self.min_steps) or self._rule().done(chunk, step, confidence, limit)
+
+    def observe(self, seconds: float, frames: int) -> None:
+        deadline = frames / self.target_fps
+        self.lag = max(self.lag + seconds - deadline, -deadline)
+        self.late = self.lag > deadline
+        self.threshold = min(max(self.threshold - self.gain * self.lag / deadline, 0.0), self.ceiling)
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy from its command-line form: `fixed:4`, `confidence:0.8`, `budget:16fps` or `per-chunk:4,2,1,3`."""
+    kind, _, value = text.partition(":")
+    try:
+        if kind == "fixed":
+            return Fixed(int(value))
+        if kind == "per-chunk":
+            return PerChunk([int(v) for v in value.split(",")])
+        if kind == "confidence":
+            return Confidence(float(value))
+        if kind == "budget":
+            return Budget(float(value.removesuffix("fps")))
+    except ValueError as error:
+        raise ValueError(f"steps {text!r}: {value!r} is not a number; {POLICY_FORMS}") from error
+    raise ValueError(f"steps {text!r}: {POLICY_FORMS}")
+
+
+POLICY_FORMS = "must be fixed:N, confidence:THRESHOLD, budget:FPSfps or per-chunk:N,N,..., e.g. fixed:4"

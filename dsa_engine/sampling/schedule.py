@@ -1,0 +1,39 @@
+"""The noise levels of a few-step flow-matching student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TIMESTEPS = 1000  # the model's timestep at pure noise
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """sigma_i = shift * s_i / (1 + (shift - 1) * s_i), s_i = steps_i / 1000, pure noise first.
+
+    `steps` are raw timesteps, strictly falling within (0, 1000], the first 1000. Shift 5 warps 1000, 750, 500, 250 to
+    1000, 937.5, 833.3, 625 (Self-Forcing training and inference.py); its demo uses shift 8.
+    """
+
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
+    shift: float = 5.0
+
+    def __post_init__(self):
+        if not self.shift > 0:
+            raise ValueError(f"shift={self.shift}: must be above 0; Self-Forcing uses 5.0, 1.0 leaves the steps as given")
+        if not self.steps or self.steps[0] != TIMESTEPS:
+            raise ValueError(f"steps={list(self.steps)}: the first must be {TIMESTEPS}, pure noise")
+        if any(not 0 < low < high for high, low in zip(self.steps, self.steps[1:])):
+            raise ValueError(f"steps={list(self.steps)}: must fall strictly and stay above 0, e.g. 1000, 750, 500, 250")
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        return tuple(warp(s / TIMESTEPS, self.shift) for s in self.steps)
+
+
+def warp(s: float, shift: float) -> float:
+    """shift * s / (1 + (shift - 1) * s): the timestep shift of SD3, FLUX and Wan. s in [0, 1]."""
+    return shift * s / (1 + (shift - 1) * s)

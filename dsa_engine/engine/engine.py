@@ -1,0 +1,94 @@
+"""The engine: a model's parts, the cache pools, and the sessions that are open on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.rollout import Rollout
+from dsa_engine.engine.session import Session
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.sampling.cache import KVCache
+from dsa_engine.sampling.noise import GivenNoise, Renoise, SeededNoise
+from dsa_engine.sampling.policy import Policy
+
+
+class Engine:
+    """Opens rollouts and sessions of one model. Imports no server, sets no signal handler, keeps no global state.
+
+    One cache pool serves all sessions of a size and window; its slots are allocated when the first one opens.
+    """
+
+    def __init__(
+        self, dit: CausalDiT, head: ConfidenceHead | None, decoder, text, config: RolloutConfig, max_sessions: int = 4
+    ):
+        if max_sessions < 1:
+            raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
+        self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
+        self.config, self.max_sessions = config, max_sessions
+        self._pools: dict[tuple[int, int, int], KVCache] = {}
+
+    def session(
+        self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
+        policy: Policy, seed: int, config: RolloutConfig,
+    ) -> Session:  # fmt: skip
+        """A stream of latent size height x width; `frames` latent frames, or None for no end (rolling window only)."""
+        if self.decoder is None:
+            raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
+        key = self._cache_shape(height, width, frames, config)
+        if key not in self._pools:
+            self._pools[key] = self._cache(*key, slots=self.max_sessions)
+        noise = self._noise([seed], height, width, config)
+        rollout = Rollout(self.dit, self.head, self._pools[key], config, noise, [policy], self.text_kv(embeds))
+        return Session(rollout, self.decoder, lambda text: self.text_kv(self.encode([text])), fps, prompt, frames)
+
+    def rollout(
+        self, embeds: Tensor, *, height: int, width: int, frames: int, policy: Policy, seeds: Sequence[int],
+        config: RolloutConfig, initial: Tensor | None = None, renoise: Renoise | None = None,
+    ) -> Rollout:  # fmt: skip
+        """A batch of B = len(seeds) clips of `frames` latent frames, on a cache of its own."""
+        cache = self._cache(*self._cache_shape(height, width, frames, config), slots=len(seeds))
+        noise = GivenNoise(self._noise(seeds, height, width, config), initial, renoise)
+        return Rollout(self.dit, self.head, cache, config, noise, [policy] * len(seeds), self.text_kv(embeds))
+
+    def _noise(self, seeds: Sequence[int], height: int, width: int, config: RolloutConfig) -> SeededNoise:
+        shape = (config.chunk_frames, self.dit.config.in_dim, height, width)
+        return SeededNoise(seeds, shape, self.dit.device, self.dit.dtype)
+
+    def _cache_shape(self, height: int, width: int, frames: int | None, config: RolloutConfig) -> tuple[int, int, int]:
+        """(window, sink, tokens a frame). Global attention (window None) is a window of the whole clip."""
+        if config.window is None and frames is None:
+            raise ValueError("an endless stream needs a rolling window: give window=..., or the number of frames")
+        window = config.window if config.window is not None else max(frames, config.sink + config.chunk_frames)
+        return window, config.sink, self.dit.config.tokens_per_frame(height, width)
+
+    def _cache(self, window: int, sink: int, tokens: int, slots: int) -> KVCache:
+        model = self.dit.config
+        return KVCache(
+            model.num_layers, model.num_heads, model.head_dim, tokens, window, sink, slots, self.dit.device, self.dit.dtype
+        )
+
+    @torch.inference_mode()
+    def text_kv(self, embeds: Tensor) -> Tensor:
+        """Cross-attention keys and values of prompt embeddings [B, L, text_dim]."""
+        return self.dit.text_kv(embeds)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings [B, L, text_dim]. Raises ValueError where there is no text encoder or no such prompt."""
+        if self.text is None:
+            raise ValueError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
+        return self.text.encode(prompts)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held by the shared cache pools."""
+        return sum(pool.nbytes for pool in self._pools.values())
+
+    def close(self) -> None:
+        """Drop the cache pools. Sessions still open keep theirs alive."""
+        self._pools.clear()

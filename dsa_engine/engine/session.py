@@ -1,0 +1,176 @@
+"""A session: one live stream of video. It owns all of its state; nothing of it lives in a module or a global."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_engine.engine.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one `next_chunk` gives.
+
+    frames: uint8 [T, H, W, 3]; latents [F, C, h, w]; steps: denoising steps taken; confidence: one value in (0, 1) per
+    latent frame, None without a head; pts: seconds of the first frame from the clip's start;
+    timings: milliseconds of `commit` (the previous chunk's), `denoise`, `decode` and `total`; prompt: the one in force.
+    """
+
+    index: int
+    frames: np.ndarray
+    latents: Tensor
+    steps: int
+    confidence: list[float] | None
+    pts: float
+    timings: dict[str, float]
+    prompt: str | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A session's whole state at a chunk boundary, as `Session.snapshot` takes it and `restore` brings it back."""
+
+    rollout: dict[str, Any]
+    decoder: Any
+    frames: int
+    prompt: str | None
+    shape: tuple[int, ...] = field(repr=False, default=())
+
+
+class Session:
+    """A stream that is asked for its next chunk, and can be told a new prompt in between.
+
+    Made by `Pipeline.session`. Not for use from several threads at once. `limit`: latent frames it may make, None for
+    an endless stream (which needs a rolling window).
+    """
+
+    def __init__(
+        self, rollout: Rollout, decoder, embed: Callable[[str], Tensor], fps: float, prompt: str | None,
+        limit: int | None,
+    ):  # fmt: skip
+        self._rollout, self._decoder, self._embed = rollout, decoder, embed
+        self._decoder_state: Any = None
+        self._limit = limit
+        self._frames = 0
+        self.fps, self.prompt = fps, prompt
+
+    @property
+    def index(self) -> int:
+        """Index of the chunk that comes next."""
+        return self._rollout.index
+
+    @property
+    def closed(self) -> bool:
+        return self._rollout.slot is None
+
+    @property
+    def exhausted(self) -> bool:
+        """True when the clip has all the frames it was made for."""
+        return self._limit is not None and (self.index + 1) * self._rollout.config.chunk_frames > self._limit
+
+    def next_chunk(self, on_step: Callable[[int, float, Tensor], None] | None = None) -> Chunk:
+        """Denoise and decode the next chunk. An exception on the way leaves the session as it was.
+
+        Raises RuntimeError when the session is closed or has made all its frames.
+        """
+        self._check_open()
+        if self.exhausted:
+            raise RuntimeError(f"the clip is complete: {self._limit} latent frames in {self.index} chunks were asked for")
+        start = time.perf_counter()
+        result = self._rollout.denoise(on_step)
+        confidence = None if result.confidence is None else result.confidence[0].tolist()
+        denoised = time.perf_counter()
+        with torch.inference_mode():
+            pixels, decoder_state = self._decoder.decode(result.latents, self._decoder_state)
+            frames = to_uint8(pixels[0])
+        end = time.perf_counter()
+        commit = self._rollout.commit_seconds
+        chunk = Chunk(
+            index=self.index,
+            frames=frames,
+            latents=result.latents[0],
+            steps=result.steps[0],
+            confidence=confidence,
+            pts=self._frames / self.fps,
+            timings={
+                "commit": 1e3 * commit,
+                "denoise": 1e3 * (denoised - start - commit),
+                "decode": 1e3 * (end - denoised),
+                "total": 1e3 * (end - start),
+            },
+            prompt=self.prompt,
+        )
+        # From here on nothing can fail: the session moves on as a whole or not at all.
+        self._rollout.accept(result.latents)
+        for policy in self._rollout.policies:
+            policy.observe(end - start, len(frames))
+        self._decoder_state = decoder_state
+        self._frames += len(frames)
+        return chunk
+
+    def update(self, prompt: str, recache: bool = True) -> None:
+        """Another prompt from the next chunk on.
+
+        recache: make the window's keys and values anew under it, so that the past does not hold on to the old prompt.
+        Raises ValueError for a prompt that cannot be encoded; the session then goes on as before.
+        """
+        self._check_open()
+        self._rollout.switch(self._embed(prompt), recache)
+        self.prompt = prompt
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the whole state. It stays good whatever the session does next."""
+        self._check_open()
+        return Snapshot(
+            self._rollout.save(), copy.deepcopy(self._decoder_state), self._frames, self.prompt, self._shape
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this session, or of one of the same model, size and window."""
+        self._check_open()
+        if snapshot.shape != self._shape:
+            raise ValueError(
+                f"snapshot of a cache {list(snapshot.shape)}: this session's is {list(self._shape)}; "
+                "restore into a session of the same model, size and window"
+            )
+        self._rollout.load(snapshot.rollout)
+        self._decoder_state = copy.deepcopy(snapshot.decoder)
+        self._frames, self.prompt = snapshot.frames, snapshot.prompt
+
+    def reset(self) -> None:
+        """Back to the first chunk, under the prompt in force: the same seed gives the same frames again."""
+        self._check_open()
+        self._rollout.restart()
+        self._decoder_state, self._frames = None, 0
+
+    def close(self) -> None:
+        """Give the cache slot back; harmless when done twice."""
+        self._rollout.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self._rollout.cache.k[:, 0].shape)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the session is closed; open another with Pipeline.session(...)")
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """[..., T, 3, H, W] in [0, 1] -> uint8 [..., T, H, W, 3], rounded to nearest."""
+    pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.movedim(-3, -1).contiguous().cpu().numpy()

@@ -1,0 +1,361 @@
+"""`Pipeline`: load a model, turn prompts into video. The arguments' names are diffusers' where diffusers has them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_engine.config import RolloutConfig, nearest
+from dsa_engine.engine.engine import Engine
+from dsa_engine.engine.session import Chunk, Session, to_uint8
+from dsa_engine.models import package
+from dsa_engine.sampling.noise import Renoise, check_seed
+from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
+from dsa_engine.sampling.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+
+@dataclass(frozen=True)
+class VideoOutput:
+    """frames in the asked output type; per clip and chunk: steps_per_chunk [B][N], confidence [B][N][F] or None;
+    timings: seconds of the whole call and to the first chunk's latents."""
+
+    frames: Any
+    steps_per_chunk: list[list[int]]
+    confidence: list[list[list[float]]] | None
+    timings: dict[str, float]
+
+
+class Pipeline:
+    """A loaded model. Make one with `Pipeline.from_pretrained`."""
+
+    def __init__(self, engine: Engine, *, name: str, height: int | None, width: int | None, frames: int, fps: float):
+        self.engine, self.name = engine, name
+        self.height, self.width, self.frames, self.fps = height, width, frames, fps
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "shapes",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        window: int | None = None,
+        sink: int | None = None,
+        shift: float | None = None,
+        steps: Sequence[float] | None = None,
+        chunk_frames: int | None = None,
+        max_sessions: int = 4,
+    ) -> Pipeline:
+        """Load a model.
+
+        model: "shapes" (the small model in the package), a folder of this project's format, or a checkpoint file
+        (`.safetensors`, `.pt`) of the Wan family with a Wan-style `config.json` beside it. A file has neither text
+        encoder nor decoder and serves `generate_latents`.
+        device: default "cuda" where there is one, else "cpu". dtype: default bfloat16 on CUDA, float32 elsewhere.
+        window, sink: latent frames of the KV cache (RolloutConfig); shift, steps: the noise schedule.
+        Raises FileNotFoundError or ValueError naming the file and what was expected of it.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        parts = package.load(model, device=device, dtype=dtype)
+        changes = dict(window=window, sink=sink, shift=shift, steps=steps and tuple(steps), chunk_frames=chunk_frames)
+        config = replace(parts.rollout, **{k: v for k, v in changes.items() if v is not None})
+        Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
+        engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions)
+        return cls(
+            engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps
+        )
+
+    @property
+    def config(self) -> RolloutConfig:
+        return self.engine.config
+
+    @property
+    def max_steps(self) -> int:
+        """Length of the step list: the most steps a chunk can take."""
+        return len(self.config.steps)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        callback_on_step_end: Callable[[Pipeline, int, float, dict], Any] | None = None,
+        *,
+        renoise: Renoise | None = None,
+        step_policy: str | Policy | None = None,
+        min_steps: int | None = None,
+        max_steps: int | None = None,
+        confidence_threshold: float | None = None,
+    ) -> VideoOutput:
+        """Whole clips, one per prompt, denoised as one batch; rows that stop early leave the batch.
+
+        num_frames: pixel frames. num_inference_steps: the ceiling of steps a chunk may take. seed: of the first clip,
+        later clips count up; `generator` gives its initial seed. latents: noise [B, F, C, H, W] instead of drawing it;
+        renoise: as in `generate_latents`. output_type: "np" float [B, T, H, W, C] in [0, 1], "pt" [B, T, C, H, W],
+        "pil" lists of images, "latent" [B, F, C, h, w].
+        step_policy: "dsa", "fixed", a `Policy`, or its command-line form such as "fixed:4"; default "dsa" where the model
+        has a confidence head. callback_on_step_end(pipe, step, timestep, {"latents": x0}) is called after every step.
+        """
+        if guidance_scale != 1.0 or negative_prompt is not None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}, negative_prompt={negative_prompt!r}: a distilled few-step model has "
+                "its guidance built in; only guidance_scale=1.0 without a negative prompt is possible"
+            )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+        if output_type != "latent" and self.engine.decoder is None:
+            raise ValueError(f"output_type={output_type!r}: this pipeline has no decoder; only 'latent' is possible")
+        embeds = self._embeds(prompt, prompt_embeds)
+        policy = self._policy(step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold)
+        size = self._size(height, width, latents)
+        frames = latents.shape[1] if latents is not None else self._latent_frames(num_frames)
+        self._check_noise(latents, renoise, len(embeds), frames, size)
+        first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
+        start = time.perf_counter()
+        on_step = None
+        if callback_on_step_end is not None:
+            on_step = lambda step, sigma, x0: callback_on_step_end(self, step - 1, 1000 * sigma, {"latents": x0})  # noqa: E731
+        rollout = self.engine.rollout(
+            embeds, height=size[0], width=size[1], frames=frames, policy=policy,
+            seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=self.config, initial=latents, renoise=renoise,
+        )  # fmt: skip
+        chunks, first_chunk = [], None
+        for _ in range(frames // self.config.chunk_frames):
+            chunks.append(rollout.denoise(on_step))
+            rollout.accept(chunks[-1].latents)
+            first_chunk = first_chunk or time.perf_counter() - start
+        result = torch.cat([c.latents for c in chunks], dim=1)
+        confidence = None
+        if chunks[0].confidence is not None:
+            confidence = torch.stack([c.confidence for c in chunks], dim=1).tolist()
+        return VideoOutput(
+            frames=self._decode(result, output_type),
+            steps_per_chunk=[list(row) for row in zip(*(c.steps for c in chunks))],
+            confidence=confidence,
+            timings={"total": time.perf_counter() - start, "first_chunk": first_chunk},
+        )
+
+    def generate_latents(
+        self,
+        latents: Tensor,
+        prompt_embeds: Tensor,
+        renoise: Renoise | None = None,
+        step_policy: str | Policy | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """A rollout with everything random given from outside: clean latents [B, F, C, H, W] for the noise `latents`.
+
+        prompt_embeds [B, L, text_dim], zero-padded to text_len. renoise: the noise that a chunk is re-noised with, as a
+        tensor [B, F, C, H, W] (the same after every step) or [S - 1, B, F, C, H, W] (one for each step but the last),
+        or renoise(chunk, step) -> [B, chunk_frames, C, H, W], both counted from 0: step is the one just taken.
+        None draws it from `seed`.
+        """
+        return self(
+            latents=latents, prompt_embeds=prompt_embeds, renoise=renoise, step_policy=step_policy, seed=seed,
+            output_type="latent",
+        ).frames  # fmt: skip
+
+    def session(
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_embeds: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        seed: int = 0,
+        step_policy: str | Policy | None = None,
+        num_inference_steps: int | None = None,
+        min_steps: int | None = None,
+        max_steps: int | None = None,
+        confidence_threshold: float | None = None,
+        window: int | None = None,
+        sink: int | None = None,
+        commit: str | None = None,
+    ) -> Session:
+        """A live stream (see `Session`). num_frames: pixel frames until it ends; None is endless.
+
+        window, sink: this session's cache (latent frames); commit: "clean" or "exit_step" (RolloutConfig).
+        """
+        embeds = self._embeds(prompt, prompt_embeds)
+        if len(embeds) != 1:
+            raise ValueError(f"{len(embeds)} prompts: a session is one stream; open one session per prompt")
+        changes = {k: v for k, v in dict(window=window, sink=sink, commit=commit).items() if v is not None}
+        size = self._size(height, width, None)
+        return self.engine.session(
+            prompt, embeds, height=size[0], width=size[1],
+            frames=None if num_frames is None else self._latent_frames(num_frames), fps=self.fps,
+            policy=self._policy(step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold),
+            seed=check_seed(seed), config=replace(self.config, **changes),
+        )  # fmt: skip
+
+    def stream(self, prompt: str, num_frames: int | None = None, **options) -> Iterator[Chunk]:
+        """Chunks as they are made; options as for `session`. Leaving the loop early frees everything."""
+        session = self.session(prompt, num_frames=num_frames, **options)
+
+        def chunks() -> Iterator[Chunk]:
+            with session:
+                while not session.exhausted:
+                    yield session.next_chunk()
+
+        return chunks()
+
+    def warmup(self) -> float:
+        """Make one chunk and throw it away; returns the seconds it took. The first real chunk is then a usual one."""
+        start = time.perf_counter()
+        size = self._size(None, None, None)
+        config, model = self.config, self.engine.dit.config
+        noise = torch.zeros(1, config.chunk_frames, model.in_dim, *size)
+        self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Free the cache pools. The pipeline can still be used: the next session allocates anew."""
+        self.engine.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _embeds(self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> Tensor:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either a prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
+        if prompt_embeds is not None:
+            model = self.engine.dit.config
+            shape = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else type(prompt_embeds).__name__
+            if not isinstance(shape, list) or len(shape) != 3 or shape[2] != model.text_dim or shape[1] > model.text_len:
+                raise ValueError(
+                    f"prompt_embeds of shape {shape}: must be a tensor [B, L, {model.text_dim}] with L at most "
+                    f"{model.text_len}"
+                )
+            return prompt_embeds
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+            raise ValueError(f"prompt={prompt!r}: must be a text that is not empty, or a list of such")
+        return self.engine.encode(prompts)
+
+    def _policy(self, policy, ceiling, least, most, threshold) -> Policy:
+        limit = self.max_steps
+        if isinstance(policy, str) and ":" in policy:
+            policy = parse_policy(policy)
+        if isinstance(policy, Policy):
+            given = {"num_inference_steps": ceiling, "min_steps": least, "max_steps": most, "confidence_threshold": threshold}
+            if any(v is not None for v in given.values()):
+                named = ", ".join(k for k, v in given.items() if v is not None)
+                raise ValueError(f"{named}: already said by step_policy={policy}; give one or the other")
+            chosen = policy
+        elif policy == "fixed" or (policy is None and self.engine.head is None and threshold is None):
+            chosen = Fixed(limit if ceiling is None else ceiling)
+        elif policy in ("dsa", None):
+            default = 0.5 if self.config.threshold is None else self.config.threshold
+            most = most if most is not None else ceiling
+            chosen = Confidence(default if threshold is None else threshold, 1 if least is None else least, most)
+        else:
+            raise ValueError(f"step_policy={policy!r}: must be 'dsa', 'fixed', a Policy, or e.g. 'fixed:4'")
+        chosen.check(limit)
+        if chosen.needs_confidence and self.engine.head is None:
+            raise ValueError(
+                f"step_policy={policy!r}: {type(chosen).__name__} needs a confidence head and this model has none; "
+                "use Fixed or PerChunk"
+            )
+        return chosen
+
+    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        """Latent height and width. Pixel sizes must be multiples of the decoder's stride times the patch."""
+        if latents is not None:
+            if height is not None or width is not None:
+                raise ValueError("height and width follow from latents; give one or the other")
+            self._check_latents(latents)
+            return latents.shape[3], latents.shape[4]
+        patch = self.engine.dit.config.patch_size[1]
+        stride = self.engine.decoder.spatial_stride if self.engine.decoder is not None else 8
+        unit = stride * patch
+        height, width = height or self.height, width or self.width
+        if height is None or width is None:
+            raise ValueError("this model has no default size: give height and width")
+        if height % unit or width % unit or height < unit or width < unit:
+            raise ValueError(
+                f"size {height}x{width}: height and width must be multiples of {unit}; nearest is "
+                f"{nearest(height, unit)}x{nearest(width, unit)}"
+            )
+        return height // stride, width // stride
+
+    def _latent_frames(self, frames: int | None) -> int:
+        """Latent frames of a clip of `frames` pixel frames, which must come out as whole chunks."""
+        frames = self.frames if frames is None else frames
+        if isinstance(frames, bool) or not isinstance(frames, (int, np.integer)) or frames < 1:
+            raise ValueError(f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {self._whole(1)}")
+        decoder, chunk = self.engine.decoder, self.config.chunk_frames
+        whole = self._whole(frames)
+        if whole != frames:
+            raise ValueError(f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames; nearest is {whole}")
+        return decoder.latent_frames_of(int(frames))
+
+    def _whole(self, frames: int) -> int:
+        """The pixel frame count nearest to `frames` that is whole chunks."""
+        decoder, chunk = self.engine.decoder, self.config.chunk_frames
+        first, later = decoder.frames_of(chunk, True), decoder.frames_of(chunk, False)
+        return first + max(0, round((frames - first) / later)) * later
+
+    def _check_latents(self, latents: Tensor) -> None:
+        model, chunk = self.engine.dit.config, self.config.chunk_frames
+        if not isinstance(latents, Tensor):
+            raise ValueError(f"latents: must be a tensor [B, F, C, H, W], not {type(latents).__name__}")
+        if not latents.is_floating_point():
+            raise ValueError(f"latents of dtype {latents.dtype}: must be floating point, e.g. {self.engine.dit.dtype}")
+        shape = list(latents.shape)
+        if latents.ndim != 5 or shape[2] != model.in_dim or shape[1] % chunk or 0 in shape:
+            near = [shape[0], nearest(shape[1], chunk), model.in_dim, *shape[3:]] if latents.ndim == 5 else None
+            raise ValueError(
+                f"latents of shape {shape}: must be [B, F, C, H, W] with F a multiple of {chunk} and C = {model.in_dim}"
+                + (f"; nearest is {near}" if near else "")
+            )
+        model.tokens_per_frame(shape[3], shape[4])
+
+    def _check_noise(self, latents, renoise, batch: int, frames: int, size: tuple[int, int]) -> None:
+        if latents is not None and latents.shape[0] != batch:
+            raise ValueError(f"latents of {latents.shape[0]} clips with {batch} prompts: must be as many; nearest is {batch}")
+        if renoise is None or callable(renoise):
+            return
+        clip = [batch, frames, self.engine.dit.config.in_dim, *size]
+        legal = [clip, [self.max_steps - 1, *clip]]
+        if not isinstance(renoise, Tensor) or list(renoise.shape) not in legal or not renoise.is_floating_point():
+            got = f"{renoise.dtype} {list(renoise.shape)}" if isinstance(renoise, Tensor) else type(renoise).__name__
+            raise ValueError(f"renoise {got}: must be a floating-point tensor of shape {legal[0]} or {legal[1]}, or a callable")
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor, output_type: str):
+        if output_type == "latent":
+            return latents
+        pixels, _ = self.engine.decoder.decode(latents, None)
+        if output_type == "pt":
+            return pixels.float().clamp(0, 1)
+        if output_type == "np":
+            return pixels.float().clamp(0, 1).movedim(2, -1).cpu().numpy()
+        from PIL import Image
+
+        return [[Image.fromarray(frame) for frame in clip] for clip in to_uint8(pixels)]

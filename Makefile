@@ -1,0 +1,31 @@
+# Two commands, each enough on a fresh machine with Python >= 3.10:
+#   make demo   installs the engine, writes out/demo.mp4 and out/demo.png
+#   make test   installs the engine and what its tests need, runs them
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo
+	$(BIN)/dsa-engine generate "a red circle moves sideways on black" \
+		--at 2s "a blue square moves up and down on gray" \
+		--at 4s "a yellow cross moves sideways on navy" \
+		--seconds 6 --seed 0 --scale 4 -o out/demo.mp4 --report out/demo.png --json
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/pyvenv.cfg pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/pyvenv.cfg pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info out

@@ -15,6 +15,11 @@ def nearest(value: int, step: int, low: int = 1) -> int:
     return max(low, round(value / step)) * step
 
 
+def _count(value: Any) -> int:
+    """The legal count nearest to whatever was given as one."""
+    return max(1, round(value)) if isinstance(value, (int, float)) and abs(value) < float("inf") else 1
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of a causal DiT in the terms of Wan 2.1's `config.json`.
@@ -36,19 +41,23 @@ class ModelConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self):
-        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.dim % self.num_heads:
+        sizes = "dim ffn_dim num_heads num_layers in_dim out_dim text_dim text_len freq_dim"
+        for name in sizes.split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1; nearest is {_count(value)}")
+        if self.dim % (2 * self.num_heads) or self.head_dim < 6:
             raise ValueError(
-                f"dim={self.dim} with num_heads={self.num_heads}: dim must be a multiple of num_heads; "
-                f"nearest is dim={nearest(self.dim, self.num_heads)}"
+                f"dim={self.dim} with num_heads={self.num_heads}: dim / num_heads must be even and at least 6, for 3-D "
+                f"RoPE; nearest is dim={nearest(self.dim, 2 * self.num_heads, low=3)}"
             )
-        if self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f"dim/num_heads={self.head_dim}: must be even and at least 6 for 3-D RoPE")
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim={self.freq_dim}: must be even; nearest is {self.freq_dim + 1}")
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1 or self.patch_size[1] != self.patch_size[2]:
+        for name in ("eps", "rope_theta"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0; Wan's is {_WAN[name]}")
+        p = self.patch_size
+        if len(p) != 3 or p[0] != 1 or p[1] != p[2] or p[1] < 1:
             raise ValueError(f"patch_size={self.patch_size}: must be (1, p, p), as in Wan 2.1: (1, 2, 2)")
 
     @property
@@ -94,6 +103,7 @@ class ModelConfig:
         return {"model_type": "t2v", **dataclasses.asdict(self), "patch_size": list(self.patch_size)}
 
 
+_WAN = {"eps": 1e-6, "rope_theta": 10000.0}
 _NEUTRAL_KEYS = {"model_type", "qk_norm", "cross_attn_norm", "window_size", "inject_sample_info"}
 
 PRESETS = {
@@ -124,10 +134,13 @@ class RolloutConfig:
     presets: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.chunk_frames < 1:
-            raise ValueError(f"chunk_frames={self.chunk_frames}: must be at least 1; Self-Forcing uses 3")
-        if self.sink < 0:
-            raise ValueError(f"sink={self.sink}: must be 0 (none) or more frames")
+        for name, low in (("chunk_frames", 1), ("sink", 0), ("window", 1)):
+            value = getattr(self, name)
+            if name == "window" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                near = max(low, _count(value))
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least {low}; nearest is {near}")
         least = self.sink + self.chunk_frames
         if self.window is not None and self.window < least:
             raise ValueError(
@@ -136,10 +149,9 @@ class RolloutConfig:
             )
         if self.commit not in COMMIT_MODES:
             raise ValueError(f"commit={self.commit!r}: must be one of {', '.join(COMMIT_MODES)}")
-        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(
-                f"threshold={self.threshold}: must be within [0, 1]; nearest is {min(1.0, max(0.0, self.threshold))}"
-            )
+        for name, value in {"threshold": self.threshold, **self.presets}.items():
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}={value}: must be within [0, 1]; nearest is {min(1.0, max(0.0, value))}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RolloutConfig:

@@ -17,9 +17,10 @@ from dsa_engine.config import RolloutConfig, nearest
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
+from dsa_engine.sampling.denoise import Step
 from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
-from dsa_engine.sampling.schedule import Schedule
+from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -134,16 +135,17 @@ class Pipeline:
         self._check_noise(latents, renoise, len(embeds), frames, size)
         first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
         start = time.perf_counter()
-        on_step = None
-        if callback_on_step_end is not None:
-            on_step = lambda step, sigma, x0: callback_on_step_end(self, step - 1, 1000 * sigma, {"latents": x0})  # noqa: E731
+
+        def on_step(step: Step) -> None:
+            callback_on_step_end(self, step.index - 1, TIMESTEPS * step.sigma, {"latents": step.x0})
+
         rollout = self.engine.rollout(
             embeds, height=size[0], width=size[1], frames=frames, policy=policy,
             seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=self.config, initial=latents, renoise=renoise,
         )  # fmt: skip
         chunks, first_chunk = [], None
         for _ in range(frames // self.config.chunk_frames):
-            chunks.append(rollout.denoise(on_step))
+            chunks.append(rollout.denoise(on_step if callback_on_step_end else None))
             rollout.accept(chunks[-1].latents)
             first_chunk = first_chunk or time.perf_counter() - start
         result = torch.cat([c.latents for c in chunks], dim=1)

@@ -14,7 +14,7 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.sampling.cache import KVCache
-from dsa_engine.sampling.denoise import Denoised, commit_chunk, denoise_chunk
+from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk
 from dsa_engine.sampling.noise import GivenNoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import Schedule
@@ -45,7 +45,7 @@ class Rollout:
         self.commit_seconds = 0.0  # of the last `denoise`
 
     @torch.inference_mode()
-    def denoise(self, on_step: Callable[[int, float, Tensor], None] | None = None) -> Denoised:
+    def denoise(self, on_step: Callable[[Step], None] | None = None) -> Denoised:
         """Commit the previous chunk, then denoise the next one. It counts only when it is taken with `accept`."""
         start = time.perf_counter()
         self.settle()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.engine.rollout import Rollout
+from dsa_engine.sampling.denoise import Step
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Session:
         """True when the clip has all the frames it was made for."""
         return self._limit is not None and (self.index + 1) * self._rollout.config.chunk_frames > self._limit
 
-    def next_chunk(self, on_step: Callable[[int, float, Tensor], None] | None = None) -> Chunk:
+    def next_chunk(self, on_step: Callable[[Step], None] | None = None) -> Chunk:
         """Denoise and decode the next chunk. An exception on the way leaves the session as it was.
 
         Raises RuntimeError when the session is closed or has made all its frames.

@@ -23,7 +23,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 # Where training scripts keep the generator, best first: Self-Forcing's demo runs the EMA weights.
 NESTED_KEYS = ("generator_ema", "generator", "model", "state_dict")
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "generator.", "model.", "net.")
+PREFIXES = ("diffusion_model.", "generator.", "model.", "net.")  # any number of them, one after another
 
 # (pattern in diffusers' names, Wan's name), applied in order to each name
 DIFFUSERS_NAMES = (
@@ -69,12 +69,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as mapped:  # the legacy format cannot be mapped; anything else fails again below
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path}: not a whole torch checkpoint ({mapped})") from error
-    except Exception as error:  # pickle.UnpicklingError, EOFError and whatever a foreign file provokes
+    except Exception:  # the legacy format cannot be mapped; anything that is really wrong fails again
+        pass
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle.UnpicklingError, EOFError and whatever else a foreign file provokes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: not a plain dictionary of tensors, so it is not loaded (weights_only=True): {reason}"
@@ -83,11 +82,12 @@ def _unpickle(path: Path) -> Any:
 
 def _plain_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     for key in NESTED_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping) and content[key]:
             content = content[key]
             break
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: holds {type(content).__name__}, expected a dictionary of tensors by name")
+        held = "nothing" if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{path}: holds {held}, expected a dictionary of tensors by name")
     strange = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
     if strange:
         raise ValueError(
@@ -102,10 +102,12 @@ def wan_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {}
     for name, tensor in tensors.items():
         name = WRAPPERS.sub("", name)
-        prefix = next((p for p in PREFIXES if name.startswith(p)), "")
-        name = name[len(prefix) :]
+        while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+            name = name[len(prefix) :]
         for pattern, replacement in DIFFUSERS_NAMES:
             name = re.sub(pattern, replacement, name)
+        if name in named:
+            raise ValueError(f"two tensors of the file are both called {name!r} once prefixes are stripped")
         named[name] = tensor
     return named
 
@@ -141,14 +143,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def read_model_config(path: Path) -> ModelConfig:
+    """The sizes in a Wan-style config.json; errors name the file."""
+    values = read_json(path)
+    try:
+        return ModelConfig.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def load_dit(
     path: str | Path, config: ModelConfig | None = None, device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> CausalDiT:  # fmt: skip
     """A causal DiT from a checkpoint file; its sizes come from `config`, or from `config.json` beside the file."""
     path = Path(path)
     tensors = wan_names(read_tensors(path))
-    config = config or ModelConfig.from_dict(read_json(path.parent / "config.json"))
+    config = config or read_model_config(path.parent / "config.json")
     with torch.device("meta"):
         model = CausalDiT(config)
     load_strict(model, tensors, path)

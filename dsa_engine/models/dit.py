@@ -161,6 +161,7 @@ class CausalDiT(nn.Module):
         text_kv as `text_kv()` returns it; memory supplies the past and takes this chunk's keys and values.
         """
         batch, count, _, height, width = x.shape
+        self.config.tokens_per_frame(height, width)  # raises for a size off the patch grid
         p = self.config.patch_size[1]
         tokens = self._patchify(x)
         time = self.time_embedding(timestep_features(t, self.config.freq_dim).to(self.dtype))

@@ -22,6 +22,11 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, length:
             f"attention: q {list(q.shape)} and cache {list(k_cache.shape)} must be [B, T, H, D] and [N, W, S, H, D] "
             "with the same H and D"
         )
+    if k_cache.shape != v_cache.shape or slot.shape != q.shape[:1] or length.shape != q.shape[:1]:
+        raise ValueError(
+            f"attention: caches {list(k_cache.shape)} and {list(v_cache.shape)} must be alike, and slot "
+            f"{list(slot.shape)} and length {list(length.shape)} must be [{q.shape[0]}], one for each row of q"
+        )
     return implementation("attention")(q, k_cache, v_cache, slot, length)
 
 

@@ -44,8 +44,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v over layout [B, T, H, D]; bias broadcasts to [B, H, Tq, Tk]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu" and k.shape[2] <= FEW_KEYS:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        scores = scores.float() if bias is None else scores.float() + bias
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+        scores = scores.float() if bias is None else scores.float() + bias  # autocast makes the product bfloat16
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
@@ -80,7 +80,8 @@ def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     """Mean and deviation of the normalised tokens of each frame: hidden [B, T, C] -> [B, F, 2 C] float32."""
     y = F.layer_norm(hidden.float(), (hidden.shape[-1],), eps=eps).unflatten(1, (frames, -1))
     mean = y.mean(dim=2)
-    return torch.cat((mean, (y.square().mean(dim=2) - mean.square()).clamp_min(0).add(eps).sqrt()), dim=-1)
+    deviation = (y - mean[:, :, None]).square().mean(dim=2).add(eps).sqrt()
+    return torch.cat((mean, deviation), dim=-1)
 
 
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Contract. A slot holds W frames: the first s are the sink, the other W - s a ring. Frames are written at `head`, which
 runs 0 .. W-1 and then wraps to s, so the sink stays for ever and the oldest ring frame is overwritten. The chunk being
 denoised is written at `head` too, over the frames it evicts; only `advance` moves the head, so every denoising step of
-a chunk, its commit, and a second try after a failure write the same frames. At any time exactly the first
+a chunk, its commit, and a second try after a failure write the same frames (as long as the chunk's size stays). At any time exactly the first
 min(length + F, W) frames of a slot are valid for a chunk of F frames, whatever the head: no data ever moves.
 
 Keys are stored rotated at the absolute frame position they were made for (Self-Forcing's convention).
@@ -37,6 +37,8 @@ class KVCache:
 
     def acquire(self, rows: int = 1) -> Tensor:
         """Take and clear `rows` free slots: their indices [rows] on the device."""
+        if rows < 1:
+            raise ValueError(f"rows={rows}: must be at least 1")
         if rows > len(self._free):
             raise RuntimeError(
                 f"{rows} cache slots wanted, {len(self._free)} of {self.slots} are free: "
@@ -48,7 +50,11 @@ class KVCache:
         return slot
 
     def release(self, slot: Tensor) -> None:
-        self._free = sorted({*self._free, *slot.tolist()})
+        """Give slots back that `acquire` gave; giving one back twice is an error, for another session may have it."""
+        given = slot.tolist()
+        if any(s in self._free or not 0 <= s < self.slots for s in given):
+            raise ValueError(f"slots {given} are not all in use; free are {self._free} of {self.slots}")
+        self._free = sorted(self._free + given)
 
     def clear(self, slot: Tensor) -> None:
         """Forget the slots' frames; the next one has absolute position 0."""

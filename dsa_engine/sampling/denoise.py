@@ -16,6 +16,21 @@ from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
 
+class Step(NamedTuple):
+    """What one denoising step saw and made, for the rows of the batch that took it.
+
+    index: 1, 2, ...; sigma: its noise level; rows: indices in the batch; x, x0 [len(rows), F, C, H, W];
+    confidence [len(rows), F], None without a head.
+    """
+
+    index: int
+    sigma: float
+    rows: list[int]
+    x: Tensor
+    x0: Tensor
+    confidence: Tensor | None
+
+
 class Denoised(NamedTuple):
     """latents [B, F, C, H, W]: each row's x0 estimate at its exit step; steps: each row's count;
     confidence [B, F] of the exit step on the device, None without a head."""
@@ -36,7 +51,7 @@ def denoise_chunk(
     renoise: Callable[[int, list[int]], Tensor],
     text_kv: Tensor,
     rows: CacheRows,
-    on_step: Callable[[int, float, Tensor], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Denoised:
     """Denoise one chunk of B rows, each for as many steps as its policy gives it.
 
@@ -46,7 +61,7 @@ def denoise_chunk(
 
     x [B, F, C, H, W]: pure noise; policies: one a row; renoise(step, rows) gives the noise after `step` steps
     (1, 2, ...) for those rows of the batch; text_kv, rows: what the model reads of prompt and past (the chunk's own
-    K/V are left in the cache, not advanced); on_step(step, sigma, x0) is called after each step.
+    K/V are left in the cache, not advanced); on_step is called after each step, before its decision.
     """
     sigmas = schedule.sigmas
     latents = torch.empty_like(x)
@@ -59,7 +74,7 @@ def denoise_chunk(
         x0 = ops.velocity_to_x0(x, out.velocity, level)
         certain = head(out.hidden, out.time).sigmoid() if head else None
         if on_step is not None:
-            on_step(step, sigma, x0)
+            on_step(Step(step, sigma, list(active), x, x0, certain))
 
         asked = any(policies[row].needs_confidence for row in active)
         values = certain.tolist() if asked else [None] * len(active)  # the one read of a decision

@@ -119,14 +119,13 @@ class Confidence(Policy):
 
 @dataclass
 class Budget(Policy):
-    """A `Confidence` policy whose threshold moves so that chunks keep their deadline of frames / target_fps seconds.
+    """A `Confidence` policy whose threshold falls as the stream falls behind frames / target_fps seconds a chunk.
 
-    `lag` is how late the stream is, in seconds; it never falls below minus one deadline, so that idle time is not saved
-    up for ever. After each chunk
+        threshold = ceiling * (1 - clamp(lag / deadline, 0, 1))
 
-        threshold <- clamp(threshold - gain * lag / deadline, 0, ceiling)
-
-    and while the lag exceeds one deadline, chunks stop after min_steps. It starts at the ceiling.
+    `lag` is how late the stream is, in seconds: a stream on time keeps the ceiling, one that is a whole deadline late
+    takes min_steps until it has caught up, and settles in between where steps and deadline balance. Lag never falls
+    below minus one deadline, so that idle time is not saved up for ever.
     """
 
     target_fps: float
@@ -134,10 +133,8 @@ class Budget(Policy):
     min_steps: int = 1
     max_steps: int | None = None
     frame_reduce: str = "min"
-    gain: float = 0.25
-    threshold: float = field(init=False)
     lag: float = field(init=False, default=0.0)
-    late: bool = field(init=False, default=False)
+    threshold: float = field(init=False)
 
     needs_confidence = True
 
@@ -150,19 +147,17 @@ class Budget(Policy):
     def check(self, limit: int) -> None:
         _check_unit("ceiling", self.ceiling)
         self._rule().check(limit)
-        for name in ("target_fps", "gain"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value!r}: must be a number above 0, e.g. {'16' if name == 'target_fps' else 0.25}")
+        fps = self.target_fps
+        if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
+            raise ValueError(f"target_fps={fps!r}: must be a number of frames a second above 0, e.g. 16")
 
     def done(self, chunk, step, confidence, limit) -> bool:
-        return (self.late and step >= self.min_steps) or self._rule().done(chunk, step, confidence, limit)
+        return self._rule().done(chunk, step, confidence, limit)
 
     def observe(self, seconds: float, frames: int) -> None:
         deadline = frames / self.target_fps
         self.lag = max(self.lag + seconds - deadline, -deadline)
-        self.late = self.lag > deadline
-        self.threshold = min(max(self.threshold - self.gain * self.lag / deadline, 0.0), self.ceiling)
+        self.threshold = self.ceiling * (1 - min(max(self.lag / deadline, 0.0), 1.0))
 
 
 def parse_policy(text: str) -> Policy:

@@ -26,7 +26,7 @@ def random_frames(rng: np.random.Generator, n: int, device: torch.device | str =
     """float32 [n, 1, 3, H, W] in [0, 1]: any look at any place."""
     looks = [LOOKS[i] for i in rng.integers(len(LOOKS), size=n)]
     frames = torch.from_numpy(render(looks, *rng.uniform(LOW, HIGH, size=(2, n)))).to(device)
-    return (frames.permute(0, 3, 1, 2) / 255).unsqueeze(1)
+    return (frames.permute(0, 3, 1, 2) / 255).unsqueeze(1).contiguous()
 
 
 def reconstruction_loss(output: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def reconstruction_loss(output: torch.Tensor, frames: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def held_out_psnr(codec: PixelCodec, n: int = 512, seed: int = 2**31) -> float:
+def held_out_psnr(codec: PixelCodec, n: int = 256, seed: int = 2**31) -> float:
     """PSNR in dB over n frames of a random stream that training does not draw from; the codec must be in `eval()`."""
     frames = random_frames(np.random.default_rng(seed), n, next(codec.parameters()).device)
     output, _ = codec.decode(codec.encode(frames))
@@ -100,5 +100,5 @@ def train_codec(
         if log is not None:
             log(i, loss.item())
     codec.eval()
-    rescale_latents(codec, random_frames(rng, 1024, device))
+    rescale_latents(codec, random_frames(rng, 256, device))
     return codec, held_out_psnr(codec)

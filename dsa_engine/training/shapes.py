@@ -2,6 +2,7 @@
 
     python -m dsa_engine.training.shapes codec --out runs
     torchrun --nproc-per-node 2 -m dsa_engine.training.shapes teacher --out runs
+    torchrun --nproc-per-node 2 -m dsa_engine.training.shapes student --out runs
 
 On a CPU, glibc's allocator gives memory back too eagerly: MALLOC_MMAP_THRESHOLD_=4000000000
 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000 make a step 1.3 times faster.
@@ -10,25 +11,31 @@ MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000 make a step 1.3 time
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsa_engine import synthetic
-from dsa_engine.config import ModelConfig
+from dsa_engine.config import ModelConfig, RolloutConfig
+from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.pixel_codec import PixelCodec
 from dsa_engine.models.text import SlotTextEncoder
+from dsa_engine.training.codec import train_codec
 from dsa_engine.training.flow import flow_loss
 from dsa_engine.training.init import init_weights
 from dsa_engine.training.teacher_forcing import teacher_forced
-from dsa_engine.training.trainer import Trainer, batches, rank
+from dsa_engine.training.student import StudentLosses
+from dsa_engine.training.trainer import Trainer, batches, level, rank
 
+ROLLOUT = RolloutConfig(chunk_frames=3, window=9, steps=(1000, 750, 500, 250), shift=3.0)
+LATENT_SIZE = 8
 CHUNK, CHUNKS, CONTEXT = 3, 4, 2  # latent frames a chunk, chunks a clip, past chunks in the window of 9 frames
 POOL, PER_POOL = 4096, 2000  # clips in a pool, steps until it is made anew
 
@@ -78,21 +85,66 @@ def train_teacher(out: Path, steps: int, batch: int, lr: float, seed: int, compi
     trainer.run(loss, note="teacher")
 
 
+def load_teacher(out: Path) -> nn.ModuleDict:
+    """The teacher's averaged weights, from its last checkpoint."""
+    teacher = new_generator(0)
+    teacher.load_state_dict(torch.load(out / "teacher" / "checkpoint.pt", weights_only=True)["ema"])
+    return teacher.requires_grad_(False)
+
+
+def train_student(out: Path, steps: int, batch: int, lr: float, seed: int, compiled: bool) -> None:
+    codec, teacher = load_codec(out), load_teacher(out)
+    losses = StudentLosses(teacher["dit"], teacher["text"], ROLLOUT, CONTEXT, LATENT_SIZE, compiled)
+    head = ConfidenceHead(teacher["dit"].config)
+    model = nn.ModuleDict({"dit": copy.deepcopy(teacher["dit"]).requires_grad_(True), "confidence": head})
+    options = dict(betas=(0.0, 0.99), ema_decay=0.995, factor=level)
+    rates = {"dit": lr, "confidence": 5 * lr}
+    trainer = Trainer(model, out / "student", steps, rates, seed, **options)
+    critic = Trainer(losses.critic, out / "critic", 2 * steps, 2.5 * lr, seed, **options)
+    if trainer.resume():
+        critic.resume()
+    data = batches(
+        lambda index: latent_pool(codec, 1_000_000 * seed + 500_000 + 1000 * index + rank()), batch, PER_POOL, trainer.step
+    )
+
+    def loss(generator: torch.Generator) -> Tensor:
+        latents, tokens, _ = next(data)
+        rolled = losses.rollout(model["dit"], tokens, generator)
+        for _ in range(2):  # the critic must keep up with the student
+            critic.update(losses.critic_loss(rolled, generator))
+        return losses.student_loss(model, rolled, (latents.float(), tokens), generator)
+
+    def on_save() -> None:
+        critic.save()
+        if rank() == 0:
+            tensors = {k: v.contiguous() for k, v in trainer.ema.state_dict().items()}
+            save_file(tensors, out / "student" / f"step-{trainer.step:05d}.safetensors")
+
+    trainer.run(loss, save_every=100, note="student", report=lambda: losses.report, on_save=on_save)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("codec", "teacher"))
+    parser.add_argument("stage", choices=("codec", "teacher", "student"))
     parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     args = parser.parse_args()
+    args.steps = args.steps or {"codec": 6000, "teacher": 8000, "student": 500}[args.stage]
+    args.lr = args.lr or {"codec": 2e-3, "teacher": 3e-3, "student": 2e-4}[args.stage]
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    if args.stage == "teacher":
-        train_teacher(args.out, args.steps, args.batch, args.lr, args.seed, not args.eager)
+    if args.stage == "codec":
+        codec, _ = train_codec(args.steps, args.seed)
+        save_file(codec.state_dict(), args.out / "codec.safetensors")
+        return
+    train = {"teacher": train_teacher, "student": train_student}[args.stage]
+    train(args.out, args.steps, args.batch, args.lr, args.seed, not args.eager)
 
 
 if __name__ == "__main__":

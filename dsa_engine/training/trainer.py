@@ -39,25 +39,40 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def level(step: int, steps: int, warmup: int = 20) -> float:
+    """Learning-rate factor: linear warm-up, then constant."""
+    return min(1.0, (step + 1) / warmup)
+
+
 class Trainer:
     """Trains `model` by a loss function that draws from `generator`; everything it needs to resume is in one file.
 
-    The EMA warms up as n / (n + 50), so short runs do not average in the initial weights.
+    The EMA warms up as n / (n + 50), so short runs do not average in the initial weights. lr: one learning rate, or one
+    for each child of the model by name; factor(step, steps) multiplies it.
     """
 
     def __init__(
-        self, model: nn.Module, folder: Path, steps: int, lr: float, seed: int = 0,
+        self, model: nn.Module, folder: Path, steps: int, lr: float | dict[str, float], seed: int = 0,
         betas: tuple[float, float] = (0.9, 0.98), weight_decay: float = 0.01, ema_decay: float = 0.999,
+        factor: Callable[[int, int], float] = falling,
     ):  # fmt: skip
-        self.model, self.folder, self.steps, self.lr, self.ema_decay = model, Path(folder), steps, lr, ema_decay
+        self.model, self.folder, self.steps, self.factor = model, Path(folder), steps, factor
+        self.ema_decay = ema_decay
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        rates = lr if isinstance(lr, dict) else {"": lr}
+        groups = [{"params": list(model.get_submodule(name).parameters()), "lr": rate} for name, rate in rates.items()]
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)
+        self.rates = list(rates.values())
         self.generator = torch.Generator().manual_seed(1000 * seed + rank())
         self.step = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, loss: Callable[[torch.Generator], Tensor], save_every: int = 500, note: str = "") -> None:
-        """Step until `steps`, with a progress bar; log every 20 steps; checkpoint every `save_every`."""
+    def run(
+        self, loss: Callable[[torch.Generator], Tensor], save_every: int = 500, note: str = "",
+        report: Callable[[], dict[str, float]] = dict, on_save: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Step until `steps`, with a progress bar; log every 20 steps, with what `report` adds; checkpoint every
+        `save_every`, then call `on_save`."""
         window: list[float] = []
         started = time.perf_counter()
         with tqdm(total=self.steps, initial=self.step, desc=note, mininterval=5, disable=rank() > 0) as bar:
@@ -67,18 +82,19 @@ class Trainer:
                 if self.step % 20 == 0 and rank() == 0:
                     mean = sum(window) / len(window)
                     bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                    self._log(step=self.step, loss=mean, seconds=time.perf_counter() - started)
+                    self._log(step=self.step, loss=mean, seconds=time.perf_counter() - started, **report())
                     window.clear()
                 if self.step % save_every == 0 or self.step == self.steps:
                     self.save()
+                    on_save()
 
     def update(self, loss: Tensor) -> float:
         """One optimiser step with clipping at norm 1. Raises FloatingPointError when the loss is not finite."""
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"loss {value} at step {self.step}; the last checkpoint is in {self.folder}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * falling(self.step, self.steps)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * self.factor(self.step, self.steps)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(self.model)

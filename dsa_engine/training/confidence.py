@@ -1,0 +1,23 @@
+"""The confidence head's joint objective: learned attenuation of the distillation loss, no labels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PENALTY = 0.3  # lambda: a frame of loss L earns the confidence lambda / L
+CEILING = 10.0
+
+
+def attenuation_loss(logit: Tensor, loss: Tensor, penalty: float = PENALTY) -> Tensor:
+    """mean(c L - penalty log c), c = sigmoid(logit). Its minimum is c = min(1, penalty / L): sure where the loss is low.
+
+    The log keeps the head from the trivial answer c = 0. logit, loss [R, F]; the loss is taken as given.
+    """
+    certain = logit.float().sigmoid().clamp(1e-4, 1 - 1e-4)
+    return (certain * loss.detach().clamp(max=CEILING) - penalty * certain.log()).mean()
+
+
+def attenuation_weight(logit: Tensor) -> Tensor:
+    """c / mean(c): what the generator's per-frame loss is multiplied with. The mean step size stays as it was."""
+    certain = logit.float().sigmoid().detach()
+    return certain / certain.mean()

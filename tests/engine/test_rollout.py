@@ -1,0 +1,175 @@
+"""A rollout on the ring cache against one that keeps every key for ever, and its two commit modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsa_engine import Fixed, PerChunk
+from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.engine import Engine
+
+SIZE, CHUNKS, FRAMES = 4, 6, 2
+
+
+def engine(dit, **options) -> Engine:
+    return Engine(dit, None, None, None, RolloutConfig(chunk_frames=FRAMES, shift=3.0, **options), max_sessions=2)
+
+
+def rollout(dit, noise, embeds, counts=(2,), given=None, **options):
+    made = engine(dit, **options)
+    return made.rollout(
+        embeds, height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, policy=PerChunk(list(counts)),
+        seeds=range(len(noise)), config=made.config, initial=noise, renoise=given,
+    )  # fmt: skip
+
+
+def run(roll) -> torch.Tensor:
+    chunks = []
+    for _ in range(CHUNKS):
+        result = roll.denoise()
+        roll.accept(result.latents)
+        chunks.append(result.latents)
+    return torch.cat(chunks, dim=1)
+
+
+def rotated(x, heads, cos, sin):
+    z = torch.view_as_complex(x.double().unflatten(-1, (heads, -1, 2)).contiguous())
+    return torch.view_as_real(z * torch.complex(cos.double(), sin.double())[:, :, None]).flatten(-2).float()
+
+
+class Everything:
+    """A memory that concatenates every frame's keys and slices out the sink and the last window - sink frames."""
+
+    def __init__(self, layers, heads, tokens, window, sink):
+        self.kv = [[] for _ in range(layers)]
+        self.heads, self.tokens, self.window, self.sink, self.keep = heads, tokens, window, sink, False
+
+    def attend(self, layer, q, k, v, gains, rope, eps):
+        def norm(x, gain):
+            return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+
+        q, k = rotated(norm(q, gains[0]), self.heads, *rope), rotated(norm(k, gains[1]), self.heads, *rope)
+        v = v.unflatten(-1, (self.heads, -1))
+        past = self.kv[layer] + [(k, v)]
+        if self.keep:
+            self.kv[layer] = past
+        keys, values = (torch.cat([pair[i] for pair in past], dim=1) for i in (0, 1))
+        sink, ring = self.sink * self.tokens, (self.window - self.sink) * self.tokens
+        start = max(sink, keys.shape[1] - ring)
+        keys, values = (torch.cat((x[:, :sink], x[:, start:]), dim=1) for x in (keys, values))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) / q.shape[-1] ** 0.5
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values).flatten(2)
+
+
+def naive(dit, noise, embeds, counts, renoise, sigmas, window, sink, commit="clean"):
+    config = dit.config
+    memory = Everything(config.num_layers, config.num_heads, 4, window, sink)
+    text_kv, out = dit.text_kv(embeds), []
+    for c in range(CHUNKS):
+        x = noise[:, c * FRAMES : (c + 1) * FRAMES]
+        frames = torch.arange(c * FRAMES, (c + 1) * FRAMES).expand(len(x), -1)
+        count = counts[min(c, len(counts) - 1)]
+        for step in range(count):
+            memory.keep = commit == "exit_step" and step == count - 1
+            x0 = x - sigmas[step] * dit(x, torch.full((len(x), FRAMES), 1000 * sigmas[step]), frames, text_kv, memory)[0]
+            if step + 1 < count:
+                s = sigmas[step + 1]
+                x = (1 - s) * x0 + s * renoise[:, c * FRAMES : (c + 1) * FRAMES]
+        if commit == "clean":
+            memory.keep = True
+            dit(x0, torch.zeros(len(x), FRAMES), frames, text_kv, memory)
+        memory.keep = False
+        out.append(x0)
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize(
+    "window, sink, commit",
+    [(None, 0, "clean"), (6, 0, "clean"), (5, 0, "clean"), (6, 2, "clean"), (7, 3, "clean"), (6, 1, "exit_step")],
+)
+def test_ring_equals_a_cache_that_keeps_everything(tiny_dit, close, window, sink, commit):
+    noise, given = torch.randn(2, 2, CHUNKS * FRAMES, 16, SIZE, SIZE).unbind(0)
+    embeds, counts = torch.randn(2, 5, 40), (2, 1, 3, 2)
+    options = dict(window=window, sink=sink, commit=commit)
+    roll = rollout(tiny_dit, noise, embeds, counts, given, **options)
+    roll.cache.k.fill_(float("nan"))
+    roll.cache.v.fill_(float("nan"))
+    sigmas = roll.schedule.sigmas
+    expected = naive(tiny_dit, noise, embeds, counts, given, sigmas, window or CHUNKS * FRAMES, sink, commit)
+    close(run(roll), expected, 1e-4)
+
+
+def test_a_switch_with_recache_equals_a_past_made_under_the_new_prompt(tiny_dit, close):
+    """Global window: after the switch the cache must be what committing the same latents under the new prompt gives."""
+    noise, given = torch.randn(2, 1, CHUNKS * FRAMES, 16, SIZE, SIZE).unbind(0)
+    old, new = torch.randn(2, 1, 5, 40).unbind(0)
+    switched = rollout(tiny_dit, noise, old, given=given, window=None)
+    for _ in range(3):
+        switched.accept(switched.denoise().latents)
+    switched.switch(tiny_dit.text_kv(new), recache=True)
+    fresh = rollout(tiny_dit, noise, new, given=given, window=None)
+    for _, latents in list(switched.past):
+        fresh.accept(latents)
+        fresh.settle()
+    close(switched.denoise().latents, fresh.denoise().latents, 1e-6)
+
+
+@pytest.mark.parametrize("window, sink", [(6, 0), (7, 3), (6, 2), (5, 0)])
+def test_recache_under_the_same_prompt_keeps_every_frame_at_its_place(tiny_dit, window, sink):
+    """The first layer's keys depend on a frame's latents and position alone, so a replay must bring them all back."""
+    noise, embeds = torch.randn(1, CHUNKS * FRAMES, 16, SIZE, SIZE), torch.randn(1, 5, 40)
+    roll = rollout(tiny_dit, noise, embeds, window=window, sink=sink)
+    run(roll)
+    roll.settle()
+
+    def first_layer_keys():
+        length = int(roll.cache.length[roll.slot])
+        keys = roll.cache.k[0, roll.slot, :length].flatten(2)[0]
+        return keys[keys[:, 0].argsort()]
+
+    before, position = first_layer_keys(), roll.cache.position.clone()
+    roll.switch(roll.text_kv, recache=True)
+    roll.settle()
+    torch.testing.assert_close(first_layer_keys(), before, rtol=0, atol=1e-5)
+    assert roll.cache.position.equal(position)
+
+
+def test_without_recache_the_past_keeps_the_old_prompt(tiny_dit):
+    noise, (old, new) = torch.randn(1, CHUNKS * FRAMES, 16, SIZE, SIZE), torch.randn(2, 1, 5, 40).unbind(0)
+    outcomes = {}
+    for recache in (True, False):
+        roll = rollout(tiny_dit, noise, old, window=None)
+        for _ in range(2):
+            roll.accept(roll.denoise().latents)
+        roll.settle()
+        kept = roll.cache.k[:, roll.slot, : 2 * FRAMES].clone()
+        roll.switch(tiny_dit.text_kv(new), recache)
+        outcomes[recache] = roll.denoise().latents
+        assert roll.cache.k[:, roll.slot, : 2 * FRAMES].equal(kept) is not recache
+    assert not outcomes[True].equal(outcomes[False])
+
+
+def test_positions_are_absolute(tiny_dit):
+    """A chunk's frames are counted from the clip's start, also after the ring has wrapped."""
+    noise, embeds = torch.randn(1, CHUNKS * FRAMES, 16, SIZE, SIZE), torch.randn(1, 5, 40)
+    roll = rollout(tiny_dit, noise, embeds, window=4)
+    run(roll)
+    frames = roll._rows().frames - FRAMES
+    assert frames.tolist() == [[(CHUNKS - 2) * FRAMES, (CHUNKS - 2) * FRAMES + 1]]  # the last chunk is not committed
+
+
+def test_too_few_slots_is_an_error_that_says_what_to_do(tiny_dit):
+    made = engine(tiny_dit, window=4)
+    cache = made._cache(4, 0, 4, slots=1)
+    cache.acquire(1)
+    with pytest.raises(RuntimeError, match="max_sessions"):
+        cache.acquire(1)
+
+
+def test_an_endless_rollout_needs_a_window(tiny_dit):
+    made = engine(tiny_dit, window=None)
+    with pytest.raises(ValueError, match="rolling window"):
+        made.rollout(
+            torch.randn(1, 5, 40), height=SIZE, width=SIZE, frames=None, policy=Fixed(1), seeds=[0], config=made.config
+        )

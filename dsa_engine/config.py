@@ -15,9 +15,9 @@ def nearest(value: int, step: int, low: int = 1) -> int:
     return max(low, round(value / step)) * step
 
 
-def _count(value: Any) -> int:
+def _count(value: Any, low: int = 1) -> int:
     """The legal count nearest to whatever was given as one."""
-    return max(1, round(value)) if isinstance(value, (int, float)) and abs(value) < float("inf") else 1
+    return max(low, round(value)) if isinstance(value, (int, float)) and abs(value) < float("inf") else low
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class RolloutConfig:
             if name == "window" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                near = max(low, _count(value))
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least {low}; nearest is {near}")
+                rule = f"must be a whole number of at least {low}"
+                raise ValueError(f"{name}={value!r}: {rule}; nearest is {_count(value, low)}")
         least = self.sink + self.chunk_frames
         if self.window is not None and self.window < least:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,7 @@ from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
-logger = logging.getLogger(__name__)
-
+GLOBAL = -1  # as a window: the whole clip, Self-Forcing's local_attn_size = -1
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
@@ -36,6 +34,14 @@ class VideoOutput:
     steps_per_chunk: list[list[int]]
     confidence: list[list[list[float]]] | None
     timings: dict[str, float]
+
+
+def changed(config: RolloutConfig, **changes) -> RolloutConfig:
+    """The config with some fields changed and checked; None leaves a field as it is, window GLOBAL is no window."""
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if changes.get("window") == GLOBAL:
+        changes["window"] = None
+    return replace(config, **changes)
 
 
 class Pipeline:
@@ -52,6 +58,7 @@ class Pipeline:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         window: int | None = None,
         sink: int | None = None,
         shift: float | None = None,
@@ -64,15 +71,18 @@ class Pipeline:
         model: "shapes" (the small model in the package), a folder of this project's format, or a checkpoint file
         (`.safetensors`, `.pt`) of the Wan family with a Wan-style `config.json` beside it. A file has neither text
         encoder nor decoder and serves `generate_latents`.
-        device: default "cuda" where there is one, else "cpu". dtype: default bfloat16 on CUDA, float32 elsewhere.
-        window, sink: latent frames of the KV cache (RolloutConfig); shift, steps: the noise schedule.
+        device: default "cuda" where there is one, else "cpu". dtype (or torch_dtype): default bfloat16 on CUDA, float32
+        elsewhere. window, sink: latent frames of the KV cache (RolloutConfig), window=-1 for global attention; shift,
+        steps: the noise schedule. None leaves what the model's config says. max_sessions: cache slots of a pool.
         Raises FileNotFoundError or ValueError naming the file and what was expected of it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         parts = package.load(model, device=device, dtype=dtype)
-        changes = dict(window=window, sink=sink, shift=shift, steps=steps and tuple(steps), chunk_frames=chunk_frames)
-        config = replace(parts.rollout, **{k: v for k, v in changes.items() if v is not None})
+        steps = None if steps is None else tuple(steps)
+        config = changed(
+            parts.rollout, window=window, sink=sink, shift=shift, steps=steps, chunk_frames=chunk_frames
+        )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
         engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions)
         return cls(
@@ -109,6 +119,7 @@ class Pipeline:
         min_steps: int | None = None,
         max_steps: int | None = None,
         confidence_threshold: float | None = None,
+        commit: str | None = None,
     ) -> VideoOutput:
         """Whole clips, one per prompt, denoised as one batch; rows that stop early leave the batch.
 
@@ -117,7 +128,7 @@ class Pipeline:
         renoise: as in `generate_latents`. output_type: "np" float [B, T, H, W, C] in [0, 1], "pt" [B, T, C, H, W],
         "pil" lists of images, "latent" [B, F, C, h, w].
         step_policy: "dsa", "fixed", a `Policy`, or its command-line form such as "fixed:4"; default "dsa" where the model
-        has a confidence head. callback_on_step_end(pipe, step, timestep, {"latents": x0}) is called after every step.
+        has a confidence head. commit: "clean" or "exit_step" (RolloutConfig). callback_on_step_end(pipe, step, timestep, {"latents": x0}) is called after every step.
         """
         if guidance_scale != 1.0 or negative_prompt is not None:
             raise ValueError(
@@ -141,7 +152,7 @@ class Pipeline:
 
         rollout = self.engine.rollout(
             embeds, height=size[0], width=size[1], frames=frames, policy=policy,
-            seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=self.config, initial=latents, renoise=renoise,
+            seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=changed(self.config, commit=commit), initial=latents, renoise=renoise,
         )  # fmt: skip
         chunks, first_chunk = [], None
         for _ in range(frames // self.config.chunk_frames):
@@ -166,6 +177,7 @@ class Pipeline:
         renoise: Renoise | None = None,
         step_policy: str | Policy | None = None,
         seed: int = 0,
+        commit: str | None = None,
     ) -> Tensor:
         """A rollout with everything random given from outside: clean latents [B, F, C, H, W] for the noise `latents`.
 
@@ -176,7 +188,7 @@ class Pipeline:
         """
         return self(
             latents=latents, prompt_embeds=prompt_embeds, renoise=renoise, step_policy=step_policy, seed=seed,
-            output_type="latent",
+            commit=commit, output_type="latent",
         ).frames  # fmt: skip
 
     def session(
@@ -204,13 +216,12 @@ class Pipeline:
         embeds = self._embeds(prompt, prompt_embeds)
         if len(embeds) != 1:
             raise ValueError(f"{len(embeds)} prompts: a session is one stream; open one session per prompt")
-        changes = {k: v for k, v in dict(window=window, sink=sink, commit=commit).items() if v is not None}
         size = self._size(height, width, None)
         return self.engine.session(
             prompt, embeds, height=size[0], width=size[1],
             frames=None if num_frames is None else self._latent_frames(num_frames), fps=self.fps,
             policy=self._policy(step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold),
-            seed=check_seed(seed), config=replace(self.config, **changes),
+            seed=check_seed(seed), config=changed(self.config, window=window, sink=sink, commit=commit),
         )  # fmt: skip
 
     def stream(self, prompt: str, num_frames: int | None = None, **options) -> Iterator[Chunk]:
@@ -255,7 +266,7 @@ class Pipeline:
                     f"{model.text_len}"
                 )
             return prompt_embeds
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
             raise ValueError(f"prompt={prompt!r}: must be a text that is not empty, or a list of such")
         return self.engine.encode(prompts)
@@ -308,6 +319,8 @@ class Pipeline:
 
     def _latent_frames(self, frames: int | None) -> int:
         """Latent frames of a clip of `frames` pixel frames, which must come out as whole chunks."""
+        if self.engine.decoder is None:
+            raise ValueError("this pipeline has no decoder: use generate_latents, or give latents; their shape counts")
         frames = self.frames if frames is None else frames
         if isinstance(frames, bool) or not isinstance(frames, (int, np.integer)) or frames < 1:
             raise ValueError(f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {self._whole(1)}")

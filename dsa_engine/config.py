@@ -110,9 +110,7 @@ PRESETS = {
     "wan2.1-t2v-1.3b": ModelConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     # The small model that ships in the package: 64x64 pixels, 16x8x8 latents, 16 tokens a frame.
-    "shapes": ModelConfig(
-        dim=128, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=4, freq_dim=64
-    ),
+    "shapes": ModelConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=4, freq_dim=64),
 }
 
 
@@ -158,7 +156,9 @@ class RolloutConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = [k for k in values if k not in known]
         if unknown:
-            raise ValueError(f"rollout config has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"rollout config has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,8 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsa_engine.synthetic import BACKGROUNDS, COLORS, HIGH, LOW, SHAPES, SIZE, Caption
-from dsa_engine.synthetic import as_caption, coverage, distance, window
+from dsa_engine.synthetic import (
+    BACKGROUNDS,
+    COLORS,
+    HIGH,
+    LOW,
+    SHAPES,
+    SIZE,
+    Caption,
+    as_caption,
+    coverage,
+    distance,
+    window,
+)
 
 FIT_LIMIT = 0.006  # a valid frame's largest template error; a missing shape costs .003 to .04, a wrong background .03
 MASS_LIMIT = 20  # px; a shape has 187 to 314

@@ -80,14 +80,10 @@ class Pipeline:
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         parts = package.load(model, device=device, dtype=dtype)
         steps = None if steps is None else tuple(steps)
-        config = changed(
-            parts.rollout, window=window, sink=sink, shift=shift, steps=steps, chunk_frames=chunk_frames
-        )
+        config = changed(parts.rollout, window=window, sink=sink, shift=shift, steps=steps, chunk_frames=chunk_frames)
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
         engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions)
-        return cls(
-            engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps
-        )
+        return cls(engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps)
 
     @property
     def config(self) -> RolloutConfig:
@@ -127,8 +123,9 @@ class Pipeline:
         later clips count up; `generator` gives its initial seed. latents: noise [B, F, C, H, W] instead of drawing it;
         renoise: as in `generate_latents`. output_type: "np" float [B, T, H, W, C] in [0, 1], "pt" [B, T, C, H, W],
         "pil" lists of images, "latent" [B, F, C, h, w].
-        step_policy: "dsa", "fixed", a `Policy`, or its command-line form such as "fixed:4"; default "dsa" where the model
-        has a confidence head. commit: "clean" or "exit_step" (RolloutConfig). callback_on_step_end(pipe, step, timestep, {"latents": x0}) is called after every step.
+        step_policy: "dsa", "fixed", a `Policy`, or its command-line form such as "fixed:4"; default "dsa" where the
+        model has a confidence head. commit: "clean" or "exit_step" (RolloutConfig).
+        callback_on_step_end(pipe, step, timestep, {"latents": x0}) is called after every step.
         """
         if guidance_scale != 1.0 or negative_prompt is not None:
             raise ValueError(
@@ -152,7 +149,8 @@ class Pipeline:
 
         rollout = self.engine.rollout(
             embeds, height=size[0], width=size[1], frames=frames, policy=policy,
-            seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=changed(self.config, commit=commit), initial=latents, renoise=renoise,
+            seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=changed(self.config, commit=commit),
+            initial=latents, renoise=renoise,
         )  # fmt: skip
         chunks, first_chunk = [], None
         for _ in range(frames // self.config.chunk_frames):
@@ -260,7 +258,12 @@ class Pipeline:
         if prompt_embeds is not None:
             model = self.engine.dit.config
             shape = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else type(prompt_embeds).__name__
-            if not isinstance(shape, list) or len(shape) != 3 or shape[2] != model.text_dim or shape[1] > model.text_len:
+            if (
+                not isinstance(shape, list)
+                or len(shape) != 3
+                or shape[2] != model.text_dim
+                or shape[1] > model.text_len
+            ):
                 raise ValueError(
                     f"prompt_embeds of shape {shape}: must be a tensor [B, L, {model.text_dim}] with L at most "
                     f"{model.text_len}"
@@ -276,7 +279,12 @@ class Pipeline:
         if isinstance(policy, str) and ":" in policy:
             policy = parse_policy(policy)
         if isinstance(policy, Policy):
-            given = {"num_inference_steps": ceiling, "min_steps": least, "max_steps": most, "confidence_threshold": threshold}
+            given = {
+                "num_inference_steps": ceiling,
+                "min_steps": least,
+                "max_steps": most,
+                "confidence_threshold": threshold,
+            }
             if any(v is not None for v in given.values()):
                 named = ", ".join(k for k, v in given.items() if v is not None)
                 raise ValueError(f"{named}: already said by step_policy={policy}; give one or the other")
@@ -323,11 +331,15 @@ class Pipeline:
             raise ValueError("this pipeline has no decoder: use generate_latents, or give latents; their shape counts")
         frames = self.frames if frames is None else frames
         if isinstance(frames, bool) or not isinstance(frames, (int, np.integer)) or frames < 1:
-            raise ValueError(f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {self._whole(1)}")
+            raise ValueError(
+                f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {self._whole(1)}"
+            )
         decoder, chunk = self.engine.decoder, self.config.chunk_frames
         whole = self._whole(frames)
         if whole != frames:
-            raise ValueError(f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames; nearest is {whole}")
+            raise ValueError(
+                f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames; nearest is {whole}"
+            )
         return decoder.latent_frames_of(int(frames))
 
     def _whole(self, frames: int) -> int:
@@ -353,14 +365,18 @@ class Pipeline:
 
     def _check_noise(self, latents, renoise, batch: int, frames: int, size: tuple[int, int]) -> None:
         if latents is not None and latents.shape[0] != batch:
-            raise ValueError(f"latents of {latents.shape[0]} clips with {batch} prompts: must be as many; nearest is {batch}")
+            raise ValueError(
+                f"latents of {latents.shape[0]} clips with {batch} prompts: must be as many; nearest is {batch}"
+            )
         if renoise is None or callable(renoise):
             return
         clip = [batch, frames, self.engine.dit.config.in_dim, *size]
         legal = [clip, [self.max_steps - 1, *clip]]
         if not isinstance(renoise, Tensor) or list(renoise.shape) not in legal or not renoise.is_floating_point():
             got = f"{renoise.dtype} {list(renoise.shape)}" if isinstance(renoise, Tensor) else type(renoise).__name__
-            raise ValueError(f"renoise {got}: must be a floating-point tensor of shape {legal[0]} or {legal[1]}, or a callable")
+            raise ValueError(
+                f"renoise {got}: must be a floating-point tensor of shape {legal[0]} or {legal[1]}, or a callable"
+            )
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor, output_type: str):

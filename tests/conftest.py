@@ -60,7 +60,7 @@ def tiny_dit(tiny_config) -> CausalDiT:
 
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory):
-    """A model folder in the project's format with random weights, whose confidence varies enough to stop at any step."""
+    """A model folder in the project's format with random weights, whose confidence varies enough to stop anywhere."""
     torch.manual_seed(7)
     config = ModelConfig(dim=64, ffn_dim=96, num_heads=2, num_layers=2, text_dim=16, text_len=4, freq_dim=32)
     dit = CausalDiT(config)

@@ -104,7 +104,7 @@ def test_the_fit_is_that_of_a_plain_search(shape, x, y, seed):
     near = [(rx + dx, ry + dy) for dx in shifts for dy in shifts]
     drawn = blurred(synthetic.render(caption, *np.transpose(near)))
     inside = np.s_[2:-2, 2:-2]  # away from the frame's edge, whose smoothing differs
-    errors = np.square(drawn - blurred((frame * 255)[None]))[:, *inside].mean(axis=(1, 2, 3))
+    errors = np.square(drawn - blurred((frame * 255)[None]))[(slice(None), *inside)].mean(axis=(1, 2, 3))
     assert scores.fit[0] == pytest.approx(errors.min(), rel=0.1, abs=3e-5)
     assert np.hypot(*(scores.xy[0] - (x, y))) < 0.25
 

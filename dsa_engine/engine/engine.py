@@ -69,7 +69,15 @@ class Engine:
     def _cache(self, window: int, sink: int, tokens: int, slots: int) -> KVCache:
         model = self.dit.config
         return KVCache(
-            model.num_layers, model.num_heads, model.head_dim, tokens, window, sink, slots, self.dit.device, self.dit.dtype
+            model.num_layers,
+            model.num_heads,
+            model.head_dim,
+            tokens,
+            window,
+            sink,
+            slots,
+            self.dit.device,
+            self.dit.dtype,
         )
 
     @torch.inference_mode()

@@ -84,7 +84,9 @@ class Session:
         """
         self._check_open()
         if self.exhausted:
-            raise RuntimeError(f"the clip is complete: {self._limit} latent frames in {self.index} chunks were asked for")
+            raise RuntimeError(
+                f"the clip is complete: {self._limit} latent frames in {self.index} chunks were asked for"
+            )
         start = time.perf_counter()
         result = self._rollout.denoise(on_step)
         confidence = None if result.confidence is None else result.confidence[0].tolist()

@@ -1,15 +1,16 @@
 """Checkpoint files: read them safely, bring their names to Wan's own, load them strictly.
 
 Reads `.safetensors` and `.pt`/`.pth` (tensors only, `weights_only=True`), Self-Forcing's training dicts, FSDP and
-compile wrappers in the names, and diffusers' `WanTransformer3DModel` names. Names are data (`DIFFUSERS_NAMES`), not code.
+compile wrappers in the names, and diffusers' `WanTransformer3DModel` names. Names are data, not code.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -62,7 +63,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: a checkpoint must end in one of {', '.join(SUFFIXES)}, not {path.suffix or 'nothing'}")
+        raise ValueError(
+            f"{path}: a checkpoint must end in one of {', '.join(SUFFIXES)}, not {path.suffix or 'nothing'}"
+        )
     return _plain_tensors(path, _unpickle(path))
 
 
@@ -124,7 +127,9 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     ]
     if missing or unexpected or misshapen:
         parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        report = "; ".join(f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in parts if n)
+        report = "; ".join(
+            f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in parts if n
+        )
         raise ValueError(f"{source}: does not fit the model's config: {report}")
     module.load_state_dict(tensors, assign=any(p.is_meta for p in module.parameters()))
 

@@ -22,7 +22,13 @@ class Memory(Protocol):
     """Owns the keys and values of the past: a ring cache at inference, the neighbouring chunks in training."""
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, gains: tuple[Tensor, Tensor], rope: tuple[Tensor, Tensor],
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gains: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
         eps: float,
     ) -> Tensor:
         """Raw q, k, v [B, T, C] of this chunk -> attention output [B, T, C] over the past and the chunk."""

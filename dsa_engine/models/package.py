@@ -76,7 +76,9 @@ def _load_folder(folder: Path, device, dtype) -> Parts:
     for name, make in _OPTIONAL.items():
         if any(key.startswith(name + ".") for key in tensors):
             modules[name] = make(config)
-    load_strict(nn.ModuleDict(modules), {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, source)
+    load_strict(
+        nn.ModuleDict(modules), {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, source
+    )
     for module in modules.values():
         module.to(device=device, dtype=dtype).requires_grad_(False).eval()
     return Parts(
@@ -92,7 +94,14 @@ _OPTIONAL = {
 }
 
 
-def save(folder: Path, name: str, modules: Mapping[str, nn.Module], rollout: RolloutConfig, video: Mapping, dtype=torch.float16):
+def save(
+    folder: Path,
+    name: str,
+    modules: Mapping[str, nn.Module],
+    rollout: RolloutConfig,
+    video: Mapping,
+    dtype=torch.float16,
+):
     """Write a folder that `load` reads. Floating-point weights are stored as `dtype`; each file is renamed into place.
 
     modules: by part: `generator`, and any of `confidence`, `codec`, `text`. video: height, width, frames, fps.

@@ -47,6 +47,4 @@ def norm_rope_append(
             f"norm_rope_append: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} must be [B, F * S, C] alike, "
             f"with F = {write.shape[1]} frames of S = {k_cache.shape[2]} tokens"
         )
-    return implementation("norm_rope_append")(
-        q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write
-    )
+    return implementation("norm_rope_append")(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write)

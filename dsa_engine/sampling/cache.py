@@ -3,8 +3,9 @@
 Contract. A slot holds W frames: the first s are the sink, the other W - s a ring. Frames are written at `head`, which
 runs 0 .. W-1 and then wraps to s, so the sink stays for ever and the oldest ring frame is overwritten. The chunk being
 denoised is written at `head` too, over the frames it evicts; only `advance` moves the head, so every denoising step of
-a chunk, its commit, and a second try after a failure write the same frames (as long as the chunk's size stays). At any time exactly the first
-min(length + F, W) frames of a slot are valid for a chunk of F frames, whatever the head: no data ever moves.
+a chunk, its commit, and a second try after a failure write the same frames (as long as the chunk's size stays). At any
+time exactly the first min(length + F, W) frames of a slot are valid for a chunk of F frames, whatever the head: no data
+ever moves.
 
 Keys are stored rotated at the absolute frame position they were made for (Self-Forcing's convention).
 """

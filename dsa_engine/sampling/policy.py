@@ -30,7 +30,7 @@ class Policy(ABC):
     def done(self, chunk: int, step: int, confidence: Sequence[float] | None, limit: int) -> bool:
         """After `step` steps (1, 2, ...) of chunk `chunk` (0, 1, ...): stop here? confidence: one value a frame."""
 
-    def observe(self, seconds: float, frames: int) -> None:
+    def observe(self, seconds: float, frames: int) -> None:  # noqa: B027 most policies have nothing to learn
         """A chunk of `frames` video frames took `seconds`, all its phases together."""
 
 

@@ -20,7 +20,9 @@ class Schedule:
 
     def __post_init__(self):
         if not self.shift > 0:
-            raise ValueError(f"shift={self.shift}: must be above 0; Self-Forcing uses 5.0, 1.0 leaves the steps as given")
+            raise ValueError(
+                f"shift={self.shift}: must be above 0; Self-Forcing uses 5.0, 1.0 leaves the steps as given"
+            )
         if not self.steps or self.steps[0] != TIMESTEPS:
             raise ValueError(f"steps={list(self.steps)}: the first must be {TIMESTEPS}, pure noise")
         if any(not 0 < low < high for high, low in zip(self.steps, self.steps[1:])):

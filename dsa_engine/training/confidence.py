@@ -9,7 +9,7 @@ CEILING = 10.0
 
 
 def attenuation_loss(logit: Tensor, loss: Tensor, penalty: float = PENALTY) -> Tensor:
-    """mean(c L - penalty log c), c = sigmoid(logit). Its minimum is c = min(1, penalty / L): sure where the loss is low.
+    """mean(c L - penalty log c), c = sigmoid(logit); least at c = min(1, penalty / L): sure where the loss is low.
 
     The log keeps the head from the trivial answer c = 0. logit, loss [R, F]; the loss is taken as given.
     """

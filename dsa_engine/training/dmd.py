@@ -34,7 +34,7 @@ def dmd_loss(x0: Tensor, gradient: Tensor) -> Tensor:
 
 
 class LevelNorm:
-    """Divides losses by their running mean at the same noise level, so that a hard frame stands out, not a noisy one."""
+    """Divides losses by their running mean at the same noise level: a hard frame stands out, not a noisy one."""
 
     def __init__(self, levels: int = 8, decay: float = 0.98):
         self.mean = torch.ones(levels)

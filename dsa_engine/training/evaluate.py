@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from dsa_engine import metrics, synthetic
 from dsa_engine.engine.session import to_uint8
 from dsa_engine.pipeline import Pipeline
+from dsa_engine.sampling.denoise import Step
 from dsa_engine.sampling.policy import Policy
 
 
@@ -30,8 +31,9 @@ def held_out(clips: int, chunks: int = 4, seed: int = 987_654_321, **odds) -> li
 
 
 def roll(
-    pipe: Pipeline, captions: Sequence[Sequence[synthetic.Caption]], policy: Policy, seed: int = 0, recache: bool = True
-) -> Rolled:
+    pipe: Pipeline, captions: Sequence[Sequence[synthetic.Caption]], policy: Policy, seed: int = 0,
+    recache: bool = True, on_step: Callable[[Step], None] | None = None,
+) -> Rolled:  # fmt: skip
     """One clip per list of captions (one a chunk, all lists alike in length), switching prompts as a session would."""
     engine, config = pipe.engine, pipe.config
     texts = [engine.encode([str(clip[i]) for clip in captions]) for i in range(len(captions[0]))]
@@ -43,7 +45,7 @@ def roll(
     for i, text in enumerate(texts):
         if i and any(clip[i] != clip[i - 1] for clip in captions):
             rollout.switch(engine.text_kv(text), recache)
-        chunks.append(rollout.denoise())
+        chunks.append(rollout.denoise(on_step))
         rollout.accept(chunks[-1].latents)
     with torch.inference_mode():
         pixels, _ = engine.decoder.decode(torch.cat([c.latents for c in chunks], dim=1), None)

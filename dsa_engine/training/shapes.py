@@ -1,8 +1,9 @@
-"""The recipe of the shipped small model, stage by stage: codec -> teacher -> student.
+"""The recipe of the shipped small model, stage by stage: codec -> teacher -> student -> package.
 
     python -m dsa_engine.training.shapes codec --out runs
     torchrun --nproc-per-node 2 -m dsa_engine.training.shapes teacher --out runs
     torchrun --nproc-per-node 2 -m dsa_engine.training.shapes student --out runs
+    python -m dsa_engine.training.shapes package --out runs
 
 On a CPU, glibc's allocator gives memory back too eagerly: MALLOC_MMAP_THRESHOLD_=4000000000
 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000 make a step 1.3 times faster.
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +26,24 @@ from torch import Tensor, nn
 
 from dsa_engine import synthetic
 from dsa_engine.config import ModelConfig, RolloutConfig
+from dsa_engine.models import package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.pixel_codec import PixelCodec
 from dsa_engine.models.text import SlotTextEncoder
+from dsa_engine.pipeline import Pipeline
+from dsa_engine.training.calibrate import confidence_by_step, thresholds
 from dsa_engine.training.codec import train_codec
+from dsa_engine.training.evaluate import held_out
 from dsa_engine.training.flow import flow_loss
 from dsa_engine.training.init import init_weights
-from dsa_engine.training.teacher_forcing import teacher_forced
 from dsa_engine.training.student import StudentLosses
+from dsa_engine.training.teacher_forcing import teacher_forced
 from dsa_engine.training.trainer import Trainer, batches, level, rank
 
 ROLLOUT = RolloutConfig(chunk_frames=3, window=9, steps=(1000, 750, 500, 250), shift=3.0)
 LATENT_SIZE = 8
+CALIBRATION_SEED = 123_456_789
 CHUNK, CHUNKS, CONTEXT = 3, 4, 2  # latent frames a chunk, chunks a clip, past chunks in the window of 9 frames
 POOL, PER_POOL = 4096, 2000  # clips in a pool, steps until it is made anew
 
@@ -104,7 +112,10 @@ def train_student(out: Path, steps: int, batch: int, lr: float, seed: int, compi
     if trainer.resume():
         critic.resume()
     data = batches(
-        lambda index: latent_pool(codec, 1_000_000 * seed + 500_000 + 1000 * index + rank()), batch, PER_POOL, trainer.step
+        lambda index: latent_pool(codec, 1_000_000 * seed + 500_000 + 1000 * index + rank()),
+        batch,
+        PER_POOL,
+        trainer.step,
     )
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -123,25 +134,48 @@ def train_student(out: Path, steps: int, batch: int, lr: float, seed: int, compi
     trainer.run(loss, save_every=100, note="student", report=lambda: losses.report, on_save=on_save)
 
 
+def make_package(out: Path, student: Path, folder: Path, clips: int = 256) -> None:
+    """Write the model folder of a student's weights, with thresholds calibrated on held-out clips."""
+    codec, teacher = load_codec(out), load_teacher(out)
+    model = nn.ModuleDict({"dit": teacher["dit"], "confidence": ConfidenceHead(teacher["dit"].config)})
+    model.load_state_dict(load_file(student))
+    modules = {"generator": model["dit"], "confidence": model["confidence"], "codec": codec, "text": teacher["text"]}
+    video = {"height": synthetic.SIZE, "width": synthetic.SIZE, "frames": 48, "fps": 12.0}
+    package.save(folder, "shapes", modules, ROLLOUT, video)
+    pipe = Pipeline.from_pretrained(folder, device="cpu")  # calibrated as it ships: with the rounded weights
+    presets = thresholds(confidence_by_step(pipe, held_out(clips, chunks=8, seed=CALIBRATION_SEED)))
+    package.save(folder, "shapes", modules, replace(ROLLOUT, presets=presets, threshold=presets["balanced"]), video)
+    logging.getLogger(__name__).info("thresholds %s", presets)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("codec", "teacher", "student"))
+    parser.add_argument("stage", choices=("codec", "teacher", "student", "package"))
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--student", type=Path, help="package: weights to ship, default the last of the student stage")
+    parser.add_argument("--folder", type=Path, default=package.ASSETS / "shapes", help="package: where to write")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     args = parser.parse_args()
-    args.steps = args.steps or {"codec": 6000, "teacher": 8000, "student": 500}[args.stage]
-    args.lr = args.lr or {"codec": 2e-3, "teacher": 3e-3, "student": 2e-4}[args.stage]
+    args.steps = args.steps or {"codec": 5000, "teacher": 6000, "student": 500}.get(args.stage)
+    args.lr = args.lr or {"teacher": 3e-3, "student": 2e-4}.get(args.stage)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     if args.stage == "codec":
         codec, _ = train_codec(args.steps, args.seed)
         save_file(codec.state_dict(), args.out / "codec.safetensors")
+        return
+    if args.stage == "package":
+        last = max(
+            (args.out / "student").glob("step-*.safetensors"), default=args.out / "student" / "step-00500.safetensors"
+        )
+        make_package(args.out, args.student or last, args.folder)
         return
     train = {"teacher": train_teacher, "student": train_student}[args.stage]
     train(args.out, args.steps, args.batch, args.lr, args.seed, not args.eager)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.rollout import Rollout
-from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, DiTOutput
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.sampling.cache import KVCache
@@ -47,11 +46,10 @@ def self_rollout(
     video = torch.empty(clips, chunks, *shape)
     x, sigma = torch.empty_like(video), torch.empty(clips, chunks)
 
+    def keep(step: Step) -> None:  # a later step of the same row overwrites an earlier one: the exit step stays
+        x[step.rows, rollout.index], sigma[step.rows, rollout.index] = step.x, step.sigma
+
     for chunk in range(chunks):
-
-        def keep(step: Step) -> None:  # a later step of the same row overwrites an earlier one: the exit step stays
-            x[step.rows, chunk], sigma[step.rows, chunk] = step.x, step.sigma
-
         if chunk:
             rollout.switch(text_kv[chunk], recache=False)
         result = rollout.denoise(keep)
@@ -64,7 +62,7 @@ class StudentLosses:
     """What the student's and the critic's optimisers step on, for one batch of prompts at a time.
 
     The real score is the frozen teacher with guidance, the fake score a critic that follows the student; both are
-    causal and conditioned on the student's own past, so the loss is known per frame, which is what the head learns from.
+    causal and conditioned on the student's own past, so the loss is known per frame: what the head learns from.
     """
 
     def __init__(

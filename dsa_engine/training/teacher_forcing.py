@@ -1,4 +1,4 @@
-"""Teacher forcing: all chunks of a clip in one forward, each on the clean past, exactly as the KV cache would serve it."""
+"""Teacher forcing: all chunks of a clip in one forward, each on the clean past, as the KV cache would serve it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dsa_engine.ops.reference import sdpa
 class TeacherForced:
     """A `Memory` whose rows are (clip, copy, chunk): copy 0 is clean and supplies the keys, copy 1 is noisy.
 
-    The query of chunk i, in either copy, sees the clean chunks i - context .. i - 1 and its own chunk. Keys are gathered
-    per chunk, not masked out of the full product, so the cost stays linear in the clip's length.
+    The query of chunk i, in either copy, sees the clean chunks i - context .. i - 1 and its own chunk. Keys are
+    gathered per chunk, not masked out of the full product, so the cost stays linear in the clip's length.
     """
 
     def __init__(self, clips: int, chunks: int, tokens: int, context: int, device=None):

@@ -72,7 +72,9 @@ def naive(dit, noise, embeds, counts, renoise, sigmas, window, sink, commit="cle
         count = counts[min(c, len(counts) - 1)]
         for step in range(count):
             memory.keep = commit == "exit_step" and step == count - 1
-            x0 = x - sigmas[step] * dit(x, torch.full((len(x), FRAMES), 1000 * sigmas[step]), frames, text_kv, memory)[0]
+            x0 = (
+                x - sigmas[step] * dit(x, torch.full((len(x), FRAMES), 1000 * sigmas[step]), frames, text_kv, memory)[0]
+            )
             if step + 1 < count:
                 s = sigmas[step + 1]
                 x = (1 - s) * x0 + s * renoise[:, c * FRAMES : (c + 1) * FRAMES]

@@ -134,7 +134,10 @@ def failing_once(function, at: int):
 @pytest.mark.parametrize("switch", [False, True])
 def test_a_failed_forward_leaves_the_session_as_it_was(pipe, monkeypatch, at, switch):
     """Whichever forward fails, in commit, recache or denoising: the second try gives what a first would have."""
-    with pipe.session(RED, seed=1, step_policy=Fixed(4)) as quiet, pipe.session(RED, seed=1, step_policy=Fixed(4)) as hurt:
+    with (
+        pipe.session(RED, seed=1, step_policy=Fixed(4)) as quiet,
+        pipe.session(RED, seed=1, step_policy=Fixed(4)) as hurt,
+    ):
         take(quiet, 4)
         take(hurt, 4)
         if switch:
@@ -211,7 +214,10 @@ def test_leaving_a_stream_early_frees_its_slot(pipe):
 
 def test_a_budget_reports_to_its_own_stream(pipe):
     impossible = Budget(1e9, ceiling=1.0)
-    with pipe.session(RED, seed=1, step_policy=impossible) as hurried, pipe.session(RED, seed=1, step_policy=Budget(1e-6, 1.0)) as calm:
+    with (
+        pipe.session(RED, seed=1, step_policy=impossible) as hurried,
+        pipe.session(RED, seed=1, step_policy=Budget(1e-6, 1.0)) as calm,
+    ):
         assert [c.steps for c in take(hurried, 5)][1:] == [1, 1, 1, 1]
         assert {c.steps for c in take(calm, 5)} == {4}
     assert impossible.lag == 0

@@ -88,7 +88,7 @@ def play(policy: Budget, step_seconds, chunks: int, frames: int = 12) -> list[in
 
 @pytest.mark.parametrize("step_seconds, affordable", [(0.10, 4), (0.25, 3), (0.3, 2.5), (0.375, 2), (0.75, 1)])
 def test_budget_settles_at_the_steps_that_the_deadline_affords(step_seconds, affordable):
-    """12 frames at 16 fps are 0.75 s a chunk; never later than a deadline and the chunk that ran over it; no step wasted."""
+    """12 frames at 16 fps are 0.75 s a chunk; never later than a deadline and the chunk that ran over."""
     counts = play(Budget(16, ceiling=1.0).start(LIMIT), lambda chunk: step_seconds, 60)
     late = [sum(counts[: n + 1]) * step_seconds - (n + 1) * 0.75 for n in range(60)]
     assert max(late) <= 0.75 + LIMIT * step_seconds

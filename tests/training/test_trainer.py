@@ -1,4 +1,4 @@
-"""The training loop: resumable to the bit, safe against a kill, the same in two processes as in one with both batches."""
+"""The training loop: resumable to the bit, safe against a kill, two processes step as one with both batches."""
 
 from __future__ import annotations
 

@@ -77,6 +77,8 @@ class Pipeline:
         Raises FileNotFoundError or ValueError naming the file and what was expected of it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         parts = package.load(model, device=device, dtype=dtype)
         steps = None if steps is None else tuple(steps)
@@ -88,6 +90,11 @@ class Pipeline:
     @property
     def config(self) -> RolloutConfig:
         return self.engine.config
+
+    @property
+    def default_threshold(self) -> float:
+        """The threshold of step_policy="dsa": the model's own, 0.5 where it was never calibrated."""
+        return 0.5 if self.config.threshold is None else self.config.threshold
 
     @property
     def max_steps(self) -> int:
@@ -123,8 +130,9 @@ class Pipeline:
         later clips count up; `generator` gives its initial seed. latents: noise [B, F, C, H, W] instead of drawing it;
         renoise: as in `generate_latents`. output_type: "np" float [B, T, H, W, C] in [0, 1], "pt" [B, T, C, H, W],
         "pil" lists of images, "latent" [B, F, C, h, w].
-        step_policy: "dsa", "fixed", a `Policy`, or its command-line form such as "fixed:4"; default "dsa" where the
-        model has a confidence head. commit: "clean" or "exit_step" (RolloutConfig).
+        step_policy: "dsa", "fixed", one of the model's presets (`config.presets`, such as "fast"), a `Policy`, or its
+        command-line form such as "fixed:4"; default "dsa" where the model has a confidence head.
+        commit: "clean" or "exit_step" (RolloutConfig).
         callback_on_step_end(pipe, step, timestep, {"latents": x0}) is called after every step.
         """
         if guidance_scale != 1.0 or negative_prompt is not None:
@@ -239,7 +247,9 @@ class Pipeline:
         size = self._size(None, None, None)
         config, model = self.config, self.engine.dit.config
         noise = torch.zeros(1, config.chunk_frames, model.in_dim, *size)
-        self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
+        latents = self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
+        if self.engine.decoder is not None:
+            self._decode(latents, "pt")
         return time.perf_counter() - start
 
     def close(self) -> None:
@@ -269,10 +279,7 @@ class Pipeline:
                     f"{model.text_len}"
                 )
             return prompt_embeds
-        prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
-            raise ValueError(f"prompt={prompt!r}: must be a text that is not empty, or a list of such")
-        return self.engine.encode(prompts)
+        return self.engine.encode(prompt if isinstance(prompt, (list, tuple)) else [prompt])
 
     def _policy(self, policy, ceiling, least, most, threshold) -> Policy:
         limit = self.max_steps
@@ -291,12 +298,13 @@ class Pipeline:
             chosen = policy
         elif policy == "fixed" or (policy is None and self.engine.head is None and threshold is None):
             chosen = Fixed(limit if ceiling is None else ceiling)
-        elif policy in ("dsa", None):
-            default = 0.5 if self.config.threshold is None else self.config.threshold
+        elif policy in ("dsa", None, *self.config.presets):
+            default = self.config.presets.get(policy, self.default_threshold)
             most = most if most is not None else ceiling
             chosen = Confidence(default if threshold is None else threshold, 1 if least is None else least, most)
         else:
-            raise ValueError(f"step_policy={policy!r}: must be 'dsa', 'fixed', a Policy, or e.g. 'fixed:4'")
+            names = ", ".join(("dsa", "fixed", *self.config.presets))
+            raise ValueError(f"step_policy={policy!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
         chosen.check(limit)
         if chosen.needs_confidence and self.engine.head is None:
             raise ValueError(
@@ -315,7 +323,8 @@ class Pipeline:
         patch = self.engine.dit.config.patch_size[1]
         stride = self.engine.decoder.spatial_stride if self.engine.decoder is not None else 8
         unit = stride * patch
-        height, width = height or self.height, width or self.width
+        height = self.height if height is None else height
+        width = self.width if width is None else width
         if height is None or width is None:
             raise ValueError("this model has no default size: give height and width")
         if height % unit or width % unit or height < unit or width < unit:

@@ -22,6 +22,7 @@ ROWS = (
     ("engine",),
     ("pipeline",),
     ("serving", "training"),
+    ("doctor",),
     ("cli",),
     ("__init__", "__main__"),
 )

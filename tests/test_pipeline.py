@@ -26,9 +26,9 @@ def skyreels():
     """A block-causal video model of diffusers with random weights: chunks of FRAMES latent frames see the past."""
     torch.manual_seed(3)
     model = SkyReelsV2Transformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=32, in_channels=16, out_channels=16, num_layers=2,
+        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=32, in_channels=16, out_channels=16,
         text_dim=40, freq_dim=64, ffn_dim=160, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6,
-        rope_max_seq_len=1024,
+        num_layers=2, rope_max_seq_len=1024,
     )  # fmt: skip
     for parameter in model.requires_grad_(False).eval().parameters():
         parameter.normal_(std=0.1)

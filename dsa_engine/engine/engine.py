@@ -88,6 +88,8 @@ class Engine:
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [B, L, text_dim]. Raises ValueError where there is no text encoder or no such prompt."""
+        if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+            raise ValueError(f"prompt={list(prompts)!r}: must be a text that is not empty, or a list of such")
         if self.text is None:
             raise ValueError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
         return self.text.encode(prompts)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from dsa_engine.ops import reference
 
-BACKENDS = ("auto", "torch")
+MODULES = {"torch": reference}
+BACKENDS = ("auto", *MODULES)
 
 
 class Choice(NamedTuple):
@@ -25,9 +26,16 @@ def choose(wanted: str) -> Choice:
     return Choice("torch", "plain torch ops are the only implementation built into this version")
 
 
-CHOICE = choose(os.environ.get("DSA_BACKEND", "auto"))
+_chosen: list[Choice] = []
+
+
+def choice() -> Choice:
+    """What this process runs, decided at the first use."""
+    if not _chosen:
+        _chosen.append(choose(os.environ.get("DSA_BACKEND", "auto")))
+    return _chosen[0]
 
 
 def implementation(op: str) -> Callable:
     """The chosen backend's function of that name."""
-    return getattr(reference, op)
+    return getattr(MODULES[choice().backend], op)

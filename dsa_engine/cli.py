@@ -1,0 +1,278 @@
+"""The command `dsa-engine`: generate | info | doctor.
+
+Results go to stdout; progress, log lines and errors to stderr. Exit codes: 0 done, 1 `doctor` found that the engine
+cannot run, 2 an error (one line, no traceback), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dsa_engine import video
+from dsa_engine.config import COMMIT_MODES, PRESETS, ModelConfig, RolloutConfig
+from dsa_engine.doctor import doctor, table
+from dsa_engine.engine.engine import Engine
+from dsa_engine.engine.session import Chunk
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.text import SlotTextEncoder
+from dsa_engine.ops import dispatch
+from dsa_engine.pipeline import Pipeline
+from dsa_engine.sampling.cache import KVCache
+from dsa_engine.sampling.policy import POLICY_FORMS
+from dsa_engine.sampling.schedule import Schedule
+from dsa_engine.synthetic import EXAMPLE, GRAMMAR
+
+SHOWN_SIDE = 256  # px; smaller videos are scaled up until their shorter side has as many
+WAN = tuple(name for name in PRESETS if name.startswith("wan"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        result, lines, code = args.run(args)
+        sys.stdout.write((json.dumps(result, ensure_ascii=False) if args.json else "\n".join(lines)) + "\n")
+        return code
+    except KeyboardInterrupt:
+        sys.stderr.write("dsa-engine: interrupted\n")
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        sys.stderr.write(f"dsa-engine: error: {' '.join(str(error).split()) or type(error).__name__}\n")
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="dsa-engine", description="Autoregressive video diffusion with dynamic steps.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run: Callable, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="the last line of stdout is one JSON object")
+        return sub
+
+    clip = command(generate, "make a clip from a prompt")
+    add, length = clip.add_argument, clip.add_mutually_exclusive_group()
+    add("prompt", help=f"for the model shapes: {GRAMMAR}")
+    add("-o", "--output", metavar="MP4", help="video file (out.mp4 where neither --report nor --json is given)")
+    add("--report", metavar="PNG", help="picture of the clip over its steps and confidence")
+    add("--model", default="shapes", help="shipped name, folder or checkpoint (default shapes)")
+    add("--seed", type=int, default=0)
+    length.add_argument("--frames", type=int, help="length in frames, whole chunks (default: the model's own)")
+    length.add_argument("--seconds", type=float, help="length in seconds, rounded to whole chunks")
+    add(
+        "--steps",
+        metavar="POLICY",
+        help=f"{POLICY_FORMS}, or a preset of the model such as balanced (default: the model's own)",
+    )
+    add("--at", nargs=2, action="append", default=[], metavar=("TIME", "PROMPT"),
+        help="another prompt from the chunk that starts nearest to TIME (2s, 1.5s, 24f); repeatable")  # fmt: skip
+    add("--scale", type=int, help=f"enlarge the file's pixels, whole number (default: to {SHOWN_SIDE} px or more)")
+    add("--height", type=int)
+    add("--width", type=int)
+    add("--window", type=int, help="latent frames of the KV cache, the chunk included; -1 holds the whole clip")
+    add("--sink", type=int, help="latent frames that stay in the cache for ever")
+    add("--commit", choices=COMMIT_MODES, help="what a chunk leaves in the cache")
+    add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
+    add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
+    command(doctor, "check this installation; exit code 1 where the engine cannot run")
+    return top
+
+
+@dataclass(frozen=True)
+class Plan:
+    """starts: the first frame of each chunk, then the clip's end; prompts: by the chunk they start at."""
+
+    starts: list[int]
+    prompts: dict[int, str]
+
+
+def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
+    """One clip. Whatever can be wrong is found before a chunk is made or a file is touched."""
+    if args.output is None and args.report is None and not args.json:
+        args.output = "out.mp4"
+    for path, suffix in ((args.output, ".mp4"), (args.report, ".png")):
+        if path is not None:
+            video.check_target(path, suffix)
+    with Pipeline.from_pretrained(args.model, device=args.device) as pipe:
+        plan = plan_clip(pipe, args)
+        options = {name: getattr(args, name) for name in ("seed", "height", "width", "window", "sink", "commit")}
+        options |= {"num_frames": plan.starts[-1], "step_policy": args.steps}
+        for prompt in plan.prompts.values():  # opening a session checks all of its arguments
+            pipe.session(prompt, **options).close()
+        side = min(args.height or pipe.height, args.width or pipe.width)  # a height of 0 has been refused above
+        args.scale = -(-SHOWN_SIDE // side) if args.scale is None else args.scale
+        writer = None if args.output is None else video.Mp4Writer(args.output, pipe.fps, args.scale)
+        for chunk in list(plan.prompts)[1:]:
+            start = plan.starts[chunk]
+            tqdm.write(f"from {start / pipe.fps:g} s (frame {start}, chunk {chunk}): {plan.prompts[chunk]}", sys.stderr)
+        warmup = pipe.warmup()
+        facts, chunks = make_clip(pipe, plan, options, writer, not args.no_recache, keep=args.report is not None)
+    policy = args.steps or default_policy(pipe)
+    facts |= {name: getattr(args, name) for name in ("scale", "output", "report", "model", "seed")}
+    facts |= {"policy": policy, "warmup_ms": round(1e3 * warmup, 1)}
+    facts |= {"device": str(pipe.engine.dit.device), "backend": dispatch.choice().backend}
+    title = (
+        f"{facts['frames']} frames in {len(chunks)} chunks, {facts['mean_steps']:.2f} steps a chunk ({policy}), "
+        f"{facts['fps']:.1f} frames per second"
+    )
+    if args.report is not None:
+        threshold = shown_threshold(pipe, args.steps)
+        video.write_report(args.report, chunks, threshold=threshold, max_steps=pipe.max_steps, title=title)
+    lines = [
+        title,
+        f"{facts['seconds']:g} s of {facts['size']} at {pipe.fps:g} fps from {args.model}, seed {args.seed}",
+        f"first frame after {facts['first_frame_ms']:.0f} ms, with a warm-up of {facts['warmup_ms']:.0f} ms before it",
+        f"on {facts['device']} with the {facts['backend']} ops",
+        *(f"wrote {path}" for path in (args.output, args.report) if path is not None),
+    ]
+    return facts, lines, 0
+
+
+def plan_clip(pipe: Pipeline, args: argparse.Namespace) -> Plan:
+    decoder, size = pipe.engine.decoder, pipe.config.chunk_frames
+    if decoder is None:
+        raise ValueError(f"{args.model}: has no decoder, so it makes no video; give a folder or a shipped model")
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds {args.seconds}: must be above 0")
+    frames = pipe.frames if args.frames is None else args.frames
+    frames = frames if args.seconds is None else round(args.seconds * pipe.fps)
+    first, later = decoder.frames_of(size, True), decoder.frames_of(size, False)
+    starts = [0, *range(first, first + (max(0, round((frames - first) / later)) + 1) * later, later)]
+    if args.seconds is None and starts[-1] != frames:
+        raise ValueError(f"--frames {frames}: must come out as whole chunks; nearest is {starts[-1]}")
+    return Plan(starts, {0: args.prompt, **switches(args.at, starts, pipe.fps)})
+
+
+def switches(at: Sequence[tuple[str, str]], starts: Sequence[int], fps: float) -> dict[int, str]:
+    """The prompts of --at by the chunk whose start is nearest to the time, the earlier one of two."""
+    found: dict[int, str] = {}
+    end, before = len(starts) - 1, -1.0
+    for when, prompt in at:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|f)", when)
+        if match is None:
+            raise ValueError(f"--at {when}: must be a time in seconds or frames, e.g. 2s, 1.5s or 24f")
+        frame = float(match[1]) * (fps if match[2] == "s" else 1)
+        chunk = min(range(end + 1), key=lambda i: abs(starts[i] - frame))
+        if not 0 < chunk < end:
+            where = "the clip's start" if chunk == 0 else f"the clip's end at {starts[end]}f ({starts[end] / fps:g}s)"
+            legal = f"; the nearest possible is {starts[min(max(chunk, 1), end - 1)]}f" if end > 1 else ""
+            raise ValueError(f"--at {when}: is at or nearest to {where}, where nothing can switch{legal}")
+        if frame <= before:
+            raise ValueError(f"--at {when}: comes after {before:g}f; times must rise, each given once")
+        if chunk in found:
+            raise ValueError(f"--at {when}: takes effect at {starts[chunk]}f, as the one before; leave a chunk between")
+        found[chunk], before = prompt, frame
+    return found
+
+
+def make_clip(
+    pipe: Pipeline, plan: Plan, options: dict[str, Any], writer: video.Mp4Writer | None, recache: bool, keep: bool
+) -> tuple[dict[str, Any], list[Chunk]]:
+    """The clip's figures, and its chunks, with the frames that a report shows if these are to be kept.
+
+    The clock of `fps` runs from the request to the last decoded frame and stands still while the file is written.
+    """
+    chunks: list[Chunk] = []
+    first_frame = 0.0
+    with ExitStack() as stack:
+        if writer is not None:
+            stack.enter_context(writer)
+        start = time.perf_counter()
+        session = stack.enter_context(pipe.session(plan.prompts[0], **options))
+        busy = time.perf_counter() - start
+        bar = stack.enter_context(tqdm(range(len(plan.starts) - 1), unit="chunk", file=sys.stderr))
+        for index in bar:
+            start = time.perf_counter()
+            if index > 0 and index in plan.prompts:
+                session.update(plan.prompts[index], recache)
+            chunk = session.next_chunk()
+            busy += time.perf_counter() - start
+            first_frame = first_frame or busy
+            if writer is not None:
+                writer.write(chunk.frames)
+            shown = [0, len(chunk.frames) // 2, -1] if keep else []  # all frames of a long clip would fill the memory
+            chunks.append(replace(chunk, frames=chunk.frames[shown], latents=None))
+            sure = "" if chunk.confidence is None else f", confidence={min(chunk.confidence):.2f}"
+            bar.set_postfix_str(f"steps={chunk.steps}{sure}")
+    steps, frames = [c.steps for c in chunks], plan.starts[-1]
+    return {
+        "fps": round(frames / busy, 3),
+        "clip_fps": pipe.fps,
+        "first_frame_ms": round(1e3 * first_frame, 1),
+        "steps_per_chunk": steps,
+        "mean_steps": round(sum(steps) / len(steps), 4),
+        "confidence": None if pipe.engine.head is None else [round(min(c.confidence), 4) for c in chunks],
+        "frames": frames,
+        "size": "{1}x{0}".format(*chunks[0].frames.shape[1:3]),
+        "seconds": round(frames / pipe.fps, 4),
+        "prompts": [{"chunk": i, "seconds": plan.starts[i] / pipe.fps, "prompt": p} for i, p in plan.prompts.items()],
+    }, chunks
+
+
+def default_policy(pipe: Pipeline) -> str:
+    """What no --steps means for a model, in the form of --steps."""
+    return f"fixed:{pipe.max_steps}" if pipe.engine.head is None else f"confidence:{pipe.default_threshold}"
+
+
+def shown_threshold(pipe: Pipeline, steps: str | None) -> float | None:
+    """The threshold that a report draws: of a confidence policy or a preset, none where it moves or there is none."""
+    kind, _, value = (steps or default_policy(pipe)).partition(":")
+    return float(value) if kind == "confidence" else pipe.config.presets.get(kind)
+
+
+def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
+    """What a model is: loaded as `generate` loads it or, for a preset of Wan's sizes, counted without weights."""
+    bare = args.model in WAN and not Path(args.model).exists()
+    pipe = without_weights(args.model) if bare else Pipeline.from_pretrained(args.model)
+    engine, config, model = pipe.engine, pipe.config, pipe.engine.dit.config
+    parts = {"generator": engine.dit, "confidence": engine.head, "codec": engine.decoder, "text": engine.text}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+    stride = 8 if engine.decoder is None else engine.decoder.spatial_stride  # without one: the sizes of Wan's VAE
+    frames = (pipe.frames - 1) // 4 + 1 if engine.decoder is None else engine.decoder.latent_frames_of(pipe.frames)
+    tokens = model.tokens_per_frame(pipe.height // stride, pipe.width // stride)
+    cache = KVCache(
+        model.num_layers, model.num_heads, model.head_dim, tokens, config.window or frames, config.sink,
+        device="meta", dtype=engine.dit.dtype,
+    )  # fmt: skip
+    facts = {
+        "name": pipe.name,
+        "weights": None if bare else args.model,
+        "parameters": counts,
+        "confidence_percent": round(100 * counts["confidence"] / counts["generator"], 3) if engine.head else None,
+        "model": model.to_dict(),
+        **config.to_dict(),
+        "sigmas": [round(sigma, 4) for sigma in Schedule(config.steps, config.shift).sigmas],
+        "cache_bytes": cache.nbytes,
+        "dtype": str(engine.dit.dtype).removeprefix("torch."),
+        "size": f"{pipe.width}x{pipe.height}",
+        "frames": pipe.frames,
+        "fps": pipe.fps,
+    }
+    if isinstance(engine.text, SlotTextEncoder):
+        facts |= {"prompts": GRAMMAR, "example": str(EXAMPLE)}
+    return facts, table(facts), 0
+
+
+def without_weights(preset: str) -> Pipeline:
+    """Wan's sizes on the meta device, with the video size and length that Wan is trained for."""
+    with torch.device("meta"):
+        dit, head = CausalDiT(ModelConfig.preset(preset)), ConfidenceHead(ModelConfig.preset(preset))
+    engine = Engine(dit.bfloat16(), head, None, None, RolloutConfig())
+    return Pipeline(engine, name=preset, height=480, width=832, frames=81, fps=16.0)

@@ -40,7 +40,8 @@ class Engine:
         if self.decoder is None:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
         key = self._cache_shape(height, width, frames, config)
-        if key not in self._pools:
+        if key not in self._pools:  # pools of other shapes that nobody uses make room
+            self._pools = {shape: pool for shape, pool in self._pools.items() if pool.in_use}
             self._pools[key] = self._cache(*key, slots=self.max_sessions)
         noise = self._noise([seed], height, width, config)
         rollout = Rollout(self.dit, self.head, self._pools[key], config, noise, [policy], self.text_kv(embeds))

@@ -35,7 +35,8 @@ class Rollout:
     ):  # fmt: skip
         self.dit, self.head, self.cache, self.config, self.noise = dit, head, cache, config, noise
         self.schedule = Schedule(config.steps, config.shift)
-        self.policies = [policy.start(len(self.schedule)) for policy in policies]
+        self.fresh = [policy.start(len(self.schedule)) for policy in policies]  # what `restart` goes back to
+        self.policies = copy.deepcopy(self.fresh)
         self.slot: Tensor | None = cache.acquire(len(policies))
         self.text_kv = text_kv
         self.index = 0  # of the next chunk
@@ -119,6 +120,7 @@ class Rollout:
     def restart(self) -> None:
         """Back to the first chunk, under the prompt in force."""
         self.cache.clear(self.slot)
+        self.policies = copy.deepcopy(self.fresh)
         self.index, self.past, self.committed, self.stale = 0, [], True, False
 
     def close(self) -> None:
@@ -128,4 +130,4 @@ class Rollout:
             self.slot, self.past = None, []
 
 
-_PLAIN_STATE = ("text_kv", "index", "committed", "stale")  # tensors among them are replaced, never written to
+_PLAIN_STATE = ("text_kv", "noise", "index", "committed", "stale")  # replaced, never written to: no copy needed

@@ -57,6 +57,11 @@ class KVCache:
             raise ValueError(f"slots {given} are not all in use; free are {self._free} of {self.slots}")
         self._free = sorted(self._free + given)
 
+    @property
+    def in_use(self) -> int:
+        """How many slots are taken."""
+        return self.slots - len(self._free)
+
     def clear(self, slot: Tensor) -> None:
         """Forget the slots' frames; the next one has absolute position 0."""
         self.head[slot], self.length[slot], self.position[slot] = 0, 0, 0

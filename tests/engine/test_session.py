@@ -75,7 +75,7 @@ def test_restore_repeats_the_chunks_bit_for_bit(pipe, after, commit):
 
 
 def test_a_snapshot_moves_to_another_session(pipe):
-    with pipe.session(RED, seed=3, step_policy=POLICY) as one, pipe.session(BLUE, seed=3) as other:
+    with pipe.session(RED, seed=3, step_policy=POLICY) as one, pipe.session(BLUE, seed=8) as other:
         take(one, 2)
         take(other, 3)
         other.restore(one.snapshot())
@@ -204,6 +204,17 @@ def test_slots_are_given_back(pipe):
         session.close()
 
 
+def test_pools_that_nobody_uses_are_dropped(pipe):
+    with pipe.session(RED, window=9) as kept:
+        for window in range(10, 20):
+            pipe.session(RED, window=window).close()
+        one_more = pipe.session(RED, window=20)
+        rings = [pool.window for pool in pipe.engine._pools.values()]
+        one_more.close()
+        kept.next_chunk()
+    assert sorted(rings) == [9, 20]
+
+
 def test_leaving_a_stream_early_frees_its_slot(pipe):
     for _ in range(2 * pipe.engine.max_sessions):
         for chunk in pipe.stream(RED, num_frames=30, window=15):
@@ -220,6 +231,8 @@ def test_a_budget_reports_to_its_own_stream(pipe):
     ):
         assert [c.steps for c in take(hurried, 5)][1:] == [1, 1, 1, 1]
         assert {c.steps for c in take(calm, 5)} == {4}
+        hurried.reset()
+        assert hurried.next_chunk().steps == 4  # a stream that starts over is not late
     assert impossible.lag == 0
 
 

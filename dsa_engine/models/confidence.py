@@ -26,8 +26,11 @@ class ConfidenceHead(nn.Module):
         nn.init.zeros_(self.mlp[2].weight)
         nn.init.zeros_(self.mlp[2].bias)
 
+    def features(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """hidden [B, T, dim], time [B, F, dim] -> what the MLP reads, [B, F, 3 dim] float32."""
+        return torch.cat((ops.pool_frames(hidden, time.shape[1], self.eps), time.float()), dim=-1)
+
     def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
         """hidden [B, T, dim], time [B, F, dim] -> logits [B, F] float32; the confidence is their sigmoid."""
-        pooled = ops.pool_frames(hidden, time.shape[1], self.eps)
-        features = torch.cat((pooled, time.float()), dim=-1).to(self.mlp[0].weight.dtype)
+        features = self.features(hidden, time).to(self.mlp[0].weight.dtype)
         return self.mlp(features).squeeze(-1).float()

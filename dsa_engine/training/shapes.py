@@ -36,6 +36,7 @@ from dsa_engine.training.calibrate import confidence_by_step, thresholds
 from dsa_engine.training.codec import train_codec
 from dsa_engine.training.evaluate import held_out
 from dsa_engine.training.flow import flow_loss
+from dsa_engine.training.head import fit_head
 from dsa_engine.training.init import init_weights
 from dsa_engine.training.student import StudentLosses
 from dsa_engine.training.teacher_forcing import teacher_forced
@@ -43,7 +44,7 @@ from dsa_engine.training.trainer import Trainer, batches, level, rank
 
 ROLLOUT = RolloutConfig(chunk_frames=3, window=9, steps=(1000, 750, 500, 250), shift=3.0)
 LATENT_SIZE = 8
-CALIBRATION_SEED = 123_456_789
+HEAD_SEED, CALIBRATION_SEED = 246_813_579, 123_456_789  # of prompts; training pools and held-out clips use others
 CHUNK, CHUNKS, CONTEXT = 3, 4, 2  # latent frames a chunk, chunks a clip, past chunks in the window of 9 frames
 POOL, PER_POOL = 4096, 2000  # clips in a pool, steps until it is made anew
 
@@ -134,16 +135,18 @@ def train_student(out: Path, steps: int, batch: int, lr: float, seed: int, compi
     trainer.run(loss, save_every=100, note="student", report=lambda: losses.report, on_save=on_save)
 
 
-def make_package(out: Path, student: Path, folder: Path, clips: int = 256) -> None:
-    """Write the model folder of a student's weights, with thresholds calibrated on held-out clips."""
+def make_package(out: Path, student: Path, folder: Path, clips: int = 512) -> None:
+    """Write the model folder of a student's weights: its head fitted to it, thresholds calibrated on held-out clips."""
     codec, teacher = load_codec(out), load_teacher(out)
     model = nn.ModuleDict({"dit": teacher["dit"], "confidence": ConfidenceHead(teacher["dit"].config)})
     model.load_state_dict(load_file(student))
     modules = {"generator": model["dit"], "confidence": model["confidence"], "codec": codec, "text": teacher["text"]}
     video = {"height": synthetic.SIZE, "width": synthetic.SIZE, "frames": 48, "fps": 12.0}
     package.save(folder, "shapes", modules, ROLLOUT, video)
-    pipe = Pipeline.from_pretrained(folder, device="cpu")  # calibrated as it ships: with the rounded weights
-    presets = thresholds(confidence_by_step(pipe, held_out(clips, chunks=8, seed=CALIBRATION_SEED)))
+    pipe = Pipeline.from_pretrained(folder, device="cpu")  # the head is fitted to the weights as they ship, rounded
+    fit_head(pipe, held_out(clips, chunks=8, seed=HEAD_SEED))
+    presets = thresholds(confidence_by_step(pipe, held_out(clips // 2, chunks=8, seed=CALIBRATION_SEED)))
+    modules["confidence"] = pipe.engine.head
     package.save(folder, "shapes", modules, replace(ROLLOUT, presets=presets, threshold=presets["balanced"]), video)
     logging.getLogger(__name__).info("thresholds %s", presets)
 

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the prompts are always the same")
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model)
+    torch.set_num_threads(pipe.cpu_threads)
     captions = held_out(args.clips, args.chunks)
     policies = {f"fixed:{n}": Fixed(n) for n in range(1, pipe.max_steps + 1)}
     policies |= {name: Confidence(threshold) for name, threshold in pipe.config.presets.items()}

@@ -89,10 +89,18 @@ def parser() -> argparse.ArgumentParser:
     add("--commit", choices=COMMIT_MODES, help="what a chunk leaves in the cache")
     add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--threads", type=threads, help="CPU threads (default: 1 for a small model, else torch's own count)")
     add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
     add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
     command(doctor, "check this installation; exit code 1 where the engine cannot run")
     return top
+
+
+def threads(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= 1024:
+        raise argparse.ArgumentTypeError(f"{count}: must be from 1 to 1024; nearest is {min(max(count, 1), 1024)}")
+    return count
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,14 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         for chunk in list(plan.prompts)[1:]:
             start = plan.starts[chunk]
             tqdm.write(f"from {start / pipe.fps:g} s (frame {start}, chunk {chunk}): {plan.prompts[chunk]}", sys.stderr)
+        torch.set_num_threads(args.threads or pipe.cpu_threads)
         warmup = pipe.warmup()
         facts, chunks = make_clip(pipe, plan, options, writer, not args.no_recache, keep=args.report is not None)
     policy = args.steps or default_policy(pipe)
     facts |= {name: getattr(args, name) for name in ("scale", "output", "report", "model", "seed")}
     facts |= {"policy": policy, "warmup_ms": round(1e3 * warmup, 1)}
     facts |= {"device": str(pipe.engine.dit.device), "backend": dispatch.choice().backend}
+    facts |= {"threads": torch.get_num_threads()}
     title = (
         f"{facts['frames']} frames in {len(chunks)} chunks, {facts['mean_steps']:.2f} steps a chunk ({policy}), "
         f"{facts['fps']:.1f} frames per second"

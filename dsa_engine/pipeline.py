@@ -22,6 +22,7 @@ from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
 GLOBAL = -1  # as a window: the whole clip, Self-Forcing's local_attn_size = -1
+SMALL = 2**17  # activations of a chunk: shapes has 2^13, Wan 1.3B 2^23
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
@@ -100,6 +101,17 @@ class Pipeline:
     def max_steps(self) -> int:
         """Length of the step list: the most steps a chunk can take."""
         return len(self.config.steps)
+
+    @property
+    def cpu_threads(self) -> int:
+        """Threads that pay on a CPU, for `torch.set_num_threads`; the pipeline itself never sets this global.
+
+        A small model's products are over before a second thread has woken up, and on a busy machine it waits for it at
+        every one of them: one thread below SMALL activations a chunk, else torch's own count.
+        """
+        height, width = self._size(None, None, None)
+        tokens = self.engine.dit.config.tokens_per_frame(height, width) * self.config.chunk_frames
+        return 1 if tokens * self.engine.dit.config.dim < SMALL else torch.get_num_threads()
 
     def __call__(
         self,

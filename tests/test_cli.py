@@ -121,7 +121,7 @@ def test_json_says_everything_and_agrees_with_itself(facts, model):
     assert (said["size"], said["scale"], said["seed"], said["policy"]) == ("32x32", 8, 5, "fixed:2")
     assert (said["output"], said["report"], said["model"]) == ("c.mp4", "r.png", str(model))
     assert said["prompts"] == [{"chunk": 0, "seconds": 0.0, "prompt": PROMPT}]
-    assert said["device"] == "cpu" and said["backend"] == "torch"
+    assert said["device"] == "cpu" and said["backend"] == "torch" and said["threads"] == 1
     assert 0 < said["first_frame_ms"] < 1e3 * 9 / said["fps"] and said["warmup_ms"] > 0
 
 

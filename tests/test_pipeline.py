@@ -175,6 +175,12 @@ def test_knobs_make_policies(pipe):
     assert steps == {"fixed": [[4] * 4], "two": [[2] * 4], "ceiling": [[3] * 4], "floor": [[2] * 4]}
 
 
+def test_one_thread_for_a_small_model_and_torchs_own_for_a_large_one(pipe, checkpoint, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert pipe.cpu_threads == 1
+    assert Pipeline.from_pretrained(checkpoint, device="cpu").cpu_threads == 7  # 3 frames of 30 x 52 tokens, dim 96
+
+
 BAD_CALLS = {
     "size": (dict(height=60), ["60x64", "multiples of 16", "64x64"]),
     "tiny": (dict(height=0, width=8), ["16"]),

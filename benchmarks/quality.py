@@ -5,7 +5,7 @@ For every fixed count and every named threshold: the share of valid frames (temp
 chunks. Hard: the first chunk, one after a cut, a jumping object. `passes` counts forwards a chunk, commit included.
 The last line is one JSON object.
 
-    python benchmarks/quality.py --clips 96
+    python benchmarks/quality.py --clips 96 --save benchmarks/results/quality-shapes-cpu.json
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--chunks", type=int, default=4, help="chunks a clip (4 is the training length)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the prompts are always the same")
+    parser.add_argument("--save", type=Path, help="also write the JSON object to this file")
     args = parser.parse_args()
     pipe = Pipeline.from_pretrained(args.model)
     torch.set_num_threads(pipe.cpu_threads)
@@ -91,6 +92,8 @@ def main() -> None:
     lines = [" ".join(f"{c:>10}" for c in ("policy", *COLUMNS))]
     lines += [" ".join([f"{name:>10}", *(f"{row[c]:>10.3f}" for c in COLUMNS)]) for name, row in rows.items()]
     result = {
+        "benchmark": "quality",
+        "date": time.strftime("%Y-%m-%d"),
         "model": pipe.name,
         "clips": args.clips,
         "chunks": args.chunks,
@@ -99,6 +102,8 @@ def main() -> None:
         "machine": machine(),
         "commit": commit(),
     }
+    if args.save:
+        args.save.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write("\n".join(lines) + "\n" + json.dumps(result) + "\n")
 
 

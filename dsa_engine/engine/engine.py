@@ -10,8 +10,10 @@ from torch import Tensor
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session
+from dsa_engine.models.codec import VideoCodec
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.text import TextEncoder
 from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.noise import GivenNoise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
@@ -24,8 +26,9 @@ class Engine:
     """
 
     def __init__(
-        self, dit: CausalDiT, head: ConfidenceHead | None, decoder, text, config: RolloutConfig, max_sessions: int = 4
-    ):
+        self, dit: CausalDiT, head: ConfidenceHead | None, decoder: VideoCodec | None, text: TextEncoder | None,
+        config: RolloutConfig, max_sessions: int = 4,
+    ):  # fmt: skip
         if max_sessions < 1:
             raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text

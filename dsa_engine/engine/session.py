@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.engine.rollout import Rollout
+from dsa_engine.models.codec import VideoCodec
 from dsa_engine.sampling.denoise import Step
 
 
@@ -54,7 +55,7 @@ class Session:
     """
 
     def __init__(
-        self, rollout: Rollout, decoder, embed: Callable[[str], Tensor], fps: float, prompt: str | None,
+        self, rollout: Rollout, decoder: VideoCodec, embed: Callable[[str], Tensor], fps: float, prompt: str | None,
         limit: int | None,
     ):  # fmt: skip
         self._rollout, self._decoder, self._embed = rollout, decoder, embed

@@ -1,7 +1,6 @@
 """The small codec of the synthetic world: one 64x64 frame <-> one latent [16, 8, 8], about 151 k parameters.
 
-It speaks the streaming interface of the video VAEs (`spatial_stride`, `temporal_stride`, `latent_channels`, `encode`,
-`decode`, `frames_of`, `latent_frames_of`), with a temporal stride of 1 and nothing to remember between chunks.
+It is a `VideoCodec` like the video VAEs, with a temporal stride of 1 and nothing to remember between chunks.
 """
 
 from __future__ import annotations

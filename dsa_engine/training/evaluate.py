@@ -58,8 +58,8 @@ def roll(
 
 
 def quality(captions: Sequence[Sequence[synthetic.Caption]], rolled: Rolled) -> dict[str, float]:
-    """valid: share of good frames, also by easy and hard chunks; clip: share of wholly valid clips; motion: share of
-    chunks that move as told; steps: mean count a chunk, also by easy and hard."""
+    """hard: share of hard chunks; valid: share of good frames, also by easy and hard chunks; clip: share of wholly
+    valid clips; motion: share of chunks that move as told; steps: mean count a chunk, also by easy and hard."""
     per_chunk = rolled.frames.shape[1] // len(captions[0])
     valid, motion, hard = [], [], []
     for clip, frames in zip(captions, rolled.frames):
@@ -70,6 +70,7 @@ def quality(captions: Sequence[Sequence[synthetic.Caption]], rolled: Rolled) -> 
         hard.append([e in ("first", "cut") or c.motion == "jumping" for e, c in zip(events, clip)])
     valid, motion, hard = (np.array(x) for x in (valid, motion, hard))
     return {
+        "hard": hard.mean(),
         "steps": rolled.steps.mean(),
         "steps_easy": rolled.steps[~hard].mean(),
         "steps_hard": rolled.steps[hard].mean(),

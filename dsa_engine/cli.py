@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dsa_engine import video
+from dsa_engine import arguments, video
 from dsa_engine.config import COMMIT_MODES, PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.doctor import doctor, table
 from dsa_engine.engine.engine import Engine
@@ -164,7 +164,7 @@ def plan_clip(pipe: Pipeline, args: argparse.Namespace) -> Plan:
     frames = pipe.frames if args.frames is None else args.frames
     frames = frames if args.seconds is None else round(args.seconds * pipe.fps)
     first, later = decoder.frames_of(size, True), decoder.frames_of(size, False)
-    starts = [0, *range(first, first + (max(0, round((frames - first) / later)) + 1) * later, later)]
+    starts = [0, *range(first, arguments.whole_chunks(pipe.engine, frames) + 1, later)]
     if args.seconds is None and starts[-1] != frames:
         raise ValueError(f"--frames {frames}: must come out as whole chunks; nearest is {starts[-1]}")
     return Plan(starts, {0: args.prompt, **switches(args.at, starts, pipe.fps)})
@@ -238,7 +238,11 @@ def make_clip(
 
 def default_policy(pipe: Pipeline) -> str:
     """What no --steps means for a model, in the form of --steps."""
-    return f"fixed:{pipe.max_steps}" if pipe.engine.head is None else f"confidence:{pipe.default_threshold}"
+    return (
+        f"fixed:{pipe.max_steps}"
+        if pipe.engine.head is None
+        else f"confidence:{arguments.default_threshold(pipe.engine)}"
+    )
 
 
 def shown_threshold(pipe: Pipeline, steps: str | None) -> float | None:

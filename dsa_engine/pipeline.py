@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dsa_engine.config import RolloutConfig, nearest
+from dsa_engine import arguments
+from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
 from dsa_engine.sampling.denoise import Step
 from dsa_engine.sampling.noise import Renoise, check_seed
-from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
+from dsa_engine.sampling.policy import Fixed, Policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
 GLOBAL = -1  # as a window: the whole clip, Self-Forcing's local_attn_size = -1
@@ -93,11 +93,6 @@ class Pipeline:
         return self.engine.config
 
     @property
-    def default_threshold(self) -> float:
-        """The threshold of step_policy="dsa": the model's own, 0.5 where it was never calibrated."""
-        return 0.5 if self.config.threshold is None else self.config.threshold
-
-    @property
     def max_steps(self) -> int:
         """Length of the step list: the most steps a chunk can take."""
         return len(self.config.steps)
@@ -109,7 +104,7 @@ class Pipeline:
         A small model's products are over before a second thread has woken up, and on a busy machine it waits for it at
         every one of them: one thread below SMALL activations a chunk, else torch's own count.
         """
-        height, width = self._size(None, None, None)
+        height, width = self._size()
         tokens = self.engine.dit.config.tokens_per_frame(height, width) * self.config.chunk_frames
         return 1 if tokens * self.engine.dit.config.dim < SMALL else torch.get_num_threads()
 
@@ -156,11 +151,18 @@ class Pipeline:
             raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
         if output_type != "latent" and self.engine.decoder is None:
             raise ValueError(f"output_type={output_type!r}: this pipeline has no decoder; only 'latent' is possible")
-        embeds = self._embeds(prompt, prompt_embeds)
-        policy = self._policy(step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold)
-        size = self._size(height, width, latents)
-        frames = latents.shape[1] if latents is not None else self._latent_frames(num_frames)
-        self._check_noise(latents, renoise, len(embeds), frames, size)
+        embeds = arguments.embeds(self.engine, prompt, prompt_embeds)
+        policy = arguments.policy(
+            self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold
+        )
+        if latents is None:
+            size = self._size(height, width)
+            frames = arguments.latent_frames(self.engine, self.frames if num_frames is None else num_frames)
+        else:
+            if (height, width, num_frames) != (None, None, None):
+                raise ValueError("height, width and num_frames follow from latents; give one or the other")
+            frames, size = arguments.latents(self.engine, latents, len(embeds))
+        arguments.renoise(self.engine, renoise, len(embeds), frames, size)
         first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
         start = time.perf_counter()
 
@@ -231,14 +233,16 @@ class Pipeline:
 
         window, sink: this session's cache (latent frames); commit: "clean" or "exit_step" (RolloutConfig).
         """
-        embeds = self._embeds(prompt, prompt_embeds)
+        embeds = arguments.embeds(self.engine, prompt, prompt_embeds)
         if len(embeds) != 1:
             raise ValueError(f"{len(embeds)} prompts: a session is one stream; open one session per prompt")
-        size = self._size(height, width, None)
+        size = self._size(height, width)
         return self.engine.session(
             prompt, embeds, height=size[0], width=size[1],
-            frames=None if num_frames is None else self._latent_frames(num_frames), fps=self.fps,
-            policy=self._policy(step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold),
+            frames=None if num_frames is None else arguments.latent_frames(self.engine, num_frames), fps=self.fps,
+            policy=arguments.policy(
+                self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold
+            ),
             seed=check_seed(seed), config=changed(self.config, window=window, sink=sink, commit=commit),
         )  # fmt: skip
 
@@ -256,7 +260,7 @@ class Pipeline:
     def warmup(self) -> float:
         """Make one chunk and throw it away; returns the seconds it took. The first real chunk is then a usual one."""
         start = time.perf_counter()
-        size = self._size(None, None, None)
+        size = self._size()
         config, model = self.config, self.engine.dit.config
         noise = torch.zeros(1, config.chunk_frames, model.in_dim, *size)
         latents = self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
@@ -274,130 +278,11 @@ class Pipeline:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _embeds(self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> Tensor:
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either a prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
-        if prompt_embeds is not None:
-            model = self.engine.dit.config
-            shape = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else type(prompt_embeds).__name__
-            if (
-                not isinstance(shape, list)
-                or len(shape) != 3
-                or shape[2] != model.text_dim
-                or shape[1] > model.text_len
-            ):
-                raise ValueError(
-                    f"prompt_embeds of shape {shape}: must be a tensor [B, L, {model.text_dim}] with L at most "
-                    f"{model.text_len}"
-                )
-            return prompt_embeds
-        return self.engine.encode(prompt if isinstance(prompt, (list, tuple)) else [prompt])
-
-    def _policy(self, policy, ceiling, least, most, threshold) -> Policy:
-        limit = self.max_steps
-        if isinstance(policy, str) and ":" in policy:
-            policy = parse_policy(policy)
-        if isinstance(policy, Policy):
-            given = {
-                "num_inference_steps": ceiling,
-                "min_steps": least,
-                "max_steps": most,
-                "confidence_threshold": threshold,
-            }
-            if any(v is not None for v in given.values()):
-                named = ", ".join(k for k, v in given.items() if v is not None)
-                raise ValueError(f"{named}: already said by step_policy={policy}; give one or the other")
-            chosen = policy
-        elif policy == "fixed" or (policy is None and self.engine.head is None and threshold is None):
-            chosen = Fixed(limit if ceiling is None else ceiling)
-        elif policy in ("dsa", None, *self.config.presets):
-            default = self.config.presets.get(policy, self.default_threshold)
-            most = most if most is not None else ceiling
-            chosen = Confidence(default if threshold is None else threshold, 1 if least is None else least, most)
-        else:
-            names = ", ".join(("dsa", "fixed", *self.config.presets))
-            raise ValueError(f"step_policy={policy!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
-        chosen.check(limit)
-        if chosen.needs_confidence and self.engine.head is None:
-            raise ValueError(
-                f"step_policy={policy!r}: {type(chosen).__name__} needs a confidence head and this model has none; "
-                "use Fixed or PerChunk"
-            )
-        return chosen
-
-    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Latent height and width. Pixel sizes must be multiples of the decoder's stride times the patch."""
-        if latents is not None:
-            if height is not None or width is not None:
-                raise ValueError("height and width follow from latents; give one or the other")
-            self._check_latents(latents)
-            return latents.shape[3], latents.shape[4]
-        patch = self.engine.dit.config.patch_size[1]
-        stride = self.engine.decoder.spatial_stride if self.engine.decoder is not None else 8
-        unit = stride * patch
+    def _size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Latent height and width of a pixel size, the model's own where none is given."""
         height = self.height if height is None else height
         width = self.width if width is None else width
-        if height is None or width is None:
-            raise ValueError("this model has no default size: give height and width")
-        if height % unit or width % unit or height < unit or width < unit:
-            raise ValueError(
-                f"size {height}x{width}: height and width must be multiples of {unit}; nearest is "
-                f"{nearest(height, unit)}x{nearest(width, unit)}"
-            )
-        return height // stride, width // stride
-
-    def _latent_frames(self, frames: int | None) -> int:
-        """Latent frames of a clip of `frames` pixel frames, which must come out as whole chunks."""
-        if self.engine.decoder is None:
-            raise ValueError("this pipeline has no decoder: use generate_latents, or give latents; their shape counts")
-        frames = self.frames if frames is None else frames
-        if isinstance(frames, bool) or not isinstance(frames, (int, np.integer)) or frames < 1:
-            raise ValueError(
-                f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {self._whole(1)}"
-            )
-        decoder, chunk = self.engine.decoder, self.config.chunk_frames
-        whole = self._whole(frames)
-        if whole != frames:
-            raise ValueError(
-                f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames; nearest is {whole}"
-            )
-        return decoder.latent_frames_of(int(frames))
-
-    def _whole(self, frames: int) -> int:
-        """The pixel frame count nearest to `frames` that is whole chunks."""
-        decoder, chunk = self.engine.decoder, self.config.chunk_frames
-        first, later = decoder.frames_of(chunk, True), decoder.frames_of(chunk, False)
-        return first + max(0, round((frames - first) / later)) * later
-
-    def _check_latents(self, latents: Tensor) -> None:
-        model, chunk = self.engine.dit.config, self.config.chunk_frames
-        if not isinstance(latents, Tensor):
-            raise ValueError(f"latents: must be a tensor [B, F, C, H, W], not {type(latents).__name__}")
-        if not latents.is_floating_point():
-            raise ValueError(f"latents of dtype {latents.dtype}: must be floating point, e.g. {self.engine.dit.dtype}")
-        shape = list(latents.shape)
-        if latents.ndim != 5 or shape[2] != model.in_dim or shape[1] % chunk or 0 in shape:
-            near = [shape[0], nearest(shape[1], chunk), model.in_dim, *shape[3:]] if latents.ndim == 5 else None
-            raise ValueError(
-                f"latents of shape {shape}: must be [B, F, C, H, W] with F a multiple of {chunk} and C = {model.in_dim}"
-                + (f"; nearest is {near}" if near else "")
-            )
-        model.tokens_per_frame(shape[3], shape[4])
-
-    def _check_noise(self, latents, renoise, batch: int, frames: int, size: tuple[int, int]) -> None:
-        if latents is not None and latents.shape[0] != batch:
-            raise ValueError(
-                f"latents of {latents.shape[0]} clips with {batch} prompts: must be as many; nearest is {batch}"
-            )
-        if renoise is None or callable(renoise):
-            return
-        clip = [batch, frames, self.engine.dit.config.in_dim, *size]
-        legal = [clip, [self.max_steps - 1, *clip]]
-        if not isinstance(renoise, Tensor) or list(renoise.shape) not in legal or not renoise.is_floating_point():
-            got = f"{renoise.dtype} {list(renoise.shape)}" if isinstance(renoise, Tensor) else type(renoise).__name__
-            raise ValueError(
-                f"renoise {got}: must be a floating-point tensor of shape {legal[0]} or {legal[1]}, or a callable"
-            )
+        return arguments.latent_size(self.engine, height, width)
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor, output_type: str):

@@ -20,6 +20,7 @@ ROWS = (
     ("models",),
     ("sampling",),
     ("engine",),
+    ("arguments",),
     ("pipeline",),
     ("serving", "training"),
     ("doctor",),

@@ -1,0 +1,139 @@
+"""The arguments of `Pipeline`, checked and made into what the engine takes.
+
+Every function raises ValueError with the value, the rule and the nearest legal value, before anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_engine.config import nearest
+from dsa_engine.engine.engine import Engine
+from dsa_engine.sampling.noise import Renoise
+from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
+
+WAN_STRIDE = 8  # pixels a latent pixel stands for, where no decoder says otherwise
+
+
+def embeds(engine: Engine, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> Tensor:
+    """Prompt embeddings [B, L, text_dim], encoded or as given."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("give either a prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
+    if prompt_embeds is None:
+        return engine.encode(prompt if isinstance(prompt, (list, tuple)) else [prompt])
+    model = engine.dit.config
+    shape = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else type(prompt_embeds).__name__
+    fits = isinstance(shape, list) and len(shape) == 3 and shape[2] == model.text_dim and shape[1] <= model.text_len
+    if not fits:
+        raise ValueError(
+            f"prompt_embeds of shape {shape}: must be a tensor [B, L, {model.text_dim}] with L at most {model.text_len}"
+        )
+    return prompt_embeds
+
+
+def default_threshold(engine: Engine) -> float:
+    """The threshold of step_policy="dsa": the model's own, 0.5 where it was never calibrated."""
+    return 0.5 if engine.config.threshold is None else engine.config.threshold
+
+
+def policy(
+    engine: Engine, named: str | Policy | None, ceiling: int | None = None, least: int | None = None,
+    most: int | None = None, threshold: float | None = None,
+) -> Policy:  # fmt: skip
+    """The step policy that a name ("dsa", "fixed", a preset, "fixed:4"), an object or the separate knobs mean."""
+    limit, presets = len(engine.config.steps), engine.config.presets
+    chosen = parse_policy(named) if isinstance(named, str) and ":" in named else named
+    if isinstance(chosen, Policy):
+        knobs = dict(num_inference_steps=ceiling, min_steps=least, max_steps=most, confidence_threshold=threshold)
+        given = [name for name, value in knobs.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: already said by step_policy={chosen}; give one or the other")
+    elif named == "fixed" or (named is None and engine.head is None and threshold is None):
+        chosen = Fixed(limit if ceiling is None else ceiling)
+    elif named in ("dsa", None, *presets):
+        own = presets.get(named, default_threshold(engine))
+        most = ceiling if most is None else most
+        chosen = Confidence(own if threshold is None else threshold, 1 if least is None else least, most)
+    else:
+        names = ", ".join(("dsa", "fixed", *presets))
+        raise ValueError(f"step_policy={named!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
+    chosen.check(limit)
+    if chosen.needs_confidence and engine.head is None:
+        raise ValueError(
+            f"step_policy={named!r}: {type(chosen).__name__} needs a confidence head and this model has none; "
+            "use Fixed or PerChunk"
+        )
+    return chosen
+
+
+def latent_size(engine: Engine, height: int | None, width: int | None) -> tuple[int, int]:
+    """Latent height and width. Pixel sizes must be multiples of the decoder's stride times the patch."""
+    stride = WAN_STRIDE if engine.decoder is None else engine.decoder.spatial_stride
+    unit = stride * engine.dit.config.patch_size[1]
+    if height is None or width is None:
+        raise ValueError("this model has no default size: give height and width")
+    if height % unit or width % unit or height < unit or width < unit:
+        raise ValueError(
+            f"size {height}x{width}: height and width must be multiples of {unit}; nearest is "
+            f"{nearest(height, unit)}x{nearest(width, unit)}"
+        )
+    return height // stride, width // stride
+
+
+def latent_frames(engine: Engine, frames: int) -> int:
+    """Latent frames of a clip of `frames` pixel frames, which must come out as whole chunks."""
+    if engine.decoder is None:
+        raise ValueError("this pipeline has no decoder: use generate_latents, or give latents; their shape counts")
+    chunk = engine.config.chunk_frames
+    whole = isinstance(frames, (int, np.integer)) and not isinstance(frames, bool) and frames >= 1
+    near = whole_chunks(engine, frames if whole else 1)
+    if not whole:
+        raise ValueError(f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {near}")
+    if near != frames:
+        raise ValueError(
+            f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames; nearest is {near}"
+        )
+    return engine.decoder.latent_frames_of(int(frames))
+
+
+def whole_chunks(engine: Engine, frames: float) -> int:
+    """The pixel frame count nearest to `frames` that is whole chunks."""
+    first, later = (engine.decoder.frames_of(engine.config.chunk_frames, is_first) for is_first in (True, False))
+    return first + max(0, round((frames - first) / later)) * later
+
+
+def latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, int]]:
+    """Checks noise [B, F, C, H, W] given for `batch` prompts; returns F and (H, W)."""
+    model, chunk = engine.dit.config, engine.config.chunk_frames
+    if not isinstance(noise, Tensor):
+        raise ValueError(f"latents: must be a tensor [B, F, C, H, W], not {type(noise).__name__}")
+    if not noise.is_floating_point():
+        raise ValueError(f"latents of dtype {noise.dtype}: must be floating point, e.g. {engine.dit.dtype}")
+    shape = list(noise.shape)
+    if noise.ndim != 5 or shape[2] != model.in_dim or shape[1] % chunk or 0 in shape:
+        near = [shape[0], nearest(shape[1], chunk), model.in_dim, *shape[3:]] if noise.ndim == 5 else None
+        raise ValueError(
+            f"latents of shape {shape}: must be [B, F, C, H, W] with F a multiple of {chunk} and C = {model.in_dim}"
+            + (f"; nearest is {near}" if near else "")
+        )
+    model.tokens_per_frame(shape[3], shape[4])
+    if shape[0] != batch:
+        raise ValueError(f"latents of {shape[0]} clips with {batch} prompts: must be as many; nearest is {batch}")
+    return shape[1], (shape[3], shape[4])
+
+
+def renoise(engine: Engine, given: Renoise | None, batch: int, frames: int, size: tuple[int, int]) -> None:
+    """Checks a re-noising tensor; what a callable returns is checked when it does."""
+    if given is None or callable(given):
+        return
+    clip = [batch, frames, engine.dit.config.in_dim, *size]
+    legal = [clip, [len(engine.config.steps) - 1, *clip]]
+    if not isinstance(given, torch.Tensor) or list(given.shape) not in legal or not given.is_floating_point():
+        got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"renoise {got}: must be a floating-point tensor of shape {legal[0]} or {legal[1]}, or a callable"
+        )

@@ -23,11 +23,22 @@ SPEED = 3.0  # px per frame along each moving axis
 LOW, HIGH = 12.5, SIZE - 12.5  # px, range of the centroid; 12 px is the reach of the triangle's corner
 WINDOW = 28  # px, side of the window around a centroid that holds the whole shape
 
-COLORS = {"red": (230, 40, 40), "green": (40, 200, 60), "blue": (40, 70, 255)}
-COLORS |= {"yellow": (240, 220, 40), "magenta": (230, 50, 230), "cyan": (60, 235, 235)}
+COLORS = {
+    "red": (230, 40, 40),
+    "green": (40, 200, 60),
+    "blue": (40, 70, 255),
+    "yellow": (240, 220, 40),
+    "magenta": (230, 50, 230),
+    "cyan": (60, 235, 235),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
-MOTIONS = {"still": "rests", "sideways": "moves sideways", "vertical": "moves up and down"}
-MOTIONS |= {"diagonal": "moves diagonally", "jumping": "jumps"}
+MOTIONS = {
+    "still": "rests",
+    "sideways": "moves sideways",
+    "vertical": "moves up and down",
+    "diagonal": "moves diagonally",
+    "jumping": "jumps",
+}
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (80, 80, 80), "navy": (20, 28, 84)}
 EVENTS = ("first", "same", "cut", "soft")
 MOTION_WEIGHTS = MappingProxyType({"still": 0.1, "sideways": 0.3, "vertical": 0.3, "diagonal": 0.2, "jumping": 0.1})

@@ -163,6 +163,8 @@ class Pipeline:
                 raise ValueError("height, width and num_frames follow from latents; give one or the other")
             frames, size = arguments.latents(self.engine, latents, len(embeds))
         arguments.renoise(self.engine, renoise, len(embeds), frames, size)
+        if generator is not None and seed is not None:
+            raise ValueError(f"seed={seed} with a generator: give one or the other")
         first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
         start = time.perf_counter()
 
@@ -174,7 +176,7 @@ class Pipeline:
             seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=changed(self.config, commit=commit),
             initial=latents, renoise=renoise,
         )  # fmt: skip
-        chunks, first_chunk = [], None
+        chunks, first_chunk = [], 0.0
         for _ in range(frames // self.config.chunk_frames):
             chunks.append(rollout.denoise(on_step if callback_on_step_end else None))
             rollout.accept(chunks[-1].latents)

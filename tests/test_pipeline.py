@@ -194,6 +194,7 @@ BAD_CALLS = {
     "twice": (dict(step_policy=Fixed(2), min_steps=1), ["min_steps", "one or the other"]),
     "guidance": (dict(guidance_scale=3.0), ["guidance_scale=3.0", "1.0"]),
     "seed": (dict(seed=-1), ["seed=-1", "nearest is 0"]),
+    "two seeds": (dict(seed=1, generator=torch.Generator()), ["seed=1", "one or the other"]),
     "text seed": (dict(seed="x"), ["seed='x'", "integer"]),
     "output": (dict(output_type="gif"), ["gif", "np, pt, pil, latent"]),
     "latents shape": (dict(latents=torch.zeros(1, 4, 16, 8, 8)), ["[1, 4, 16, 8, 8]", "of 3", "[1, 3, 16, 8, 8]"]),

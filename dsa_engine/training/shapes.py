@@ -42,6 +42,8 @@ from dsa_engine.training.student import StudentLosses
 from dsa_engine.training.teacher_forcing import teacher_forced
 from dsa_engine.training.trainer import Trainer, batches, level, rank
 
+logger = logging.getLogger(__name__)
+
 ROLLOUT = RolloutConfig(chunk_frames=3, window=9, steps=(1000, 750, 500, 250), shift=3.0)
 LATENT_SIZE = 8
 HEAD_SEED, CALIBRATION_SEED = 246_813_579, 123_456_789  # of prompts; training pools and held-out clips use others
@@ -135,8 +137,11 @@ def train_student(out: Path, steps: int, batch: int, lr: float, seed: int, compi
     trainer.run(loss, save_every=100, note="student", report=lambda: losses.report, on_save=on_save)
 
 
-def make_package(out: Path, student: Path, folder: Path, clips: int = 512) -> None:
-    """Write the model folder of a student's weights: its head fitted to it, thresholds calibrated on held-out clips."""
+def make_package(out: Path, student: Path, folder: Path, joint: bool = False, clips: int = 512) -> None:
+    """Write the model folder of a student's weights, with thresholds calibrated on held-out clips.
+
+    Its head is fitted to the frozen student by self-refinement, or left as the joint objective made it (`joint`).
+    """
     codec, teacher = load_codec(out), load_teacher(out)
     model = nn.ModuleDict({"dit": teacher["dit"], "confidence": ConfidenceHead(teacher["dit"].config)})
     model.load_state_dict(load_file(student))
@@ -144,11 +149,13 @@ def make_package(out: Path, student: Path, folder: Path, clips: int = 512) -> No
     video = {"height": synthetic.SIZE, "width": synthetic.SIZE, "frames": 48, "fps": 12.0}
     package.save(folder, "shapes", modules, ROLLOUT, video)
     pipe = Pipeline.from_pretrained(folder, device="cpu")  # the head is fitted to the weights as they ship, rounded
-    fit_head(pipe, held_out(clips, chunks=8, seed=HEAD_SEED))
-    presets = thresholds(confidence_by_step(pipe, held_out(clips // 2, chunks=8, seed=CALIBRATION_SEED)))
+    if not joint:
+        fit_head(pipe, held_out(clips, chunks=8, seed=HEAD_SEED))
+    confidence = confidence_by_step(pipe, held_out(clips // 2, chunks=8, seed=CALIBRATION_SEED))
+    presets = thresholds(confidence)
     modules["confidence"] = pipe.engine.head
     package.save(folder, "shapes", modules, replace(ROLLOUT, presets=presets, threshold=presets["balanced"]), video)
-    logging.getLogger(__name__).info("thresholds %s", presets)
+    logger.info("median confidence after each step %s, thresholds %s", np.median(confidence, 0).round(3), presets)
 
 
 def main() -> None:
@@ -161,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--student", type=Path, help="package: weights to ship, default the last of the student stage")
     parser.add_argument("--folder", type=Path, default=package.ASSETS / "shapes", help="package: where to write")
+    parser.add_argument("--joint", action="store_true", help="package: keep the head of the joint objective")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     args = parser.parse_args()
     args.steps = args.steps or {"codec": 5000, "teacher": 6000, "student": 500}.get(args.stage)
@@ -171,14 +179,15 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     if args.stage == "codec":
-        codec, _ = train_codec(args.steps, args.seed)
+        codec, psnr = train_codec(args.steps, args.seed)
+        logger.info("held-out PSNR %.1f dB", psnr)
         save_file(codec.state_dict(), args.out / "codec.safetensors")
         return
     if args.stage == "package":
         last = max(
             (args.out / "student").glob("step-*.safetensors"), default=args.out / "student" / "step-00500.safetensors"
         )
-        make_package(args.out, args.student or last, args.folder)
+        make_package(args.out, args.student or last, args.folder, args.joint)
         return
     train = {"teacher": train_teacher, "student": train_student}[args.stage]
     train(args.out, args.steps, args.batch, args.lr, args.seed, not args.eager)

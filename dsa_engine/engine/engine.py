@@ -98,6 +98,11 @@ class Engine:
             raise ValueError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
         return self.text.encode(prompts)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held by the shared cache pools."""
+        return sum(pool.nbytes for pool in self._pools.values())
+
     def close(self) -> None:
         """Drop the cache pools. Sessions still open keep theirs alive."""
         self._pools.clear()

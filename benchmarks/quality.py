@@ -1,42 +1,81 @@
-"""Quality over average steps of the shipped model, on held-out clips of the synthetic world.
+"""Quality over average steps of a model, on held-out clips of the synthetic world, against what it has to beat.
 
-For every fixed count and every named threshold: the share of valid frames (template fit, shape and colour mass right;
-1.00 on ground truth), of wholly valid clips and of chunks that move as told, beside the mean steps of easy and hard
-chunks. Hard: the first chunk, one after a cut, a jumping object. `passes` counts forwards a chunk, commit included.
-The last line is one JSON object.
+Every row is one step policy on the same prompts and noise: fixed counts, the confidence policy at many thresholds (the
+presets and a spread that covers 1.1 to 3.5 mean steps), and three baselines that need no head:
 
-    python benchmarks/quality.py --clips 96 --save benchmarks/results/quality-shapes-cpu.json
+    random      exits after each step with probability p, whatever the chunk shows
+    by_index    counts by the chunk's place in the clip, such as 4, 2, 1, 1
+    x0_change   `Change`: exits once the estimate hardly changes any more, which costs a step to find out
+
+and, where there is one, the many-step teacher that the model was distilled from (24 Euler steps, `roll_teacher`), and
+ground truth through the codec, the most that any row can reach.
+
+valid is the share of frames whose template fit, shape and colour mass are right (`metrics.score`), with its 95 %
+bootstrap interval over clips; all_valid, of wholly valid clips; motion, of chunks that move as told; mse, the mean
+template error; texture, the colour's variance inside the shape; steady, the share of frames of carried-on chunks whose
+object is less than 5 px from where it was. Hard chunks: the first, one after a cut, a jumping object. passes counts
+forwards a chunk: the steps and the commit, which the last chunk of a clip does not need. distance: energy distance
+2 E|A - B| - E|A - A'| - E|B - B'| in px to the teacher's chunks, of their mean place and of their displacements.
+
+`versus` holds differences of valid, paired by clip, to fixed counts and to each baseline's curve at equal mean steps
+(linear between its two neighbouring operating points, clip by clip). Thresholds of the spread are chosen on the same
+clips, but only to lie at given mean steps; the presets were calibrated on others. A value that does not exist (no
+teacher, no such chunk, beyond a curve's end) is null. The last line of --json is one JSON object.
+
+    python benchmarks/quality.py --clips 512 --jobs 2 --save benchmarks/results/quality-shapes-cpu.json --plot curve.png
+    python benchmarks/quality.py --clips 64 --chunks 16            # drift: valid by quarter of a 48-frame clip
+    python benchmarks/quality.py --compare runs/control            # another model minus this one, paired by clip, at
+                                                                   # fixed counts and each at its own presets
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from dsa_engine import Confidence, Fixed, Pipeline
-from dsa_engine.training.evaluate import held_out, quality, roll
-
-COLUMNS = (
-    "steps",
-    "steps_easy",
-    "steps_hard",
-    "passes",
-    "valid",
-    "valid_easy",
-    "valid_hard",
-    "clip",
-    "motion",
-    "seconds",
+from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, arguments
+from dsa_engine.config import ModelConfig
+from dsa_engine.models import package
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.training.evaluate import (
+    TOGETHER,
+    Table,
+    Trace,
+    held_out,
+    real,
+    roll,
+    roll_teacher,
+    tabulate,
+    trace,
 )
+from dsa_engine.training.figures import KINDS, compare, figures, head_figures, rounded, versus
+from dsa_engine.training.stats import spread
+from dsa_engine.video import check_target, replacing
+
+TEACHER = "shapes-teacher"
+SPREAD = np.linspace(1.1, 3.5, 10)  # mean steps at which the confidence policy is tried beside its presets
+SPREAD_CHANGE = (2.1, 2.4, 2.8, 3.2, 3.6)
+EXITS = (0.8, 0.6, 0.45, 0.33, 0.2, 0.1)  # of `random`, after each step
+BY_INDEX = ([2, 1], [4, 1], [4, 2, 1], [3, 2], [4, 2], [4, 3, 2], [4, 3])  # the last count holds
+WAN = "wan2.1-t2v-1.3b"
+OTHER = "other "  # before the names of the rows of --compare
 
 
 def commit() -> str:
@@ -68,43 +107,380 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("--clips", type=int, default=96)
-    parser.add_argument("--chunks", type=int, default=4, help="chunks a clip (4 is the training length)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; the prompts are always the same")
-    parser.add_argument("--save", type=Path, help="also write the JSON object to this file")
-    args = parser.parse_args()
-    pipe = Pipeline.from_pretrained(args.model)
-    torch.set_num_threads(pipe.cpu_threads)
-    captions = held_out(args.clips, args.chunks)
-    policies = {f"fixed:{n}": Fixed(n) for n in range(1, pipe.max_steps + 1)}
-    policies |= {name: Confidence(threshold) for name, threshold in pipe.config.presets.items()}
-    rows = {}
-    for name, policy in tqdm(policies.items(), desc="policies"):
-        start = time.perf_counter()
-        rolled = roll(pipe, captions, policy, seed=args.seed)
-        seconds = time.perf_counter() - start
-        rows[name] = {k: round(float(v), 4) for k, v in quality(captions, rolled).items()}
-        rows[name] |= {"passes": rows[name]["steps"] + 1, "seconds": round(seconds, 2)}
-        rows[name]["histogram"] = np.bincount(rolled.steps.ravel(), minlength=pipe.max_steps + 1)[1:].tolist()
-    lines = [" ".join(f"{c:>10}" for c in ("policy", *COLUMNS))]
-    lines += [" ".join([f"{name:>10}", *(f"{row[c]:>10.3f}" for c in COLUMNS)]) for name, row in rows.items()]
-    result = {
+@dataclass(frozen=True)
+class Clips:
+    """Which clips every row is rolled out on: prompts are always the same, seed is that of the noise."""
+
+    clips: int
+    chunks: int
+    seed: int
+
+    @property
+    def captions(self):
+        return held_out(self.clips, self.chunks)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to roll out. policy: a Policy, one a clip, or "trace", "teacher", "truth"; options of `roll_teacher`."""
+
+    model: str
+    policy: Policy | Sequence[Policy] | str
+    options: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job: scores, confidence [B, N, F] at the exits, seconds of the rollout without the scoring."""
+
+    table: Table
+    sure: np.ndarray
+    seconds: float
+    trace: Trace | None = None
+
+
+@lru_cache(maxsize=4)
+def load(model: str) -> Pipeline:
+    return Pipeline.from_pretrained(model)
+
+
+def measure(job: Job, clips: Clips) -> Result:
+    """Roll out and score; also what a worker process runs."""
+    pipe, captions, seen = load(job.model), clips.captions, None
+    start = time.perf_counter()
+    if job.policy == "trace":
+        rolled, seen = trace(pipe, captions, clips.seed)
+    elif job.policy == "teacher":
+        rolled = roll_teacher(pipe, captions, shift=pipe.config.shift, seed=clips.seed, **dict(job.options))
+    elif job.policy == "truth":
+        rolled = real(pipe, captions, clips.seed)
+    else:
+        rolled = roll(pipe, captions, job.policy, clips.seed, batch=TOGETHER)
+    seconds = time.perf_counter() - start
+    return Result(tabulate(captions, rolled), rolled.confidence, seconds, seen)
+
+
+def run(jobs: dict[str, Job], clips: Clips, workers: ProcessPoolExecutor | None, bar: tqdm) -> dict[str, Result]:
+    """The result of every job, by its name; in this process where there are no workers."""
+    results = {}
+    if workers is None:
+        for name, job in jobs.items():
+            bar.set_postfix_str(name)
+            results[name] = measure(job, clips)
+            bar.update()
+        return results
+    names = {workers.submit(measure, job, clips): name for name, job in jobs.items()}
+    for future in as_completed(names):
+        results[names[future]] = future.result()
+        bar.set_postfix_str(names[future])
+        bar.update()
+    return {name: results[name] for name in jobs}
+
+
+def random_exits(p: float, clips: Clips, limit: int) -> list[PerChunk]:
+    """Counts of steps, drawn before anything is seen: P(k) = p (1 - p)^(k - 1) for k < limit, the rest at limit."""
+    drawn = np.random.default_rng([clips.seed, round(1e6 * p)]).geometric(p, size=(clips.clips, clips.chunks))
+    return [PerChunk(counts) for counts in np.minimum(drawn, limit).tolist()]
+
+
+def known_jobs(model: str, clips: Clips, limit: int) -> dict[str, Job]:
+    """The rows whose policy does not depend on what the model shows; the last fixed one is traced."""
+    jobs = {f"fixed:{limit}": Job(model, "trace")}
+    jobs |= {f"fixed:{n}": Job(model, Fixed(n)) for n in range(limit - 1, 0, -1)}
+    jobs |= {f"random:{p}": Job(model, random_exits(p, clips, limit)) for p in EXITS}
+    by_index = sorted({tuple(min(count, limit) for count in counts) for counts in BY_INDEX})
+    jobs |= {f"by_index:{','.join(map(str, c))}": Job(model, PerChunk(list(c))) for c in by_index}
+    return jobs
+
+
+def chosen_jobs(model: str, seen: Trace, named: Sequence[float]) -> dict[str, Job]:
+    """Confidence at the named thresholds and a spread, x0_change at a spread: placed by what the trace shows."""
+    limit = seen.confidence.shape[2]
+    sure = seen.confidence.min(axis=3).reshape(-1, limit)
+    jobs = {f"confidence:{t}": Job(model, Confidence(t)) for t in sorted({*named, *spread(sure, SPREAD)})}
+    if limit > 2:
+        calm = -seen.change.max(axis=3).reshape(-1, limit - 1)
+        calm = np.concatenate((np.full((len(calm), 1), -np.inf), calm), axis=1)  # nothing is known after step 1
+        jobs |= {f"x0_change:{-t}": Job(model, Change(-t)) for t in spread(calm, SPREAD_CHANGE)}
+    return jobs
+
+
+def curves(results: dict[str, Result], limit: int) -> dict[str, list[Table]]:
+    """The operating points of each kind of policy, joined to the fixed counts that all baselines can be set to.
+
+    x0_change cannot stop after step 1 but by max_steps=1: below 2 mean steps its curve is a mixture of 1 and 2 fixed.
+    """
+    ends = {"fixed": (), "random": (1, limit), "by_index": (1, limit), "x0_change": (1, 2, limit)}
+    names = {k: [n for n in results if n.startswith(k + ":")] + [f"fixed:{n}" for n in e] for k, e in ends.items()}
+    return {kind: [results[name].table for name in points] for kind, points in names.items()}
+
+
+def head_cost(model: str, clips: Clips) -> dict[str, float]:
+    """Size of the head, here and for Wan 1.3B, and its share of a step's time for one clip at a time on the CPU."""
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    def timed(module: nn.Module) -> list[float]:
+        times: list[float] = []
+        module.register_forward_pre_hook(lambda *_: times.append(-time.perf_counter()))
+        module.register_forward_hook(lambda *_: times.append(times.pop() + time.perf_counter()))
+        return times
+
+    with torch.device("meta"):
+        config = ModelConfig.preset(WAN)
+        wan = size(ConfidenceHead(config)) / size(CausalDiT(config))
+    pipe = Pipeline.from_pretrained(model, device="cpu")  # one of its own, for the hooks stay
+    step, head = timed(pipe.engine.dit), timed(pipe.engine.head)
+    roll(pipe, clips.captions[:8], Fixed(pipe.max_steps), batch=1)
+    return {
+        "parameters": size(pipe.engine.head),
+        "percent_of_model": 100 * size(pipe.engine.head) / size(pipe.engine.dit),
+        f"percent_of_{WAN}": 100 * wan,
+        "step_ms": 1e3 * float(np.median(step)),
+        "percent_of_step_time": 100 * float(np.median(head) / np.median(step)),
+    }
+
+
+def claims(default: dict, head: dict, limit: int) -> dict[str, dict]:
+    """What the default threshold is good for: each claim with the figure, the rule, and whether it holds."""
+    most, gains = f"fixed:{limit}", {name: v["ci"] for name, v in default["versus"].items()}
+    found = {
+        f"better than {name}" + ("" if ":" in name else " at equal mean steps"): (ci, "interval above 0", ci[0] > 0)
+        for name, ci in gains.items()
+        if name != most
+    }
+    found[f"at most .03 below {most}"] = (gains[most], "interval above -.03", gains[most][0] > -0.03)
+    auc, steps = head["auc_hard"], [head["steps_event"], head["steps_quiet"]]
+    found["the head tells hard chunks from others"] = (auc, "AUC at least .9", auc >= 0.9)
+    found["events get more steps than quiet chunks"] = (steps, "first above second", steps[0] > steps[1])
+    return {text: dict(zip(("value", "rule", "holds"), verdict)) for text, verdict in found.items()}
+
+
+COLUMNS = ("mean_steps", "steps_easy", "steps_hard", "ratio", "passes", "valid", "ci", "valid_easy", "valid_hard")
+COLUMNS += ("all_valid", "motion", "mse", "texture", "steady", "seconds")
+
+
+def report(result: dict) -> list[str]:
+    """The tables that go to stdout."""
+    columns = (*COLUMNS, "quarters") if result["chunks"] > 4 else COLUMNS
+    rows = dict(labelled(result))
+    lines = aligned([["policy", *columns], *([name, *(cell(c, r[c]) for c in columns)] for name, r in rows.items())])
+
+    def gain(value: dict) -> str:
+        return f"{value['difference']:+.3f} {cell('ci', value['ci'])}"
+
+    lines += ["", "valid, confidence minus others, paired by clip; minus curves at equal mean steps"]
+    body = [[name, *map(gain, r["versus"].values())] for name, r in rows.items() if "versus" in r]
+    lines += aligned([["policy", *result["confidence"][0]["versus"]], *body])
+    if result["compare"]:
+        lines += ["", f"{result['compare']['model']} minus {result['model']}, paired by clip"]
+        body = [
+            [name, " / ".join(f"{n:.2f}" for n in reversed(r["mean_steps"])), gain(r["valid"]), gain(r["valid_hard"])]
+            for name, r in result["compare"]["rows"].items()
+        ]
+        lines += aligned([["policy", "mean steps", "valid", "valid_hard"], *body])
+    lines += ["", *(f"{name}: {result[name]}" for name in FIGURES)]
+    lines += [""]
+    lines += [
+        f"{'yes' if c['holds'] else 'NO ':3} {t}: {c['value']} ({c['rule']})" for t, c in result["claims"].items()
+    ]
+    if result["teacher"] is None:
+        lines += ["", f"no teacher: {TEACHER!r} does not ship with the package; give --teacher FOLDER"]
+    return lines
+
+
+def cell(column: str, value: float | list[float] | None) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(f'{v:.3f}' for v in value)}]"
+    digits = {"mse": 5, "texture": 4, "seconds": 1}.get(column, 3)
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+FIGURES = ("auc_hard", "spearman", "spearman_by_step", "correlation", "correlation_by_step", "steps_event")
+FIGURES += ("steps_quiet", "steps_by_kind", "head", "mix")
+
+
+def labelled(result: dict) -> Iterator[tuple[str, dict]]:
+    """(name, row) of every row of a result."""
+    yield from ((f"fixed:{n}", r) for n, r in result["fixed"].items())
+    for r in result["confidence"]:
+        yield f"confidence:{r['threshold']:g}" + (f" {r['preset']}" if r["preset"] else ""), r
+    random, by_index, x0_change = result["baselines"].values()
+    yield from ((f"random:{r['p']:g}", r) for r in random)
+    yield from ((f"by_index:{','.join(map(str, r['counts']))}", r) for r in by_index)
+    yield from ((f"x0_change:{r['threshold']:g}", r) for r in x0_change)
+    yield from ((name, result[name]) for name in ("teacher", "ground_truth") if result[name])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+
+
+PANELS = {"valid": "valid frames", "motion": "chunks that move as told"}
+STYLE = {"random": ("#9a6fb0", "^"), "by_index": ("#c98b2b", "s"), "x0_change": ("#3b8f5a", "D")}
+
+
+def draw(result: dict, path: Path) -> None:
+    """valid and motion over mean steps: fixed counts, confidence with its interval, baselines, teacher, truth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+
+    figure = Figure((11, 4.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    chosen = sorted(result["confidence"], key=lambda r: r["mean_steps"])
+    steps = [r["mean_steps"] for r in chosen]
+    for axes, (key, text) in zip(figure.subplots(1, 2), PANELS.items()):
+        fixed = list(result["fixed"].values())
+        axes.plot([r["mean_steps"] for r in fixed], [r[key] for r in fixed], "o--", color="#555555", label="fixed")
+        for kind, (color, marker) in STYLE.items():
+            points = sorted(result["baselines"][kind], key=lambda r: r["mean_steps"])
+            style = dict(color=color, marker=marker, ms=4.5, lw=1, alpha=0.85)
+            axes.plot([r["mean_steps"] for r in points], [r[key] for r in points], label=kind, **style)
+        axes.plot(steps, [r[key] for r in chosen], "o-", color="#1f5fbf", ms=4, lw=2, label="confidence", zorder=5)
+        if key == "valid":
+            low, high = zip(*(r["ci"] for r in chosen))
+            axes.fill_between(steps, low, high, color="#1f5fbf", alpha=0.15, lw=0, label="its 95 % interval")
+        for r in (r for r in chosen if r["preset"]):
+            place, halo = (r["mean_steps"], r[key]), [withStroke(linewidth=2.5, foreground="white")]
+            axes.plot(*place, "o", ms=9, mfc="none", mec="#1f5fbf", mew=1.5, zorder=6)
+            style = dict(color="#1f5fbf", size=8, zorder=7, path_effects=halo)
+            axes.annotate(r["preset"], place, (5, -13), textcoords="offset points", **style)
+        for name, style in (("teacher", "-."), ("ground_truth", ":")):
+            if result[name]:
+                label = f"teacher, {result[name]['mean_steps']:g} steps" if name == "teacher" else "ground truth"
+                axes.axhline(result[name][key], color="#a03030", ls=style, lw=1.2, label=label)
+        axes.set(xlabel="mean denoising steps a chunk", ylabel=text)
+        axes.grid(alpha=0.25)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=8, fontsize=8)
+    figure.suptitle(
+        f"{result['model']}: {result['clips']} clips of {result['chunks']} chunks, "
+        f"{100 * result['mix']['hard']:.0f} % of them hard", size=11
+    )  # fmt: skip
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """All rows and figures as one object."""
+    pipe, clips = load(args.model), Clips(args.clips, args.chunks, args.seed)
+    limit, presets = pipe.max_steps, dict(pipe.config.presets)
+    if pipe.engine.head is None or limit < 2:
+        raise ValueError(f"--model {args.model}: needs a confidence head and at least 2 steps to choose from")
+    default = arguments.default_threshold(pipe.engine)
+    teacher = args.teacher or (TEACHER if TEACHER in package.shipped() else None)
+    jobs: dict[str, Job] = {}
+    if teacher:  # it takes longest, so it starts first
+        options = (("steps", args.teacher_steps), ("guidance", args.guidance))
+        jobs["teacher"] = Job(teacher, "teacher", options)
+    jobs |= known_jobs(args.model, clips, limit) | {"ground_truth": Job(args.model, "truth")}
+    if args.compare:
+        other = load(args.compare)
+        policies = {f"fixed:{n}": Fixed(n) for n in range(1, min(limit, other.max_steps) + 1)}
+        policies |= {n: Confidence(other.config.presets[n]) for n in presets if n in other.config.presets}
+        jobs |= {OTHER + name: Job(args.compare, policy) for name, policy in policies.items()}
+    spawn = multiprocessing.get_context("spawn")  # forked workers would share torch's threads
+    pool = ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1 else nullcontext()
+    with pool as workers, tqdm(total=len(jobs), unit="row") as bar:
+        results = run(jobs, clips, workers, bar)
+        more = chosen_jobs(args.model, results[f"fixed:{limit}"].trace, [default, *presets.values()])
+        bar.total += len(more)
+        results |= run(more, clips, workers, bar)
+    return assembled(args, pipe, clips, results)
+
+
+def assembled(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: dict[str, Result]) -> dict:
+    """The object that the benchmark is for, from the results by name."""
+    limit, presets, default = pipe.max_steps, pipe.config.presets, arguments.default_threshold(pipe.engine)
+    others = {name.removeprefix(OTHER): results.pop(name) for name in list(results) if name.startswith(OTHER)}
+    teacher = results["teacher"].table if "teacher" in results else None
+    rows = {
+        name: figures(r.table, limit, None if name == "teacher" else teacher) | {"seconds": r.seconds}
+        for name, r in results.items()
+    }
+
+    def of(kind: str) -> dict[str, dict]:
+        """Rows of a kind, by what stands after the colon."""
+        return {name.partition(":")[2]: r for name, r in rows.items() if name.startswith(kind + ":")}
+
+    fixed = {n: results[f"fixed:{n}"] for n in range(1, limit + 1)}
+    against = {f"fixed:{n}": fixed[n].table for n in (2, limit)}
+    points, named = curves(results, limit), {str(value): name for name, value in presets.items()}
+    confidence = {
+        value: {"threshold": float(value), "preset": named.get(value), **r}
+        | {"versus": versus(results[f"confidence:{value}"].table, against, points)}
+        for value, r in of("confidence").items()
+    }
+    own = results[f"confidence:{default}"].table
+    head = head_figures(fixed[limit].trace, [(r.sure, r.table) for r in fixed.values()], own)
+    mine = {name: r.table for name, r in results.items()}
+    mine |= {name: mine[f"confidence:{value}"] for name, value in presets.items()}
+    pairs = {name: compare(mine[name], other.table) for name, other in others.items()}
+    return rounded({
         "benchmark": "quality",
-        "date": time.strftime("%Y-%m-%d"),
         "model": pipe.name,
-        "clips": args.clips,
-        "chunks": args.chunks,
-        "policies": rows,
-        "thresholds": pipe.config.presets,
+        "clips": clips.clips,
+        "chunks": clips.chunks,
+        "seed": clips.seed,
+        "mix": {"hard": own.hard.mean(), **{kind: (own.kind == kind).mean() for kind in KINDS}},
+        "thresholds": {"default": default, **presets},
+        "fixed": {n: rows[f"fixed:{n}"] for n in fixed},
+        "confidence": list(confidence.values()),
+        "baselines": {
+            "random": [{"p": float(p), **r} for p, r in of("random").items()],
+            "by_index": [{"counts": [int(n) for n in c.split(",")], **r} for c, r in of("by_index").items()],
+            "x0_change": [{"threshold": float(t), **r} for t, r in of("x0_change").items()],
+        },
+        "teacher": teacher and {"model": args.teacher or TEACHER, "guidance": args.guidance, **rows["teacher"]},
+        "ground_truth": rows["ground_truth"],
+        **head,
+        "head": head_cost(args.model, clips),
+        "claims": claims(confidence[str(default)], head, limit),
+        "compare": {"model": args.compare, "rows": pairs} if args.compare else None,
+        "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "commit": commit(),
-    }
+    })  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="shapes", help="shipped name or folder; it needs a confidence head")
+    add("--teacher", help=f"shipped name or folder of the many-step teacher (default {TEACHER} where it is shipped)")
+    add("--teacher-steps", type=int, default=24, help="Euler steps of the teacher")
+    add("--guidance", type=float, default=1.0, help="of the teacher, against the null prompt")
+    add("--compare", metavar="MODEL", help="another model, whose rows are compared with the model's, paired by clip")
+    add("--clips", type=count, default=512)
+    add("--chunks", type=count, default=4, help="chunks a clip (4 is the training length)")
+    add("--seed", type=int, default=0, help="of the noise; the prompts are always the same")
+    add("--jobs", type=count, default=1, help="worker processes, each with one thread")
+    add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
+    add("--plot", type=Path, metavar="PNG", help="draw quality over mean steps")
+    add("--json", action="store_true", help="the last line of stdout is one JSON object")
+    args = parser.parse_args()
+    for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
+        if path is not None:
+            check_target(path, suffix)  # before the work, not after it
+    torch.set_num_threads(1)  # a small model's products are over before a second thread has woken up
+    result = evaluate(args)
     if args.save:
-        args.save.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write("\n".join(lines) + "\n" + json.dumps(result) + "\n")
+        with replacing(args.save) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    sys.stdout.write("\n".join(report(result)) + "\n")
+    if args.plot:
+        draw(result, args.plot)
+    if args.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1, the nearest legal value")
+    return number
 
 
 if __name__ == "__main__":

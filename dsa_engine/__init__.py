@@ -2,11 +2,12 @@
 
 from dsa_engine.engine.session import Chunk, Session, Snapshot
 from dsa_engine.pipeline import Pipeline, VideoOutput
-from dsa_engine.sampling.policy import Budget, Confidence, Fixed, PerChunk, Policy
+from dsa_engine.sampling.policy import Budget, Change, Confidence, Fixed, PerChunk, Policy
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Change",
     "Chunk",
     "Confidence",
     "Fixed",

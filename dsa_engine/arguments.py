@@ -62,10 +62,11 @@ def policy(
         names = ", ".join(("dsa", "fixed", *presets))
         raise ValueError(f"step_policy={named!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
     chosen.check(limit)
-    if chosen.needs_confidence and engine.head is None:
+    if chosen.reads == "confidence" and engine.head is None:
         raise ValueError(
             f"step_policy={named!r}: {type(chosen).__name__} needs a confidence head and this model has none; "
-            "use Fixed or PerChunk"
+            "use Fixed, PerChunk or Change, or train a head for it: "
+            "dsa-engine train --recipe head --model FILE --prompts FILE"
         )
     return chosen
 

@@ -19,10 +19,11 @@ from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 class Step(NamedTuple):
     """What one denoising step saw and made, for the rows of the batch that took it.
 
-    index: 1, 2, ...; sigma: its noise level; rows: indices in the batch; x, x0 [len(rows), F, C, H, W];
-    confidence [len(rows), F], None without a head.
+    chunk: 0, 1, ...; index: 1, 2, ...; sigma: its noise level; rows: indices in the batch;
+    x, x0 [len(rows), F, C, H, W]; confidence [len(rows), F], None without a head.
     """
 
+    chunk: int
     index: int
     sigma: float
     rows: list[int]
@@ -68,18 +69,19 @@ def denoise_chunk(
     confidence = x.new_empty(x.shape[:2], dtype=torch.float32) if head else None
     steps = [0] * len(x)
     active = list(range(len(x)))
+    before = None  # the active rows' estimates of the step before
     for step, sigma in enumerate(sigmas, 1):
         level = x.new_full(x.shape[:2], sigma, dtype=torch.float32)
         out = model(x, TIMESTEPS * level, rows.frames, text_kv, rows)
         x0 = ops.velocity_to_x0(x, out.velocity, level)
         certain = head(out.hidden, out.time).sigmoid() if head else None
         if on_step is not None:
-            on_step(Step(step, sigma, list(active), x, x0, certain))
+            on_step(Step(chunk, step, sigma, list(active), x, x0, certain))
 
-        asked = any(policies[row].needs_confidence for row in active)
-        values = certain.tolist() if asked else [None] * len(active)  # the one read of a decision
-        last = step == len(sigmas)
-        stop = [last or policies[row].done(chunk, step, c, len(sigmas)) for row, c in zip(active, values)]
+        stop = [True] * len(active)
+        if step < len(sigmas):  # else nothing is left to decide, nor to read
+            values = _read([policies[row].reads for row in active], certain, x0, before)
+            stop = [policies[row].done(chunk, step, v, len(sigmas)) for row, v in zip(active, values)]
         leave = [i for i, s in enumerate(stop) if s]
         stay = [i for i, s in enumerate(stop) if not s]
         for i in leave:
@@ -92,8 +94,22 @@ def denoise_chunk(
             keep = torch.tensor(stay, device=x.device)
             x0, text_kv, rows = x0[keep], text_kv[:, :, keep], rows.select(keep)
             active = [active[i] for i in stay]
+        before = x0
         x = ops.renoise(x0, renoise(step, active), level[: len(active)].fill_(sigmas[step]))
     raise AssertionError("unreachable: every row stops at the last level")
+
+
+def _read(
+    reads: Sequence[str | None], confidence: Tensor | None, x0: Tensor, before: Tensor | None
+) -> list[list[float] | None]:
+    """What each row's policy reads, one value a frame, fetched from the device at once: the one read of a decision."""
+    known = {}
+    if "confidence" in reads:
+        known["confidence"] = confidence
+    if "change" in reads and before is not None:
+        known["change"] = (x0.float() - before.float()).square().mean(dim=(2, 3, 4))
+    host = dict(zip(known, torch.stack(list(known.values())).tolist())) if known else {}
+    return [host[name][row] if name in host else None for row, name in enumerate(reads)]
 
 
 def commit_chunk(model: CausalDiT, latents: Tensor, text_kv: Tensor, rows: CacheRows) -> None:

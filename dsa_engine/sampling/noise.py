@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Union
 
 import numpy as np
 import torch
 
-Renoise = Union[torch.Tensor, Callable[[int, int], torch.Tensor]]
+Renoise = torch.Tensor | Callable[[int, int], torch.Tensor]
 
 
 def gaussian(seed: int, chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:

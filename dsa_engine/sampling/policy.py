@@ -10,12 +10,18 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 class Policy(ABC):
-    """What `denoise_chunk` calls. `limit` is the number of levels in the schedule: no chunk can take more steps."""
+    """What `denoise_chunk` calls. `limit` is the number of levels in the schedule: no chunk can take more steps.
 
-    needs_confidence = False
+    reads: which values a decision needs, one per latent frame of the chunk. "confidence": the head's, in (0, 1), 1 is
+    sure. "change": mean((x0_k - x0_{k-1})^2) between the estimates of this step and the one before, in latent units of
+    variance about 1. None: none, so that nothing has to be fetched from the device.
+    """
+
+    reads: Literal["confidence", "change"] | None = None
 
     def start(self, limit: int) -> Policy:
         """A checked copy for one stream."""
@@ -27,8 +33,12 @@ class Policy(ABC):
         """Raise ValueError with the nearest legal value where the policy does not fit a schedule of `limit` steps."""
 
     @abstractmethod
-    def done(self, chunk: int, step: int, confidence: Sequence[float] | None, limit: int) -> bool:
-        """After `step` steps (1, 2, ...) of chunk `chunk` (0, 1, ...): stop here? confidence: one value a frame."""
+    def done(self, chunk: int, step: int, values: Sequence[float] | None, limit: int) -> bool:
+        """After `step` steps (1, 2, ...) of chunk `chunk` (0, 1, ...): stop here?
+
+        values: what the policy `reads`, one value a frame; None where it reads nothing, and for "change" after step 1,
+        which has no step before it.
+        """
 
     def observe(self, seconds: float, frames: int) -> None:  # noqa: B027 most policies have nothing to learn
         """A chunk of `frames` video frames took `seconds`, all its phases together."""
@@ -60,7 +70,7 @@ class Fixed(Policy):
     def check(self, limit: int) -> None:
         _check_count("n", self.n, limit)
 
-    def done(self, chunk, step, confidence, limit) -> bool:
+    def done(self, chunk, step, values, limit) -> bool:
         return step >= self.n
 
 
@@ -76,8 +86,18 @@ class PerChunk(Policy):
         for i, count in enumerate(self.counts):
             _check_count(f"counts[{i}]", count, limit)
 
-    def done(self, chunk, step, confidence, limit) -> bool:
+    def done(self, chunk, step, values, limit) -> bool:
         return step >= self.counts[min(chunk, len(self.counts) - 1)]
+
+
+def _check_range(least: int, most: int | None, frame_reduce: str, limit: int) -> None:
+    _check_count("min_steps", least, limit)
+    if most is not None:
+        _check_count("max_steps", most, limit)
+        if most < least:
+            raise ValueError(f"max_steps={most} with min_steps={least}: must not be less; nearest is {least}")
+    if frame_reduce not in REDUCE:
+        raise ValueError(f"frame_reduce={frame_reduce!r}: must be one of {', '.join(REDUCE)}")
 
 
 REDUCE = {"min": min, "mean": lambda values: sum(values) / len(values), "max": max}
@@ -96,25 +116,47 @@ class Confidence(Policy):
     max_steps: int | None = None
     frame_reduce: str = "min"
 
-    needs_confidence = True
+    reads = "confidence"
 
     def check(self, limit: int) -> None:
         _check_unit("threshold", self.threshold)
-        _check_count("min_steps", self.min_steps, limit)
-        if self.max_steps is not None:
-            _check_count("max_steps", self.max_steps, limit)
-            if self.max_steps < self.min_steps:
-                raise ValueError(
-                    f"max_steps={self.max_steps} with min_steps={self.min_steps}: must not be less; "
-                    f"nearest is {self.min_steps}"
-                )
-        if self.frame_reduce not in REDUCE:
-            raise ValueError(f"frame_reduce={self.frame_reduce!r}: must be one of {', '.join(REDUCE)}")
+        _check_range(self.min_steps, self.max_steps, self.frame_reduce, limit)
 
-    def done(self, chunk, step, confidence, limit) -> bool:
+    def done(self, chunk, step, values, limit) -> bool:
         if step >= (limit if self.max_steps is None else self.max_steps):
             return True
-        return step >= self.min_steps and REDUCE[self.frame_reduce](confidence) >= self.threshold
+        return step >= self.min_steps and REDUCE[self.frame_reduce](values) >= self.threshold
+
+
+@dataclass
+class Change(Policy):
+    """Stop as soon as a step has changed the estimate by no more than `threshold`, within [min_steps, max_steps].
+
+    The chunk's change is that of its most changed frame (`frame_reduce="max"`; "mean" and "min" are the others), in the
+    unit of `Policy.reads`. It needs no confidence head, but sees only afterwards that a step was not needed: the first
+    change is known after step 2, so only max_steps=1 stops a chunk earlier. max_steps None is the whole schedule.
+    """
+
+    threshold: float
+    min_steps: int = 1
+    max_steps: int | None = None
+    frame_reduce: str = "max"
+
+    reads = "change"
+
+    def check(self, limit: int) -> None:
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not number or not self.threshold >= 0:
+            hint = "; nearest is 0.0" if number and self.threshold < 0 else ", e.g. 0.02"
+            raise ValueError(f"threshold={self.threshold!r}: must be a number of at least 0{hint}")
+        _check_range(self.min_steps, self.max_steps, self.frame_reduce, limit)
+
+    def done(self, chunk, step, values, limit) -> bool:
+        if step >= (limit if self.max_steps is None else self.max_steps):
+            return True
+        if step < self.min_steps or values is None:
+            return False
+        return REDUCE[self.frame_reduce](values) <= self.threshold
 
 
 @dataclass
@@ -136,7 +178,7 @@ class Budget(Policy):
     lag: float = field(init=False, default=0.0)
     threshold: float = field(init=False)
 
-    needs_confidence = True
+    reads = "confidence"
 
     def __post_init__(self):
         self.threshold = self.ceiling
@@ -151,8 +193,8 @@ class Budget(Policy):
         if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
             raise ValueError(f"target_fps={fps!r}: must be a number of frames a second above 0, e.g. 16")
 
-    def done(self, chunk, step, confidence, limit) -> bool:
-        return self._rule().done(chunk, step, confidence, limit)
+    def done(self, chunk, step, values, limit) -> bool:
+        return self._rule().done(chunk, step, values, limit)
 
     def observe(self, seconds: float, frames: int) -> None:
         deadline = frames / self.target_fps
@@ -161,7 +203,8 @@ class Budget(Policy):
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from its command-line form: `fixed:4`, `confidence:0.8`, `budget:16fps` or `per-chunk:4,2,1,3`."""
+    """A policy from its command-line form: `fixed:4`, `confidence:0.8`, `change:0.02`, `budget:16fps` or
+    `per-chunk:4,2,1,3`."""
     kind, _, value = text.partition(":")
     try:
         if kind == "fixed":
@@ -170,6 +213,8 @@ def parse_policy(text: str) -> Policy:
             return PerChunk([int(v) for v in value.split(",")])
         if kind == "confidence":
             return Confidence(float(value))
+        if kind == "change":
+            return Change(float(value))
         if kind == "budget":
             return Budget(float(value.removesuffix("fps")))
     except ValueError as error:
@@ -177,4 +222,6 @@ def parse_policy(text: str) -> Policy:
     raise ValueError(f"steps {text!r}: {POLICY_FORMS}")
 
 
-POLICY_FORMS = "must be fixed:N, confidence:THRESHOLD, budget:FPSfps or per-chunk:N,N,..., e.g. fixed:4"
+POLICY_FORMS = (
+    "must be fixed:N, confidence:THRESHOLD, change:THRESHOLD, budget:FPSfps or per-chunk:N,N,..., e.g. fixed:4"
+)

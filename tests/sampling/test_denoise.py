@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsa_engine import Confidence, Fixed, PerChunk
+from dsa_engine import Change, Confidence, Fixed, PerChunk
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import DiTOutput
 from dsa_engine.sampling.cache import KVCache
@@ -115,3 +115,67 @@ def test_the_confidence_of_each_row_decides_for_that_row_alone():
     )  # fmt: skip
     assert result.steps == [4, 1, 1]
     assert result.confidence[:, 0].tolist() == pytest.approx([0.5, 0.7310586, 0.8807970])
+
+
+class Known:
+    """A model whose estimate after step k of row r and frame f is the constant table[k - 1, r, f]."""
+
+    def __init__(self, table):
+        self.table, self.step = table, 0
+
+    def __call__(self, x, t, frames, text_kv, memory):
+        estimate = self.table[self.step, memory.which][:, :, None, None, None].expand(x.shape)
+        self.step += 1
+        return DiTOutput((x - estimate) / (t / 1000)[:, :, None, None, None], torch.tensor(memory.which), t)
+
+
+ESTIMATES = torch.tensor(
+    [  # [steps, rows, frames]; the changes are the squares of the differences
+        [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+        [[1, 0, 0], [0.1, 0.1, 0.1], [1, 1, 1], [0, 0, 0]],
+        [[1, 0, 1], [9, 9, 9], [1, 1, 0.9], [0, 0, 0]],
+        [[1, 0, 1], [9, 9, 9], [7, 7, 7], [2, 0, 0]],
+    ]
+)
+
+
+def known_chunk(policies, table=ESTIMATES, head=None):
+    model = Known(table)
+    return denoise_chunk(
+        model, head, torch.randn(4, *SHAPE), chunk=0, schedule=SCHEDULE, policies=policies,
+        renoise=lambda step, which: torch.randn(len(which), *SHAPE), text_kv=torch.zeros(1, 2, 4, 1, 1, 1),
+        rows=Rows([0, 1, 2, 3]),
+    )  # fmt: skip
+
+
+def test_a_row_stops_when_its_own_estimate_hardly_changes():
+    """Row 0 settles at step 4, 1 at 2, 2 at 3, 3 at 2: while others leave, each is compared with its own past."""
+    result = known_chunk([Change(0.02) for _ in range(4)])
+    assert result.steps == [4, 2, 3, 2]
+    exits = ESTIMATES[[3, 1, 2, 1], range(4)]
+    torch.testing.assert_close(result.latents, exits[:, :, None, None, None].expand(-1, *SHAPE), rtol=0, atol=1e-5)
+    assert known_chunk([Change(0.02, frame_reduce="min") for _ in range(4)]).steps == [2, 2, 3, 2]
+
+
+def test_rows_may_read_different_things_at_once():
+    """The change of row 0, the confidence of rows 1 and 3 (sigmoid of the row's number), nothing for row 2."""
+    policies = [Change(0.02), Confidence(0.8), Fixed(3), Confidence(0.9)]
+    assert known_chunk(policies, head=logits).steps == [4, 4, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "policies, fetched",
+    [
+        ([Fixed(4)] * 4, 0),
+        ([Confidence(1.0)] * 4, 3),  # after the last step nothing is left to decide
+        ([Change(0.0)] * 4, 2),  # after the first step there is nothing to see
+        ([Change(0.0), Confidence(1.0), Fixed(4), Confidence(1.0)], 3),
+    ],
+)
+def test_a_decision_fetches_at_most_once_and_only_what_is_read(monkeypatch, policies, fetched):
+    calls = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: calls.append(self.is_floating_point()) or tolist(self))
+    steps = torch.arange(4.0)[:, None, None].expand(4, 4, 3)  # always changes
+    assert known_chunk(policies, table=steps, head=logits).steps == [4] * 4
+    assert sum(calls) == fetched

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from dsa_engine import Budget, Confidence, Fixed, PerChunk
+from dsa_engine import Budget, Change, Confidence, Fixed, PerChunk
 from dsa_engine.sampling.policy import parse_policy
 
 LIMIT = 4
 
 
-def steps_taken(policy, confidences, chunk=0) -> int:
-    """Run the loop that `denoise_chunk` runs on made-up confidences, one list of frames per step."""
-    for step, confidence in enumerate(confidences, 1):
-        if step == LIMIT or policy.done(chunk, step, confidence, LIMIT):
+def steps_taken(policy, values, chunk=0) -> int:
+    """Run the loop that `denoise_chunk` runs on made-up values, one list of frames per step."""
+    for step, read in enumerate(values, 1):
+        if step == LIMIT or policy.done(chunk, step, read, LIMIT):
             return step
-    raise AssertionError("more confidences needed")
+    raise AssertionError("more values needed")
 
 
 RISING = [[0.2, 0.9], [0.5, 0.9], [0.7, 0.8], [0.95, 0.99]]
@@ -48,6 +48,37 @@ def test_confidence_stops_at_the_threshold(options, expected):
     assert steps_taken(Confidence(**options).start(LIMIT), RISING) == expected
 
 
+FALLING = [None, [0.01, 0.5], [0.2, 0.1], [0.0, 0.0]]  # changes: none is known after the first step
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(threshold=0.5), 2),  # the most changed frame decides: .5, .2
+        (dict(threshold=0.49), 3),
+        (dict(threshold=0.2, max_steps=2), 2),
+        (dict(threshold=0.02, frame_reduce="min"), 2),
+        (dict(threshold=0.16, frame_reduce="mean"), 3),  # means .255, .15
+        (dict(threshold=0.0), 4),
+        (dict(threshold=float("inf")), 2),
+        (dict(threshold=9, min_steps=3), 3),
+        (dict(threshold=0.0, max_steps=1), 1),
+    ],
+)
+def test_change_stops_when_the_estimate_stands_still(options, expected):
+    assert steps_taken(Change(**options).start(LIMIT), FALLING) == expected
+
+
+def test_change_knows_nothing_after_one_step_but_obeys_a_schedule_of_one():
+    assert not Change(9.0).start(2).done(0, 1, None, 2)
+    assert Change(9.0).start(1).done(0, 1, None, 1)
+
+
+def test_each_policy_says_what_it_reads():
+    reads = [policy.reads for policy in (Fixed(1), PerChunk([1]), Confidence(), Budget(16), Change(0.1))]
+    assert reads == [None, None, "confidence", "confidence", "change"]
+
+
 @pytest.mark.parametrize(
     "policy, words",
     [
@@ -64,6 +95,11 @@ def test_confidence_stops_at_the_threshold(options, expected):
         (Confidence(0.5, max_steps=7), ["max_steps=7", "nearest is 4"]),
         (Confidence(0.5, min_steps=3, max_steps=2), ["max_steps=2", "min_steps=3", "nearest is 3"]),
         (Confidence(0.5, frame_reduce="median"), ["median", "min, mean, max"]),
+        (Change(-0.5), ["threshold=-0.5", "at least 0", "nearest is 0.0"]),
+        (Change(float("nan")), ["threshold=nan", "at least 0"]),
+        (Change("low"), ["threshold='low'", "a number"]),
+        (Change(0.1, min_steps=5), ["min_steps=5", "nearest is 4"]),
+        (Change(0.1, frame_reduce="median"), ["median", "min, mean, max"]),
         (Budget(0), ["target_fps=0", "above 0"]),
         (Budget(float("inf")), ["target_fps=inf", "above 0"]),
         (Budget(16, ceiling=2.0), ["ceiling=2.0", "nearest is 1.0"]),
@@ -114,6 +150,7 @@ def test_streams_do_not_share_a_budget():
     [
         ("fixed:3", Fixed(3)),
         ("confidence:0.8", Confidence(0.8)),
+        ("change:0.02", Change(0.02)),
         ("budget:16fps", Budget(16.0)),
         ("budget:12.5", Budget(12.5)),
         ("per-chunk:4,2,1,3", PerChunk([4, 2, 1, 3])),
@@ -123,7 +160,9 @@ def test_command_line_forms(text, expected):
     assert parse_policy(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "fixed", "fixed:", "fixed:x", "magic:3", "per-chunk:1,,2", "confidence:high"])
+@pytest.mark.parametrize(
+    "text", ["", "fixed", "fixed:", "fixed:x", "magic:3", "per-chunk:1,,2", "confidence:high", "change:"]
+)
 def test_bad_command_line_forms(text):
     with pytest.raises(ValueError, match="fixed:N"):
         parse_policy(text)

@@ -1,40 +1,94 @@
-"""Turns the head's confidences into thresholds with names, by rolling out held-out clips."""
+"""Turns a head's confidences into what users ask for: thresholds with names, and the error that a confidence means.
+
+All of it is measured on rollouts that the head was not fitted to. They take every step, so a chunk's past is what all
+steps make of it; with a threshold in force it is what fewer make, and the mean steps come out a little different.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from dsa_engine.pipeline import Pipeline
-from dsa_engine.sampling.denoise import Step
-from dsa_engine.sampling.policy import Fixed
-from dsa_engine.synthetic import Caption
-from dsa_engine.training.evaluate import roll
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.training.rollouts import Rollouts
 
-TARGETS = {"fast": 1.5, "balanced": 1.9, "quality": 2.5}  # mean steps a chunk
+SHARES = {"fast": 1 / 6, "balanced": 0.3, "quality": 0.5}  # of the steps after the first: 1.5, 1.9 and 2.5 of 4
+ROWS = 4096  # frames a product
 
 
-def confidence_by_step(pipe: Pipeline, captions: Sequence[Sequence[Caption]], seed: int = 0) -> np.ndarray:
-    """The chunk's confidence (its least sure frame's) after each step of a rollout that never stops: [chunks, S]."""
-    seen: list[np.ndarray] = []
+@torch.no_grad()
+def logits(head: ConfidenceHead, rollouts: Rollouts) -> Tensor:
+    """The head's answer to every frame after every step, computed as the engine does: [C, N, S, F] float32, CPU."""
+    weight = head.mlp[0].weight
+    rows = rollouts.features.flatten(0, 3).split(ROWS)
+    found = [head.mlp(part.to(weight.device, weight.dtype)).squeeze(-1).float().cpu() for part in rows]
+    return torch.cat(found).view(rollouts.features.shape[:4])
 
-    def keep(step: Step) -> None:
-        seen.append(step.confidence.amin(dim=1).numpy())
 
-    roll(pipe, captions, Fixed(pipe.max_steps), seed, on_step=keep)
-    return np.stack(seen).reshape(-1, pipe.max_steps, len(captions)).transpose(0, 2, 1).reshape(-1, pipe.max_steps)
+def confidence_by_step(head: ConfidenceHead, rollouts: Rollouts) -> np.ndarray:
+    """The chunk's confidence (its least sure frame's) after each step: [C * N, S], clip by clip."""
+    return logits(head, rollouts).sigmoid().amin(dim=3).flatten(0, 1).numpy()
+
+
+def steps_taken(confidence: np.ndarray, threshold: float) -> np.ndarray:
+    """Steps that a threshold would have taken: the first step that reaches it, else all. [chunks, S] -> [chunks]."""
+    reached = confidence >= threshold
+    reached[:, -1] = True
+    return reached.argmax(axis=1) + 1
 
 
 def mean_steps(confidence: np.ndarray, threshold: float) -> float:
-    """Steps a chunk that a threshold would have taken: the first step that reaches it, else all. [chunks, S]."""
-    reached = confidence >= threshold
-    reached[:, -1] = True
-    return float((reached.argmax(axis=1) + 1).mean())
+    """`steps_taken`, a chunk. confidence [chunks, S]."""
+    return float(steps_taken(confidence, threshold).mean())
 
 
-def thresholds(confidence: np.ndarray, targets: Mapping[str, float] = TARGETS) -> dict[str, float]:
-    """The threshold whose mean steps come nearest to each target, rounded to three digits."""
+def thresholds(confidence: np.ndarray, targets: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The threshold whose mean steps come nearest to each target, rounded to three digits.
+
+    confidence [chunks, S]; targets: mean steps a chunk by name, default 1 + share (S - 1) with the shares of SHARES.
+    """
+    if targets is None:
+        targets = {name: 1 + share * (confidence.shape[1] - 1) for name, share in SHARES.items()}
     candidates = np.unique(np.round(np.quantile(confidence, np.linspace(0, 1, 401)), 3))
-    means = np.array([mean_steps(confidence.copy(), c) for c in candidates])
+    means = np.array([mean_steps(confidence, c) for c in candidates])
     return {name: float(candidates[np.abs(means - target).argmin()]) for name, target in targets.items()}
+
+
+def isotonic(values: Sequence[float], weights: Sequence[float]) -> np.ndarray:
+    """The rising sequence nearest to `values` [n]: argmin of sum_i w_i (f_i - v_i)^2 over f_1 <= ... <= f_n.
+
+    Pool adjacent violators (Ayer et al., 1955): as long as a block's mean is below that of the block before it, the two
+    become one, with their common mean.
+    """
+    blocks: list[tuple[float, float, int]] = []  # (mean, weight, length)
+    for value, weight in zip(values, weights):
+        mean, total, length = float(value), float(weight), 1
+        while blocks and blocks[-1][0] >= mean:
+            before, heavy, longer = blocks.pop()
+            mean = (heavy * before + total * mean) / (heavy + total)
+            total, length = heavy + total, longer + length
+        blocks.append((mean, total, length))
+    return np.repeat([mean for mean, _, _ in blocks], [length for _, _, length in blocks])
+
+
+def calibration(confidence: np.ndarray, distance: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+    """What a confidence means: the expected distance to the full-step estimate, never rising with the confidence.
+
+    confidence, distance: arrays of one shape, a value a frame after a step. The frames go into up to `bins` bins of
+    about equal count by their confidence, equal ones into the same bin. Per bin, by rising confidence: `confidence` and
+    `distance`, its means; `expected`, the nearest falling sequence to the distances (`isotonic`); `count`, its frames.
+    """
+    confidence, distance = np.ravel(confidence).astype(float), np.ravel(distance).astype(float)
+    if confidence.shape != distance.shape or not confidence.size or bins < 1:
+        raise ValueError(
+            f"{confidence.size} confidences, {distance.size} distances, {bins} bins: must be as many confidences as "
+            "distances, and at least 1 of each"
+        )
+    edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1]))
+    _, place, count = np.unique(np.searchsorted(edges, confidence), return_inverse=True, return_counts=True)
+    sure, far = (np.bincount(place, weights=x) / count for x in (confidence, distance))
+    columns = zip(sure.tolist(), far.tolist(), (-isotonic(-far, count)).tolist(), count.tolist())
+    return [dict(zip(("confidence", "distance", "expected", "count"), row)) for row in columns]

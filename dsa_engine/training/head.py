@@ -5,31 +5,39 @@ and d_k = mean((x_k - x_S)^2), the head learns
 
     confidence = sigmoid(log(TOLERANCE / d_k) / SOFTNESS)
 
-so 0.5 means: about TOLERANCE away from where the remaining steps would take it.
+so 0.5 means: about TOLERANCE away from where the remaining steps would take it. Any distilled generator will do: it is
+only rolled out, never changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.package import save_head
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.sampling.denoise import Step
-from dsa_engine.sampling.policy import Fixed
-from dsa_engine.synthetic import Caption
-from dsa_engine.training.evaluate import roll
+from dsa_engine.training import calibrate
+from dsa_engine.training.rollouts import Prompts, Rollouts, check_prompts, chunks_of, collect
+from dsa_engine.training.stats import spearman
+from dsa_engine.video import replacing
 
 TOLERANCE = 0.1  # of latents whose variance is 1
 SOFTNESS = 1.0
-
-
-def refinement(estimates: Tensor) -> Tensor:
-    """d_k for k < S: estimates [S, B, F, C, H, W] -> [S - 1, B, F]."""
-    return (estimates[:-1] - estimates[-1]).square().mean(dim=(3, 4, 5))
+BATCH = 1024  # frames
 
 
 def target(distance: Tensor) -> Tensor:
@@ -37,53 +45,204 @@ def target(distance: Tensor) -> Tensor:
     return (torch.log(TOLERANCE / distance.clamp_min(1e-8)) / SOFTNESS).sigmoid()
 
 
-class Recorder:
-    """Stands in for the head during a rollout, and keeps what the head would have read."""
-
-    def __init__(self, head: ConfidenceHead):
-        self.head, self.features = head, []
-
-    def __call__(self, hidden: Tensor, time: Tensor) -> Tensor:
-        self.features.append(self.head.features(hidden, time))
-        return hidden.new_zeros(time.shape[:2])
+def refine_loss(logit: Tensor, distance: Tensor) -> Tensor:
+    """Mean binary cross-entropy of the confidences sigmoid(logit) against `target(distance)`; shapes alike."""
+    return F.binary_cross_entropy_with_logits(logit.float(), target(distance))
 
 
-def collect(pipe: Pipeline, captions: Sequence[Sequence[Caption]], seed: int) -> tuple[Tensor, Tensor]:
-    """Features [n, 3 dim] and distances [n] of every frame after every step but the last, on full rollouts."""
-    steps, estimates = pipe.max_steps, []
-    head, recorder = pipe.engine.head, Recorder(pipe.engine.head)
+@dataclass(frozen=True)
+class Fit:
+    """How well a fitted head knows its rollouts.
 
-    def keep(step: Step) -> None:
-        estimates.append(step.x0)
-
-    pipe.engine.head = recorder
-    try:
-        roll(pipe, captions, Fixed(steps), seed, on_step=keep)
-    finally:
-        pipe.engine.head = head
-    by_chunk = torch.stack(estimates).unflatten(0, (-1, steps))
-    distance = torch.stack([refinement(chunk) for chunk in by_chunk])  # [chunks, S - 1, B, F]
-    features = torch.stack(recorder.features).unflatten(0, (-1, steps))[:, :-1]
-    return features.flatten(0, 3).clone(), distance.flatten().clone()
-
-
-def fit_head(pipe: Pipeline, captions: Sequence[Sequence[Caption]], seed: int = 0, iterations: int = 600) -> float:
-    """Train the pipeline's head in place on rollouts of these captions; returns the last training loss.
-
-    Binary cross-entropy against the soft target, Adam with a falling rate, random batches of 1024 frames.
+    loss, held_out_loss: `refine_loss` over all frames that it was fitted to, and over those that it was not;
+    spearman: rank correlation of confidence and -distance on the held-out ones, over all steps; spearman_by_step: after
+    step 1, ..., S - 1 alone. None where either is constant.
     """
-    features, distance = collect(pipe, captions, seed)
-    wanted = target(distance)
-    generator = torch.Generator().manual_seed(seed)
-    mlp = pipe.engine.head.mlp.requires_grad_(True)
+
+    loss: float
+    held_out_loss: float
+    spearman: float | None
+    spearman_by_step: list[float | None]
+
+
+def fit_head(pipe: Pipeline, rollouts: Rollouts, held_out: Rollouts, iterations: int = 600, seed: int = 0) -> Fit:
+    """Train the pipeline's head in place, or a new one where it has none, on rollouts of that pipeline.
+
+    AdamW with a falling rate on random batches of 1024 frames, in float32 on the pipeline's device; the head then takes
+    the pipeline's dtype, and is measured as such. Raises FloatingPointError where the loss is not finite.
+    """
+    head = pipe.engine.head or _new_head(pipe, seed)
+    device, shape = pipe.engine.dit.device, rollouts.distance.shape
+    mlp = copy.deepcopy(head.mlp).float().requires_grad_(True)
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    for _ in range(iterations):
-        rows = torch.randint(len(features), (1024,), generator=generator)
-        loss = F.binary_cross_entropy_with_logits(mlp(features[rows]).squeeze(-1), wanted[rows])
+    generator = torch.Generator().manual_seed(seed)
+    for _ in tqdm(range(iterations), desc="head", mininterval=1):
+        # [C, N, S - 1, F]: places after the last step, where nothing is left to refine, are never drawn
+        places = torch.unravel_index(torch.randint(shape.numel(), (BATCH,), generator=generator), shape)
+        features, distance = rollouts.features[places].to(device), rollouts.distance[places].to(device)
+        loss = refine_loss(mlp(features).squeeze(-1), distance)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    mlp.requires_grad_(False)
-    return loss.item()
+    if not loss.isfinite():
+        raise FloatingPointError(f"the head's loss is {loss.item()} after {iterations} iterations: must be finite")
+    head.mlp.load_state_dict(mlp.state_dict())
+    pipe.engine.head = head
+    return measure(head, rollouts, held_out)
+
+
+def _new_head(pipe: Pipeline, seed: int) -> ConfidenceHead:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = ConfidenceHead(pipe.engine.dit.config)
+    return head.to(pipe.engine.dit.device, pipe.engine.dit.dtype).requires_grad_(False).eval()
+
+
+def measure(head: ConfidenceHead, rollouts: Rollouts, held_out: Rollouts) -> Fit:
+    def order(logit: Tensor, distance: Tensor) -> float | None:
+        found = spearman(logit.numpy(), -distance.numpy())
+        return None if np.isnan(found) else found
+
+    own, other = (calibrate.logits(head, made)[:, :, :-1] for made in (rollouts, held_out))
+    return Fit(
+        loss=refine_loss(own, rollouts.distance).item(),
+        held_out_loss=refine_loss(other, held_out.distance).item(),
+        spearman=order(other, held_out.distance),
+        spearman_by_step=[order(other[:, :, k], held_out.distance[:, :, k]) for k in range(other.shape[2])],
+    )
+
+
+def train_head(
+    pipe: Pipeline, prompts: Prompts, out: str | Path, *, chunks: int | None = None,
+    size: tuple[int, int] | None = None, clips: int | None = None, held_out: float = 0.25, batch: int = 1,
+    seed: int = 0, iterations: int = 600,
+) -> dict[str, Any]:  # fmt: skip
+    """Give a pipeline a confidence head: roll out, fit, calibrate, and write it all to the folder `out`.
+
+    prompts, chunks, size, batch: as for `collect`; clips: rollouts to make (one a prompt; more go round the prompts
+    again, with other noise); held_out: the share of the prompts that the head is not fitted to, but measured and
+    calibrated on. For Wan's 1.3B a clip of 21 latent frames holds 6 GB of cache on the device while it is made (`batch`
+    is how many fit at once), and afterwards 1.5 MB of features in memory.
+
+    Writes `head.safetensors` for `Pipeline.from_pretrained(model, head=...)`, `head.json` (the report that is returned)
+    and `head.png`. The rollouts stay in `out/rollouts`: run again, what is there is not made again. The pipeline has
+    the head, its thresholds and its calibration afterwards.
+    """
+    out, chunks = Path(out), check_prompts(prompts, chunks, chunks_of(pipe))
+    order, held = split(len(prompts), clips, held_out, seed)
+    start = time.perf_counter()
+    made = collect(
+        pipe, prompts, chunks=chunks, size=size, order=order, batch=batch, seed=seed, folder=out / "rollouts"
+    )
+    rolled = time.perf_counter()
+    learned, other = made[~held], made[held]
+    fit = fit_head(pipe, learned, other, iterations, seed)
+    table, by_step = set_thresholds(pipe, other), calibrate.confidence_by_step(pipe.engine.head, other)
+    report = {
+        "model": pipe.name,
+        **asdict(fit),
+        "presets": {
+            name: {"threshold": threshold, "mean_steps": calibrate.mean_steps(by_step, threshold)}
+            for name, threshold in pipe.config.presets.items()
+        },
+        "calibration": table,
+        "prompts": len(prompts),
+        "clips": {"fitted": len(learned), "held_out": len(other)},
+        "chunks": chunks,
+        "iterations": iterations,
+        "seed": seed,
+        "seconds": {"rollouts": rolled - start, "fit": time.perf_counter() - rolled},
+        "machine": machine(pipe.engine.dit.device),
+    }
+    report = _short(report)
+    save_head(out / "head.safetensors", pipe.engine.head, pipe.engine.dit.config, pipe.config, pipe.calibration)
+    with replacing(out / "head.json") as part:
+        part.write_text(json.dumps(report, indent=2) + "\n")
+    draw_head(out / "head.png", table, by_step, pipe.config.presets)
+    return report
+
+
+def split(prompts: int, clips: int | None, share: float, seed: int) -> tuple[list[int], Tensor]:
+    """Which prompt each clip shows, and which clips are held out (bool [clips]): all those of some prompts."""
+    held = round(share * prompts)
+    if not 0 < held < prompts:
+        hint = f"nearest is {min(max(held, 1), prompts - 1) / prompts:g}" if prompts > 1 else "give at least 2 prompts"
+        raise ValueError(
+            f"held_out={share} of {prompts} prompts is {held}: must be at least 1 and leave at least 1; {hint}"
+        )
+    clips = prompts if clips is None else clips
+    if clips < prompts:
+        raise ValueError(f"clips={clips}: must be at least one a prompt; nearest is {prompts}")
+    mixed = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed)).tolist()  # neighbours may be alike
+    place = torch.arange(clips) % prompts
+    return [mixed[i] for i in place], place < held
+
+
+def set_thresholds(pipe: Pipeline, held_out: Rollouts) -> list[dict[str, float]]:
+    """Calibrate the pipeline's head on rollouts that it was not fitted to; returns `calibrate.calibration`'s table.
+
+    The pipeline then has the presets fast, balanced and quality, the middle one as its default, and a calibration.
+    """
+    logit = calibrate.logits(pipe.engine.head, held_out)[:, :, :-1]
+    table = calibrate.calibration(logit.sigmoid().numpy(), held_out.distance.numpy())
+    presets = calibrate.thresholds(calibrate.confidence_by_step(pipe.engine.head, held_out))
+    pipe.engine.config = replace(pipe.config, presets=presets, threshold=presets["balanced"])
+    pipe.calibration = tuple((row["confidence"], row["expected"]) for row in table)
+    return table
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What computed, for a report."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _short(value: Any) -> Any:
+    """Floats to six digits, wherever they are inside."""
+    if isinstance(value, dict):
+        return {name: _short(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def draw_head(
+    path: Path, table: Sequence[Mapping[str, float]], by_step: np.ndarray, presets: Mapping[str, float]
+) -> None:
+    """A PNG of what a head knows: true distance over confidence, and the steps that each preset takes.
+
+    table: as `calibrate.calibration` gives it; by_step [chunks, S]: as `calibrate.confidence_by_step`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    sure = torch.linspace(0.01, 0.99, 99)
+    told = TOLERANCE * torch.exp(-SOFTNESS * sure.logit())  # the inverse of `target`
+    left.plot(sure, told, color="#9aa5b1", linestyle=":", label="what the head is told")
+    points = {name: [row[name] for row in table] for name in ("confidence", "distance", "expected")}
+    left.plot(points["confidence"], points["expected"], color="#08519c", label="calibration")
+    left.plot(points["confidence"], points["distance"], "o", color="#d9480f", markersize=5, label="held-out frames")
+    left.set(xlim=(0, 1), yscale="log", xlabel="confidence", ylabel="mean squared distance to the last step")
+    left.legend(frameon=False, fontsize=8)
+    left.grid(alpha=0.3)
+    steps, width = np.arange(1, by_step.shape[1] + 1), 0.8 / len(presets)
+    for i, (name, threshold) in enumerate(presets.items()):
+        taken = calibrate.steps_taken(by_step, threshold)
+        share = [(taken == step).mean() for step in steps]
+        label = f"{name}: {threshold:g}, {taken.mean():.2f} steps a chunk"
+        right.bar(steps + (i - (len(presets) - 1) / 2) * width, share, width, label=label)
+    room = 1.35 * right.get_ylim()[1]  # for the legend above the bars
+    right.set(xlabel="denoising steps", ylabel="share of the chunks", xticks=steps, ylim=(0, room))
+    right.legend(frameon=False, fontsize=8)
+    with replacing(path) as part:
+        figure.savefig(part, format="png")

@@ -1,0 +1,377 @@
+"""Wan 2.1's video VAE, streaming: the frames of a clip are the same whatever chunks it comes in.
+
+Every convolution over time sees only the two frames before, zeros at a clip's start, so a stream has to remember the
+last two frames of each one's input and nothing else. A clip's first frame is a picture of its own: the layers that
+double the frame rate pass it through and start after it, the layers that halve it pass it through too. 1 + n latent
+frames are therefore 1 + 4 n pixel frames. Apart from that rule a chunk of any length is one call a layer.
+
+Source: Wan 2.1 (arXiv 2503.20314) and its `wan/modules/vae.py`, which goes frame by frame with the memory on the
+module; here the memory is an argument and a result.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsa_engine.models.checkpoint import load_strict, read_tensors
+from dsa_engine.models.vae_names import DIFFUSERS, WAN, expect, to_wan
+
+# What a stream remembers between two chunks: tensors in the order of the layers that need them. Never changed in place.
+State = tuple[Tensor, ...]
+
+# Mean and standard deviation of each latent channel over Wan's training videos (from `wan/modules/vae.py`).
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+class Stream:
+    """One pass of a chunk through the layers: hands out what the chunk before left, in order, and collects anew.
+
+    first: nothing was decoded before. tails: this chunk's state, complete after the pass. axis: the axis of time.
+    """
+
+    def __init__(self, state: State | None, axis: int):
+        self.first = state is None
+        self.tails: list[Tensor] = []
+        self._past = iter(state or ())
+        self._axis = axis
+
+    def extend(self, x: Tensor, frames: int) -> Tensor:
+        """x with the `frames` frames before it, zeros at a clip's start; its last `frames` are kept for the next chunk.
+
+        Raises ValueError when the state does not fit x.
+        """
+        shape = list(x.shape)
+        shape[self._axis] = frames
+        past = x.new_zeros(shape) if self.first else next(self._past, None)
+        if past is None or list(past.shape) != shape:
+            held = "nothing" if past is None else list(past.shape)
+            raise ValueError(
+                f"state holds {held} where this chunk needs {shape}: give the state that the chunk before of the same "
+                "stream returned, or None at a clip's start"
+            )
+        x = torch.cat((past, x), dim=self._axis)
+        tail = x.narrow(self._axis, x.shape[self._axis] - frames, frames)
+        self.tails.append(tail.clone())  # a view would keep the whole chunk alive
+        return x
+
+
+class StreamingVAE(nn.Module):
+    """What Wan's VAE and its tiny twin share: the arithmetic of frames, the checks, and the loop over passes.
+
+    A subclass gives `_decode(latents, stream)` and the axis on which its layers have time.
+    """
+
+    spatial_stride = 8
+    temporal_stride = 4
+    latent_channels = 16
+    # Latent frames that are computed at once: bounds the memory of long clips and changes no result. A usual chunk.
+    pass_frames = 3
+    time_axis: int
+
+    def decode(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """latents [B, F, C, h, w] of any floating dtype and the state after the chunk before (None at a clip's start)
+        -> frames [B, T, 3, 8 h, 8 w] in [0, 1] in the weights' dtype, T = 4 F (4 F - 3 at a clip's start), and the next
+        state. The state given is not changed and may be used again.
+
+        Raises ValueError for another shape, or a state that is not of this stream.
+        """
+        self._check("latents", latents, self.latent_channels)
+        return self._run(self._decode, latents.split(self.pass_frames, dim=1), state)
+
+    def frames_of(self, latent_frames: int, first: bool) -> int:
+        """Pixel frames that a chunk decodes to: 4 a latent frame, but 1 for the `first` one of a clip.
+
+        Raises ValueError below 1 latent frame.
+        """
+        if latent_frames < 1:
+            raise ValueError(f"latent_frames = {latent_frames}: must be at least 1, the nearest legal value")
+        return self.temporal_stride * (latent_frames - first) + first
+
+    def latent_frames_of(self, frames: int) -> int:
+        """Latent frames of a clip of `frames` pixel frames: 1 + n for 1 + 4 n. Raises ValueError for other lengths."""
+        stride = self.temporal_stride
+        if frames < 1 or (frames - 1) % stride:
+            near = 1 + stride * max(0, round((frames - 1) / stride))
+            raise ValueError(f"frames = {frames}: a clip has 1 + {stride} n frames; the nearest is {near}")
+        return 1 + (frames - 1) // stride
+
+    def _decode(self, latents: Tensor, stream: Stream) -> Tensor:
+        raise NotImplementedError
+
+    def _run(self, step: Callable[[Tensor, Stream], Tensor], pieces: Iterable[Tensor], state: State | None):
+        """`step` on one piece after the other -> (results along axis 1, the state after the last)."""
+        dtype = next(self.parameters()).dtype
+        results = []
+        for piece in pieces:
+            stream = Stream(state, self.time_axis)
+            results.append(step(piece.to(dtype), stream))
+            state = tuple(stream.tails)
+        return torch.cat(results, dim=1), state
+
+    def _check_frames(self, frames: Tensor) -> None:
+        self._check("frames", frames, 3)
+        unit = self.spatial_stride
+        height, width = frames.shape[-2:]
+        if height % unit or width % unit:
+            near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (height, width))
+            raise ValueError(f"frames of {height} x {width}: both sides must be multiples of {unit}; nearest is {near}")
+
+    @staticmethod
+    def _check(name: str, x: Tensor, channels: int) -> None:
+        if x.ndim != 5 or x.shape[2] != channels or not x.numel():
+            legal = f"[B, T, {channels}, H, W]"
+            raise ValueError(f"{name} of shape {list(x.shape)}: must be {legal}, no axis empty, the third {channels}")
+
+
+class Causal:
+    """Marks the layers with a past: they are called with (x, stream), all others with x."""
+
+
+class Chain(Causal, nn.Sequential):
+    """Layers one after the other, x [B, C, T, H, W]."""
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        for layer in self:
+            x = layer(x, stream) if isinstance(layer, Causal) else layer(x)
+        return x
+
+
+class CausalConv3d(Causal, nn.Conv3d):
+    """A convolution that is padded in space and preceded in time by the kernel's length less one frames."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1):
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(inputs, outputs, kernel, stride=(time_stride, 1, 1), padding=padding)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.convolve(stream.extend(x, self.kernel_size[0] - 1))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """x with its past in front -> the frames that the kernel fits on, which may be none (torch refuses that)."""
+        if x.shape[2] < self.kernel_size[0]:
+            return x.new_empty(len(x), self.out_channels, 0, *x.shape[3:])
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """`x * sqrt(C) / ||x|| * gamma` over the channels, x [B, C, ...]; the norm is taken in at least float32."""
+
+    def __init__(self, channels: int, axes: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+        return unit.to(x.dtype) * (x.shape[1] ** 0.5 * self.gamma)
+
+
+class ResidualBlock(Causal, nn.Module):
+    """x [B, inputs, T, H, W] -> [B, outputs, T, H, W]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.residual = Chain(
+            RMSNorm(inputs),
+            nn.SiLU(),
+            CausalConv3d(inputs, outputs),
+            RMSNorm(outputs),
+            nn.SiLU(),
+            nn.Identity(),  # dropout in training: the names count it
+            CausalConv3d(outputs, outputs),
+        )
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv3d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        return self.shortcut(x) + self.residual(x, stream)
+
+
+class AttentionBlock(nn.Module):
+    """One head over the pixels of each frame, x [B, C, T, H, W]; frames do not see each other."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = RMSNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + _each_frame(self._attend, x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        tokens = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None]  # [B T, 1, H W, 3 C]
+        y = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
+        return self.proj(y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Upsample(Causal, nn.Module):
+    """x [B, C, T, H, W] -> [B, C / 2, T', 2 H, 2 W]; `in_time` doubles the frames too, but for the first of a clip."""
+
+    def __init__(self, channels: int, in_time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        if self.time_conv is not None:
+            # A clip's first frame is neither doubled nor the past of the others: zeros come before the second.
+            pairs = self.time_conv(x[:, :, int(stream.first) :], stream).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+            doubled = pairs.movedim(1, 3).flatten(2, 3)
+            x = torch.cat((x[:, :, :1], doubled), dim=2) if stream.first else doubled
+        return _each_frame(self.resample, x)
+
+
+class Downsample(Causal, nn.Module):
+    """x [B, C, T, H, W] -> [B, C, T', H / 2, W / 2]; `in_time` halves the frames too, but for the first of a clip."""
+
+    def __init__(self, channels: int, in_time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if in_time else None
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = _each_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        past_and_x = stream.extend(x, 1)
+        if not stream.first:
+            return self.time_conv.convolve(past_and_x)
+        # A clip's first frame stays as it is and is the past of the others: no zeros before it.
+        return torch.cat((x[:, :, :1], self.time_conv.convolve(x)), dim=2)
+
+
+def _each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer for pictures [N, C, H, W] on every frame of x [B, C, T, H, W]."""
+    return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+
+
+def _middle(channels: int) -> Chain:
+    return Chain(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
+
+
+def _head(channels: int, outputs: int) -> Chain:
+    return Chain(RMSNorm(channels), nn.SiLU(), CausalConv3d(channels, outputs))
+
+
+def _encoder(dim: int, widths: list[int], blocks: int, outputs: int, time_down: tuple[bool, ...]) -> Chain:
+    layers: list[nn.Module] = []
+    channels = dim
+    for level, width in enumerate(widths):
+        layers += [ResidualBlock(channels if block == 0 else width, width) for block in range(blocks)]
+        if level < len(time_down):
+            layers.append(Downsample(width, time_down[level]))
+        channels = width
+    parts = ("conv1", CausalConv3d(3, dim)), ("downsamples", Chain(*layers)), ("middle", _middle(widths[-1]))
+    return Chain(OrderedDict([*parts, ("head", _head(widths[-1], outputs))]))
+
+
+def _decoder(widths: list[int], blocks: int, inputs: int, time_up: tuple[bool, ...]) -> Chain:
+    layers: list[nn.Module] = []
+    channels = widths[0]
+    for level, width in enumerate(widths):
+        layers += [ResidualBlock(channels if block == 0 else width, width) for block in range(blocks + 1)]
+        if level < len(time_up):
+            layers.append(Upsample(width, time_up[level]))
+            channels = width // 2
+    parts = ("conv1", CausalConv3d(inputs, widths[0])), ("middle", _middle(widths[0])), ("upsamples", Chain(*layers))
+    return Chain(OrderedDict([*parts, ("head", _head(widths[-1], 3))]))
+
+
+class WanVAE(StreamingVAE):
+    """A `VideoCodec`: frames [B, T, 3, H, W] in [0, 1] <-> latents [B, F, 16, H / 8, W / 8] as the DiT has them.
+
+    The DiT's latents are the network's z, normalised: `z = latents * std + mean`. The parameters have Wan's own names:
+    194 tensors, 126,892,531 parameters at the default sizes.
+
+    dim: channels at full resolution, even; latent_channels: C; multipliers: channels of each level in units of `dim`;
+    blocks: residual blocks a level (one more in the decoder); time_down: for each halving of the picture, whether it
+    halves the frame rate too; mean, std: C values each.
+    Raises ValueError for arguments that do not fit together.
+
+    A stream's state is the last two frames of the inputs of the decoder's 32 causal convolutions: 0.94 G elements at
+    480 x 832, which is 1.9 GB in bfloat16.
+    """
+
+    time_axis = 2
+
+    def __init__(
+        self, dim: int = 96, latent_channels: int = 16, multipliers: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2,
+        time_down: tuple[bool, ...] = (False, True, True), mean: tuple[float, ...] = LATENT_MEAN,
+        std: tuple[float, ...] = LATENT_STD,
+    ):  # fmt: skip
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim = {dim}: must be even and positive; the nearest is {max(2, dim // 2 * 2)}")
+        if len(time_down) != len(multipliers) - 1:
+            raise ValueError(
+                f"time_down has {len(time_down)} values: must be one less than the {len(multipliers)} multipliers"
+            )
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != latent_channels:
+                raise ValueError(f"{name} has {len(values)} values: must be latent_channels = {latent_channels}")
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.spatial_stride = 2 ** len(time_down)
+        self.temporal_stride = 2 ** sum(time_down)
+        widths = [dim * m for m in multipliers]
+        self.encoder = _encoder(dim, widths, blocks, 2 * latent_channels, tuple(time_down))
+        self.conv1 = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
+        self.conv2 = nn.Conv3d(latent_channels, latent_channels, 1)
+        self.decoder = _decoder(widths[::-1], blocks, latent_channels, tuple(time_down)[::-1])
+        # Not in the files, so they must have their values even when the parameters are made on the meta device.
+        self.register_buffer("mean", torch.tensor(mean, device="cpu")[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu")[:, None, None], persistent=False)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """A whole clip: frames [B, 1 + 4 n, 3, H, W] in [0, 1] -> latents [B, 1 + n, 16, H / 8, W / 8], the mean of the
+        posterior. Raises ValueError for other lengths and for sides that are not multiples of 8."""
+        return self.encode_chunk(frames)[0]
+
+    def encode_chunk(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """`encode` for a stream: 1 + 4 n frames at a clip's start (state None), 4 n later; and the next state."""
+        self._check_frames(frames)
+        count, first = frames.shape[1], state is None
+        stride = self.temporal_stride
+        if not first and count % stride:
+            near = stride * max(1, round(count / stride))
+            raise ValueError(f"{count} frames: a later chunk has a multiple of {stride}; the nearest is {near}")
+        total = self.latent_frames_of(count) if first else count // stride
+        sizes = [min(self.pass_frames, total - start) for start in range(0, total, self.pass_frames)]
+        pieces = frames.split([self.frames_of(size, first and i == 0) for i, size in enumerate(sizes)], dim=1)
+        return self._run(self._encode, pieces, state)
+
+    def _encode(self, frames: Tensor, stream: Stream) -> Tensor:
+        moments = self.conv1(self.encoder(2 * frames.transpose(1, 2) - 1, stream))  # mean and log variance
+        return (moments[:, : self.latent_channels].transpose(1, 2) - self.mean) / self.std
+
+    def _decode(self, latents: Tensor, stream: Stream) -> Tensor:
+        z = (latents * self.std + self.mean).transpose(1, 2)
+        return self.decoder(self.conv2(z), stream).transpose(1, 2).clamp(-1, 1) / 2 + 0.5
+
+
+def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+    """The Wan VAE from `Wan2.1_VAE.pth` or diffusers' `vae/diffusion_pytorch_model.safetensors`, told by their names.
+
+    The width is the file's own, so a narrower VAE of the same layers loads too.
+    Raises FileNotFoundError, and ValueError for a file that is broken, of another model, or does not fit.
+    """
+    tensors = read_tensors(path)
+    if expect(tensors, (WAN, DIFFUSERS), path) == DIFFUSERS:
+        tensors = to_wan(tensors)
+    with torch.device("meta"):
+        vae = WanVAE(dim=tensors["decoder.upsamples.0.residual.0.gamma"].numel() // 4)
+    load_strict(vae, tensors, path)
+    return vae.to(device=device, dtype=dtype).requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-# Two commands, each enough on a fresh machine with Python >= 3.10:
+# Two commands, each enough on a fresh machine with Python >= 3.11:
 #   make demo   installs the engine, writes out/demo.mp4 and out/demo.png
 #   make test   installs the engine and what its tests need, runs them
 PYTHON ?= python3

@@ -1,4 +1,4 @@
-"""The command `dsa-engine`: generate | info | doctor.
+"""The command `dsa-engine`: generate | info | train | doctor.
 
 Results go to stdout; progress, log lines and errors to stderr. Exit codes: 0 done, 1 `doctor` found that the engine
 cannot run, 2 an error (one line, no traceback), 130 Ctrl-C.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
+import os
 import re
 import sys
 import time
@@ -35,6 +37,7 @@ from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.policy import POLICY_FORMS
 from dsa_engine.sampling.schedule import Schedule
 from dsa_engine.synthetic import EXAMPLE, GRAMMAR
+from dsa_engine.training import run
 
 SHOWN_SIDE = 256  # px; smaller videos are scaled up until their shorter side has as many
 WAN = tuple(name for name in PRESETS if name.startswith("wan"))
@@ -45,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         result, lines, code = args.run(args)
-        sys.stdout.write((json.dumps(result, ensure_ascii=False) if args.json else "\n".join(lines)) + "\n")
+        if result is not None:
+            sys.stdout.write((json.dumps(result, ensure_ascii=False) if args.json else "\n".join(lines)) + "\n")
         return code
     except KeyboardInterrupt:
         sys.stderr.write("dsa-engine: interrupted\n")
@@ -92,6 +96,18 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=threads, help="CPU threads (default: 1 for a small model, else torch's own count)")
     add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
     add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
+    add = command(train, "train a model, a stage at a time; run again, it goes on where it was").add_argument
+    add("--recipe", required=True, choices=run.RECIPES, help="the stage; all: every stage from random weights")
+    add("--config", default="shapes", help="shipped recipe or TOML file (default shapes)")
+    add("--out", default="runs", metavar="FOLDER", help="checkpoints, logs and pictures go to FOLDER/<stage>")
+    add("--steps", type=int, help="instead of the recipe's")
+    add("--batch", type=int, help="clips a step over all processes, instead of the recipe's")
+    add("--seed", type=int, help="instead of the recipe's")
+    add("--eager", action="store_true", help="without torch.compile: starts a minute earlier, runs slower")
+    add("--model", metavar="FILE", help="recipe head: a checkpoint or folder to train a head for, on its own rollouts")
+    add("--prompts", metavar="FILE", help="with --model: text, a prompt a line, or safetensors with prompt_embeds")
+    add("--frames", type=int, help="with --model: pixel frames of a rollout (default: the model's own)")
+    add("--device", help="cpu, cuda (default: cuda where there is one)")
     command(doctor, "check this installation; exit code 1 where the engine cannot run")
     return top
 
@@ -282,6 +298,26 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     if isinstance(engine.text, SlotTextEncoder):
         facts |= {"prompts": GRAMMAR, "example": str(EXAMPLE)}
     return facts, table(facts), 0
+
+
+def train(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str], int]:
+    """One stage of a recipe, or all. Under torchrun each process takes its share of a step's clips; one speaks."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if args.recipe != "head" or args.model is None:
+        if args.model or args.prompts or args.frames:
+            raise ValueError("--model, --prompts and --frames belong to --recipe head, and to one another")
+        facts = run.train(
+            args.recipe, args.config, args.out, steps=args.steps, batch=args.batch, seed=args.seed, device=args.device,
+            compiled=not args.eager,
+        )  # fmt: skip
+    else:
+        if args.prompts is None:
+            raise ValueError("--prompts: the prompts to roll out are needed, a text file or a safetensors file")
+        facts = run.train_head_of(
+            args.model, args.prompts, args.out, frames=args.frames, iterations=args.steps, batch=args.batch,
+            seed=args.seed or 0, device=args.device,
+        )  # fmt: skip
+    return (facts, table(facts), 0) if os.environ.get("RANK", "0") == "0" else (None, [], 0)
 
 
 def without_weights(preset: str) -> Pipeline:

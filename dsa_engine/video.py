@@ -217,6 +217,30 @@ def report_figure(
     return figure
 
 
+def write_sheet(path: str | Path, clips: np.ndarray, labels: Sequence[str], title: str | None = None) -> None:
+    """A contact sheet as a PNG file: clips uint8 [B, T, H, W, 3], one row each, with a label over it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path, clips = check_target(path, ".png"), np.stack([check_frames(clip) for clip in clips])
+    if len(labels) != len(clips):
+        raise ValueError(f"{len(labels)} labels for {len(clips)} clips: give one each")
+    rows, columns, height, width = clips.shape[:4]
+    cell = min(1.0, 16 / columns)
+    figure = Figure((columns * cell + 0.2, rows * (cell * height / width + 0.25) + 0.35), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, clip, label in zip(figure.subplots(rows, 1, squeeze=False)[:, 0], clips, labels):
+        gap = np.full((height, max(1, width // 32), 3), 255, dtype=np.uint8)
+        strip = [part for frame in clip for part in (frame, gap)][:-1]
+        axes.imshow(np.concatenate(strip, axis=1), interpolation="nearest", aspect="equal")
+        axes.set_title(label, fontsize=8, loc="left", pad=2, color=INK)
+        axes.axis("off")
+    if title:
+        figure.suptitle(title, fontsize=10, weight="bold", color=INK)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def _prompt_bands(chunks: Sequence, inches: float) -> list[tuple[int, int, str]]:
     """(first chunk, end, prompt wrapped to its own width) of each run of one prompt; a chunk is `inches` wide."""
     firsts = [i for i, c in enumerate(chunks) if i == 0 or c.prompt != chunks[i - 1].prompt]

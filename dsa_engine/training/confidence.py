@@ -1,4 +1,12 @@
-"""The confidence head's joint objective: learned attenuation of the distillation loss, no labels."""
+"""The confidence head's joint objective: learned attenuation of the distillation loss, no labels, no extra video.
+
+Only the paper's abstract (arXiv 2606.04432) was at hand; this form is ours. With L the frame's distance from the
+teacher (`dmd.score_difference`, relative to its noise level) and c the head's confidence, the student minimises
+
+    w * L_dmd + c L - penalty log c,    w = c / mean(c)
+
+over its own rollouts: where the head is sure the generator is pulled harder, and being sure costs where L is large.
+"""
 
 from __future__ import annotations
 

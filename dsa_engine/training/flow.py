@@ -41,25 +41,41 @@ def recached(tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     return committed, (~before | (index == 0)).float()
 
 
+def weighted_error(error: Tensor, motion_weight: float) -> Tensor:
+    """Per chunk mean |e_f|^2 + motion_weight * mean |e_{f+1} - e_f|^2: errors [B, N, F, C, H, W] -> [B, N].
+
+    Both are quadratic forms of the same error, so their minimum is the same posterior mean; but how a chunk's frames
+    differ, its motion, is a small part of the first term where their common place is unknown, and all of the second.
+    """
+    loss = error.square().mean(dim=(2, 3, 4, 5))
+    if motion_weight and error.shape[2] > 1:
+        loss = loss + motion_weight * error.diff(dim=2).square().mean(dim=(2, 3, 4, 5))
+    return loss
+
+
 def flow_loss(
     model: CausalDiT, text: SlotTextEncoder, latents: Tensor, tokens: Tensor, context: int, generator: torch.Generator,
-    forward=teacher_forced,
+    motion_weight: float = 0.0, forward=teacher_forced,
 ) -> Tensor:  # fmt: skip
-    """Mean squared velocity error, weighted down below sigma = 0.1.
+    """`weighted_error` of the velocity, weighted down below sigma = 0.1.
 
     latents [B, N, F, C, H, W]; tokens [B, N, 4]; context: past chunks in the window. Returns a scalar.
     """
     clips, chunks = latents.shape[:2]
     sigma = sample_sigma((clips, chunks), generator)
     noise = torch.randn(latents.shape, generator=generator)
-    s = sigma[:, :, None, None, None, None]
     blur = CONTEXT_NOISE * torch.rand(clips, generator=generator) * (torch.rand(clips, generator=generator) < 0.5)
-    clean = latents + blur[:, None, None, None, None, None] * torch.randn(latents.shape, generator=generator)
+    past_noise = blur[:, None, None, None, None, None] * torch.randn(latents.shape, generator=generator)
     committed, weight = recached(tokens, generator)
     null = torch.rand(clips, generator=generator) < NULL_SHARE
     committed, tokens = (torch.where(null[:, None, None], torch.tensor(NULL_TOKENS), x) for x in (committed, tokens))
-    noisy = (1 - s) * latents + s * noise
-    out = forward(model, clean, noisy, sigma, text.table(committed), text.table(tokens), context)
-    error = (out.velocity.view_as(latents) - (noise - latents)).square().mean(dim=(2, 3, 4, 5))
     weight = weight * (sigma / sigma.clamp(min=0.1)).square()
-    return (error * weight).sum() / weight.sum()
+    # everything random is drawn on the CPU: the same run on every device
+    sigma, noise, past_noise, committed, tokens, weight = (
+        x.to(latents.device) for x in (sigma, noise, past_noise, committed, tokens, weight)
+    )
+    s = sigma[:, :, None, None, None, None]
+    noisy = (1 - s) * latents + s * noise
+    out = forward(model, latents + past_noise, noisy, sigma, text.table(committed), text.table(tokens), context)
+    error = out.velocity.float().view_as(latents) - (noise - latents)
+    return (weighted_error(error, motion_weight) * weight).sum() / weight.sum()

@@ -1,71 +1,111 @@
-"""The recipe of the shipped small model, stage by stage: codec -> teacher -> student -> package.
+"""The stages that make the shipped small model, each from what the one before left in the run's folder.
 
-    python -m dsa_engine.training.shapes codec --out runs
-    torchrun --nproc-per-node 2 -m dsa_engine.training.shapes teacher --out runs
-    torchrun --nproc-per-node 2 -m dsa_engine.training.shapes student --out runs
-    python -m dsa_engine.training.shapes package --out runs
+    dsa-engine train --recipe all --config shapes --out runs
 
-On a CPU, glibc's allocator gives memory back too eagerly: MALLOC_MMAP_THRESHOLD_=4000000000
-MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=500000000 make a step 1.3 times faster.
+`codec` -> `teacher` -> `student` (control) or `joint` (DSA) -> `head`, which writes the model folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import logging
-import os
-from dataclasses import replace
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsa_engine import synthetic
-from dsa_engine.config import ModelConfig, RolloutConfig
+from dsa_engine.config import ModelConfig
+from dsa_engine.engine.engine import Engine
 from dsa_engine.models import package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.pixel_codec import PixelCodec
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.training.calibrate import confidence_by_step, thresholds
-from dsa_engine.training.codec import train_codec
-from dsa_engine.training.evaluate import held_out
+from dsa_engine.sampling.policy import Fixed
+from dsa_engine.training import calibrate
+from dsa_engine.training import codec as codec_stage
+from dsa_engine.training import head as head_stage
+from dsa_engine.training.evaluate import TOGETHER, Rolled, held_out, roll, roll_teacher
 from dsa_engine.training.flow import flow_loss
-from dsa_engine.training.head import fit_head
 from dsa_engine.training.init import init_weights
+from dsa_engine.training.log import Log
+from dsa_engine.training.recipe import Recipe
+from dsa_engine.training.rollouts import collect
 from dsa_engine.training.student import StudentLosses
 from dsa_engine.training.teacher_forcing import teacher_forced
-from dsa_engine.training.trainer import Trainer, batches, level, rank
+from dsa_engine.training.trainer import LOG_EVERY, Optimized, Trainer, batches, level, rank, world
+from dsa_engine.video import replacing, write_sheet
 
-logger = logging.getLogger(__name__)
+HEAD_SEED, CALIBRATION_SEED, SHEET_SEED = (
+    246_813_579,
+    123_456_789,
+    86_420,
+)  # of prompts; training pools and held-out clips use others
+CHUNKS = 4  # of a training clip
+HEAD_RATE = 1e-3  # of the heads while the student trains
+SAVE_EVERY = {"teacher": 500, "student": 100, "joint": 100}  # steps
+SHEET_STEPS = 16  # of the teacher, for a look at it
+PER_POOL = 2000  # steps until a pool of clips is made anew
+# What is learned last is how an object moves that has no past: more cuts, and little of what does not move. The prompt
+# says all of this, so it changes how often a case is seen and not what is right in it.
+FOCUS = {"cut": 0.4, "weights": {"still": 0.05, "sideways": 0.35, "vertical": 0.35, "diagonal": 0.2, "jumping": 0.05}}
+SHOWN = held_out(8, chunks=CHUNKS, seed=SHEET_SEED)
+VIDEO = {"height": synthetic.SIZE, "width": synthetic.SIZE, "frames": 48, "fps": 12.0}
 
-ROLLOUT = RolloutConfig(chunk_frames=3, window=9, steps=(1000, 750, 500, 250), shift=3.0)
-LATENT_SIZE = 8
-HEAD_SEED, CALIBRATION_SEED = 246_813_579, 123_456_789  # of prompts; training pools and held-out clips use others
-CHUNK, CHUNKS, CONTEXT = 3, 4, 2  # latent frames a chunk, chunks a clip, past chunks in the window of 9 frames
-POOL, PER_POOL = 4096, 2000  # clips in a pool, steps until it is made anew
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage runs with. Every stage writes under out/<stage> and goes on from the checkpoint it finds there."""
+
+    recipe: Recipe
+    out: Path
+    device: torch.device = torch.device("cpu")
+    compiled: bool = True
+
+    @property
+    def context(self) -> int:
+        """Past chunks in the window."""
+        return self.recipe.rollout.window // self.recipe.rollout.chunk_frames - 1
 
 
-def load_codec(out: Path) -> PixelCodec:
+def save_tensors(path: Path, module: nn.Module) -> None:
+    """A module's weights as safetensors, renamed into place."""
+    with replacing(path) as part:
+        save_file({name: value.contiguous() for name, value in module.state_dict().items()}, part)
+
+
+def load_tensors(module: nn.Module, path: Path, stage: str) -> None:
+    """Into a module, strictly; FileNotFoundError names the stage that writes the file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there yet; `dsa-engine train --recipe {stage}` writes it")
+    module.load_state_dict(load_file(path))
+
+
+def load_codec(job: Job) -> PixelCodec:
     codec = PixelCodec()
-    codec.load_state_dict(load_file(out / "codec.safetensors"))
+    load_tensors(codec, job.out / "codec" / "weights.safetensors", "codec")
     return codec.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def latent_pool(codec: PixelCodec, seed: int, clips: int = POOL) -> tuple[Tensor, Tensor, Tensor]:
-    """Encoded random clips: latents [n, N, F, C, H, W] float16, tokens [n, N, 4], hard [n, N]."""
+def latent_pool(codec: PixelCodec, seed: int, chunk: int, clips: int, **odds) -> tuple[Tensor, Tensor, Tensor]:
+    """Encoded random clips: latents [n, N, F, C, H, W] float16, tokens [n, N, 4], hard [n, N]; F = chunk; odds: of
+    `synthetic.sample_captions`."""
     rng = np.random.default_rng(seed)
     latents, tokens, hard = [], [], []
-    for _ in range(0, clips, 256):
-        frames, token, is_hard, _ = synthetic.pool(rng, 256, CHUNKS, CHUNK)
+    for done in range(0, clips, 256):
+        frames, token, is_hard, _ = synthetic.pool(rng, min(256, clips - done), CHUNKS, chunk, **odds)
         pixels = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
-        latents.append(codec.encode(pixels).half().unflatten(1, (CHUNKS, CHUNK)))
+        latents.append(codec.encode(pixels).half().unflatten(1, (CHUNKS, chunk)))
         tokens.append(torch.from_numpy(token))
         hard.append(torch.from_numpy(is_hard))
     return torch.cat(latents), torch.cat(tokens), torch.cat(hard)
@@ -77,121 +117,190 @@ def new_generator(seed: int) -> nn.ModuleDict:
     return nn.ModuleDict({"dit": init_weights(CausalDiT(config)), "text": SlotTextEncoder(config.text_dim)})
 
 
-def train_teacher(out: Path, steps: int, batch: int, lr: float, seed: int, compiled: bool) -> None:
-    codec = load_codec(out)
-    trainer = Trainer(new_generator(seed), out / "teacher", steps, lr, seed)
-    trainer.resume()
-    forward = torch.compile(teacher_forced, dynamic=False) if compiled else teacher_forced
-    data = batches(
-        lambda index: latent_pool(codec, 1_000_000 * seed + 1000 * index + rank()), batch, PER_POOL, trainer.step
-    )
+def clips_of(
+    job: Job, codec: PixelCodec, batch: int, start: int, offset: int = 0, focus: float = math.inf
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of each step's clips: latents float32 [b, N, F, C, H, W] and tokens [b, N, 4]. Pools that
+    begin at step `focus` or later have the odds FOCUS."""
+    if batch % world():
+        raise ValueError(f"batch={batch}: must be a multiple of {world()} processes; nearest is {-(-batch // world())}")
 
-    def loss(generator: torch.Generator) -> Tensor:
-        latents, tokens, _ = next(data)
-        with torch.autocast("cpu", torch.bfloat16):
+    def pool(index: int) -> tuple[Tensor, ...]:
+        seed = 1_000_000 * job.recipe.seed + offset + 1000 * index + rank()
+        return latent_pool(
+            codec,
+            seed,
+            job.recipe.rollout.chunk_frames,
+            job.recipe.pool,
+            **(FOCUS if index * PER_POOL >= focus else {}),
+        )
+
+    for latents, tokens, _ in batches(pool, batch // world(), PER_POOL, start):
+        yield latents.float().to(job.device), tokens
+
+
+def train_codec(job: Job) -> dict[str, float]:
+    """A frame to latents and back. Runs in one go: minutes."""
+    path = job.out / "codec" / "weights.safetensors"
+    if path.exists():
+        codec = load_codec(job)
+    else:
+        log = Log(path.parent)
+        start, every = time.perf_counter(), []
+
+        def note(step: int, loss: float) -> None:
+            every.append(loss)
+            if (step + 1) % LOG_EVERY == 0:
+                seconds = round(time.perf_counter() - start, 1)
+                log.add({"step": step + 1, "loss": sum(every) / len(every), "seconds": seconds})
+                every.clear()
+
+        codec, _ = codec_stage.train_codec(job.recipe.codec.steps, job.recipe.seed, job.device, note)
+        save_tensors(path, codec)
+        log.plot("codec")
+    return {"psnr_db": round(codec_stage.held_out_psnr(codec), 2)}
+
+
+def train_teacher(job: Job) -> dict[str, float]:
+    """Flow matching with teacher forcing, from random weights."""
+    stage, codec, model = job.recipe.teacher, load_codec(job), new_generator(job.recipe.seed).to(job.device)
+    forward = torch.compile(teacher_forced, dynamic=False) if job.compiled else teacher_forced
+
+    def loss(latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.autocast(job.device.type, torch.bfloat16):
             return flow_loss(
-                trainer.model["dit"], trainer.model["text"], latents.float(), tokens, CONTEXT, generator, forward
+                model["dit"], model["text"], latents, tokens, job.context, generator, stage.motion_weight, forward
             )
 
-    trainer.run(loss, note="teacher")
-
-
-def load_teacher(out: Path) -> nn.ModuleDict:
-    """The teacher's averaged weights, from its last checkpoint."""
-    teacher = new_generator(0)
-    teacher.load_state_dict(torch.load(out / "teacher" / "checkpoint.pt", weights_only=True)["ema"])
-    return teacher.requires_grad_(False)
-
-
-def train_student(out: Path, steps: int, batch: int, lr: float, seed: int, compiled: bool) -> None:
-    codec, teacher = load_codec(out), load_teacher(out)
-    losses = StudentLosses(teacher["dit"], teacher["text"], ROLLOUT, CONTEXT, LATENT_SIZE, compiled)
-    head = ConfidenceHead(teacher["dit"].config)
-    model = nn.ModuleDict({"dit": copy.deepcopy(teacher["dit"]).requires_grad_(True), "confidence": head})
-    options = dict(betas=(0.0, 0.99), ema_decay=0.995, factor=level)
-    rates = {"dit": lr, "confidence": 5 * lr}
-    trainer = Trainer(model, out / "student", steps, rates, seed, **options)
-    critic = Trainer(losses.critic, out / "critic", 2 * steps, 2.5 * lr, seed, **options)
-    if trainer.resume():
-        critic.resume()
-    data = batches(
-        lambda index: latent_pool(codec, 1_000_000 * seed + 500_000 + 1000 * index + rank()),
-        batch,
-        PER_POOL,
-        trainer.step,
-    )
-
-    def loss(generator: torch.Generator) -> Tensor:
-        latents, tokens, _ = next(data)
-        rolled = losses.rollout(model["dit"], tokens, generator)
-        for _ in range(2):  # the critic must keep up with the student
-            critic.update(losses.critic_loss(rolled, generator))
-        return losses.student_loss(model, rolled, (latents.float(), tokens), generator)
+    main = Optimized(model, loss, stage.steps, stage.rate, stage.muon)
+    trainer = Trainer(main, job.out / "teacher", job.recipe.seed)
+    trainer.resume()
+    clips = clips_of(job, codec, stage.batch, main.step, focus=stage.focus * stage.steps)
 
     def on_save() -> None:
-        critic.save()
-        if rank() == 0:
-            tensors = {k: v.contiguous() for k, v in trainer.ema.state_dict().items()}
-            save_file(tensors, out / "student" / f"step-{trainer.step:05d}.safetensors")
+        save_tensors(trainer.folder / "weights.safetensors", main.ema)
+        pipe = pipeline(job, main.ema["dit"], main.ema["text"], codec)
+        sheet(trainer, roll_teacher(pipe, SHOWN, SHEET_STEPS), f"teacher, {SHEET_STEPS} Euler steps")
 
-    trainer.run(loss, save_every=100, note="student", report=lambda: losses.report, on_save=on_save)
+    trainer.run(
+        lambda generator: (*next(clips), generator), save_every=SAVE_EVERY["teacher"], note="teacher", on_save=on_save
+    )
+    return trainer.log.rows[-1] if rank() == 0 else {}
 
 
-def make_package(out: Path, student: Path, folder: Path, joint: bool = False, clips: int = 512) -> None:
-    """Write the model folder of a student's weights, with thresholds calibrated on held-out clips.
+def pipeline(job: Job, dit: CausalDiT, text: SlotTextEncoder, codec: PixelCodec) -> Pipeline:
+    """Modules in training as what users run."""
+    return Pipeline(Engine(dit, None, codec, text, job.recipe.rollout), name=job.recipe.name, **VIDEO)
 
-    Its head is fitted to the frozen student by self-refinement, or left as the joint objective made it (`joint`).
+
+def sheet(trainer: Trainer, rolled: Rolled, title: str) -> None:
+    """A contact sheet of the run as it stands, always of the same prompts and noise."""
+    path = trainer.folder / "sheet.png"
+    labels = [" / ".join(dict.fromkeys(map(str, clip))) for clip in SHOWN]
+    write_sheet(path, rolled.frames, labels, f"{title}, after {trainer.main.step} training steps")
+
+
+def load_teacher(job: Job) -> nn.ModuleDict:
+    """The teacher's averaged weights."""
+    teacher = new_generator(0)
+    load_tensors(teacher, job.out / "teacher" / "weights.safetensors", "teacher")
+    return teacher.requires_grad_(False).to(job.device)
+
+
+def train_student(job: Job, kind: str = "joint") -> dict[str, float]:
+    """DMD from the teacher: `joint` with the confidence head's attenuation, `student` without it, all else alike."""
+    stage, rollout, codec, teacher = job.recipe.student, job.recipe.rollout, load_codec(job), load_teacher(job)
+    torch.manual_seed(job.recipe.seed)
+    model = nn.ModuleDict({"dit": copy.deepcopy(teacher["dit"]).requires_grad_(True)})
+    model["refine"] = ConfidenceHead(teacher["dit"].config)
+    if kind == "joint":
+        model["confidence"] = ConfidenceHead(teacher["dit"].config)
+    model.to(job.device)
+    size = synthetic.SIZE // codec.spatial_stride
+    losses = StudentLosses(
+        teacher["dit"],
+        teacher["text"],
+        model,
+        rollout,
+        job.context,
+        size,
+        stage.guidance,
+        stage.motion_weight,
+        job.compiled,
+    )
+    options = {"betas": (0.0, 0.99), "ema_decay": 0.995, "factor": level}
+    rates = {name: stage.rate if name == "dit" else HEAD_RATE for name in model}
+    student = Optimized(model, losses.student_loss, stage.steps, rates, **options)
+    critic_steps = stage.critic_steps * stage.steps
+    critic = Optimized(losses.critic, losses.critic_loss, critic_steps, stage.critic_rate, **options)
+    trainer = Trainer(student, job.out / kind, job.recipe.seed, {"critic": critic, "norm": losses.norm})
+    trainer.resume()
+    clips = clips_of(job, codec, stage.batch, student.step, offset=500_000)
+
+    def prepare(generator: torch.Generator) -> tuple:
+        latents, tokens = next(clips)
+        rolled = losses.rollout(tokens, generator)
+        for _ in range(stage.critic_steps):  # the critic must keep up with the student
+            critic.update(rolled, generator)
+        return rolled, latents, tokens, generator
+
+    def on_save() -> None:
+        save_tensors(trainer.folder / "weights.safetensors", student.ema)
+        pipe = pipeline(job, student.ema["dit"], teacher["text"], codec)
+        sheet(trainer, roll(pipe, SHOWN, Fixed(pipe.max_steps)), f"{kind}, {pipe.max_steps} steps")
+
+    trainer.run(prepare, save_every=SAVE_EVERY[kind], note=kind, report=lambda: losses.report, on_save=on_save)
+    return trainer.log.rows[-1] if rank() == 0 else {}
+
+
+def fit_heads(job: Job) -> dict[str, Any]:
+    """Three heads for the frozen student of the joint stage, calibrated alike, and the model folder with one of them.
+
+    `joint` learned the attenuation objective with the generator, `refine` self-refinement beside it, `fitted` learns
+    self-refinement now, on rollouts that it is held still for. `head/<kind>.safetensors` holds each; the folder `model`
+    has the one that the recipe names.
     """
-    codec, teacher = load_codec(out), load_teacher(out)
-    model = nn.ModuleDict({"dit": teacher["dit"], "confidence": ConfidenceHead(teacher["dit"].config)})
-    model.load_state_dict(load_file(student))
-    modules = {"generator": model["dit"], "confidence": model["confidence"], "codec": codec, "text": teacher["text"]}
-    video = {"height": synthetic.SIZE, "width": synthetic.SIZE, "frames": 48, "fps": 12.0}
-    package.save(folder, "shapes", modules, ROLLOUT, video)
-    pipe = Pipeline.from_pretrained(folder, device="cpu")  # the head is fitted to the weights as they ship, rounded
-    if not joint:
-        fit_head(pipe, held_out(clips, chunks=8, seed=HEAD_SEED))
-    confidence = confidence_by_step(pipe, held_out(clips // 2, chunks=8, seed=CALIBRATION_SEED))
-    presets = thresholds(confidence)
-    modules["confidence"] = pipe.engine.head
-    package.save(folder, "shapes", modules, replace(ROLLOUT, presets=presets, threshold=presets["balanced"]), video)
-    logger.info("median confidence after each step %s, thresholds %s", np.median(confidence, 0).round(3), presets)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("codec", "teacher", "student", "package"))
-    parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--student", type=Path, help="package: weights to ship, default the last of the student stage")
-    parser.add_argument("--folder", type=Path, default=package.ASSETS / "shapes", help="package: where to write")
-    parser.add_argument("--joint", action="store_true", help="package: keep the head of the joint objective")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    args = parser.parse_args()
-    args.steps = args.steps or {"codec": 5000, "teacher": 6000, "student": 500}.get(args.stage)
-    args.lr = args.lr or {"teacher": 3e-3, "student": 2e-4}.get(args.stage)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    if args.stage == "codec":
-        codec, psnr = train_codec(args.steps, args.seed)
-        logger.info("held-out PSNR %.1f dB", psnr)
-        save_file(codec.state_dict(), args.out / "codec.safetensors")
-        return
-    if args.stage == "package":
-        last = max(
-            (args.out / "student").glob("step-*.safetensors"), default=args.out / "student" / "step-00500.safetensors"
+    stage, rollout, codec, teacher = job.recipe.head, job.recipe.rollout, load_codec(job), load_teacher(job)
+    model = nn.ModuleDict({name: ConfidenceHead(teacher["dit"].config) for name in ("refine", "confidence")})
+    model["dit"] = teacher["dit"]
+    load_tensors(model, job.out / "joint" / "weights.safetensors", "joint")
+    modules = {"generator": model["dit"], "codec": codec, "text": teacher["text"]}
+    folder = job.out / "model"
+    package.save(folder, job.recipe.name, modules, rollout, VIDEO)
+    pipe = Pipeline.from_pretrained(folder, device=job.device)  # heads are made for the weights as they ship, rounded
+    captions = held_out(stage.clips + stage.calibration_clips, chunks=2 * CHUNKS, seed=HEAD_SEED)
+    rollouts = collect(pipe, captions, batch=TOGETHER, seed=HEAD_SEED)
+    learned, other = rollouts[: stage.clips], rollouts[stage.clips :]
+    heads = {"joint": model["confidence"], "refine": model["refine"], "fitted": None}
+    facts: dict[str, Any] = {}
+    for kind, head in heads.items():
+        pipe.engine.head = None if head is None else head.half().float().to(job.device).requires_grad_(False).eval()
+        if head is None:
+            head_stage.fit_head(pipe, learned, other, stage.iterations, job.recipe.seed)
+        heads[kind] = head = pipe.engine.head
+        table = head_stage.set_thresholds(pipe, other)
+        by_step = calibrate.confidence_by_step(head, other)
+        fit = head_stage.measure(head, learned, other)
+        facts[kind] = {
+            "spearman": fit.spearman,
+            "spearman_by_step": fit.spearman_by_step,
+            "presets": pipe.config.presets,
+        }
+        facts[kind] |= {"median_confidence_by_step": np.median(by_step, axis=0).round(3).tolist()}
+        package.save_head(
+            job.out / "head" / f"{kind}.safetensors", head, pipe.engine.dit.config, pipe.config, pipe.calibration
         )
-        make_package(args.out, args.student or last, args.folder, args.joint)
-        return
-    train = {"teacher": train_teacher, "student": train_student}[args.stage]
-    train(args.out, args.steps, args.batch, args.lr, args.seed, not args.eager)
+        head_stage.draw_head(job.out / "head" / f"{kind}.png", table, by_step, pipe.config.presets)
+        if kind == stage.kind:
+            modules["confidence"] = head
+            package.save(folder, job.recipe.name, modules, pipe.config, VIDEO, calibration=pipe.calibration)
+    return facts
 
 
-if __name__ == "__main__":
-    main()
+STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "codec": train_codec,
+    "teacher": train_teacher,
+    "student": partial(train_student, kind="student"),
+    "joint": train_student,
+    "head": fit_heads,
+}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.rollout import Rollout
+from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, DiTOutput
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.sampling.cache import KVCache
@@ -17,45 +19,86 @@ from dsa_engine.sampling.noise import SeededNoise
 from dsa_engine.sampling.policy import PerChunk
 from dsa_engine.sampling.schedule import warp
 from dsa_engine.training.confidence import attenuation_loss, attenuation_weight
-from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided
+from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, stress_motion
+from dsa_engine.training.flow import weighted_error
+from dsa_engine.training.head import refine_loss
 from dsa_engine.training.teacher_forcing import teacher_forced
 
-GUIDANCE = 1.5
 ANCHOR, ANCHOR_SIGMA = 0.2, 0.7  # a little flow matching on data keeps the late steps from drifting
 HEAD_WEIGHT = 0.02
+SHIFT = 3.0  # of the noise levels that scores are compared at
 
 
+class Rolled(NamedTuple):
+    """The student's own clips, each chunk left at a step drawn for it. No gradient.
+
+    video: the clean chunks, and x: the input of each chunk's exit step [B, N, F, C, H, W]; sigma: its level [B, N];
+    text [B, N, L, text_dim]. Of every frame after every step before its exit: features [n, 3 dim], what a head reads,
+    and distance [n], the mean squared distance of its estimate to the exit's.
+    """
+
+    video: Tensor
+    x: Tensor
+    sigma: Tensor
+    text: Tensor
+    features: Tensor
+    distance: Tensor
+
+
+class Reader:
+    """Stands in for the head during a rollout, and keeps what the head would have read last."""
+
+    def __init__(self, head: ConfidenceHead):
+        self.head = head
+
+    def __call__(self, hidden: Tensor, time: Tensor) -> Tensor:
+        self.features = self.head.features(hidden, time)
+        return self.features.new_zeros(time.shape[:2])
+
+
+@torch.inference_mode()
 def self_rollout(
-    dit: CausalDiT, config: RolloutConfig, text_kv: list[Tensor], counts: Tensor, seed: int, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's own clips, each chunk left at a given step. No gradient.
+    dit: CausalDiT, head: ConfidenceHead, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: int
+) -> Rolled:
+    """Roll out as inference does: the same KV cache, the same `denoise_chunk`, commit passes and all.
 
-    text_kv: per chunk, keys and values of B prompts; counts [B, N]: steps of each chunk; size: latent height = width.
-    Returns video, x, sigma: the clean chunks, the input of each chunk's exit step [B, N, F, C, H, W], its level [B, N].
+    head: whose features to keep; text [B, N, L, text_dim]: the prompts' embeddings by chunk; counts [B, N]: steps of
+    each chunk; size: latent height = width.
     """
     clips, chunks = counts.shape
     model = dit.config
     cache = KVCache(
         model.num_layers, model.num_heads, model.head_dim, model.tokens_per_frame(size, size), config.window,
-        config.sink, slots=clips,
+        config.sink, slots=clips, device=dit.device,
     )  # fmt: skip
     shape = (config.chunk_frames, model.in_dim, size, size)
     noise = SeededNoise([seed + i for i in range(clips)], shape, dit.device, torch.float32)
     policies = [PerChunk(row) for row in counts.tolist()]
-    rollout = Rollout(dit, None, cache, config, noise, policies, text_kv[0])
-    video = torch.empty(clips, chunks, *shape)
-    x, sigma = torch.empty_like(video), torch.empty(clips, chunks)
-
-    def keep(step: Step) -> None:  # a later step of the same row overwrites an earlier one: the exit step stays
-        x[step.rows, rollout.index], sigma[step.rows, rollout.index] = step.x, step.sigma
-
+    text_kv = [dit.text_kv(text[:, i]) for i in range(chunks)]
+    reader = Reader(head)
+    rollout = Rollout(dit, reader, cache, config, noise, policies, text_kv[0])
+    video = torch.empty(clips, chunks, *shape, device=dit.device)
+    x, sigma = torch.empty_like(video), torch.empty(clips, chunks, device=dit.device)
+    features, distances = [], []
     for chunk in range(chunks):
         if chunk:
             rollout.switch(text_kv[chunk], recache=False)
+        seen: list[tuple[list[int], Tensor, Tensor]] = []
+
+        def keep(step: Step, chunk=chunk, seen=seen) -> None:
+            # a later step of the same row overwrites an earlier one: the exit step stays
+            x[step.rows, chunk], sigma[step.rows, chunk] = step.x, step.sigma
+            seen.append((step.rows, step.x0, reader.features))
+
         result = rollout.denoise(keep)
         rollout.accept(result.latents)
         video[:, chunk] = result.latents
-    return video, x, sigma
+        for index, (rows, x0, read) in enumerate(seen, 1):
+            on = [i for i, row in enumerate(rows) if index < result.steps[row]]
+            exits = result.latents[[rows[i] for i in on]]
+            features.append(read[on].flatten(0, 1))
+            distances.append((x0[on] - exits).square().mean(dim=(2, 3, 4)).flatten())
+    return Rolled(video, x, sigma, text, torch.cat(features), torch.cat(distances))
 
 
 class StudentLosses:
@@ -63,12 +106,17 @@ class StudentLosses:
 
     The real score is the frozen teacher with guidance, the fake score a critic that follows the student; both are
     causal and conditioned on the student's own past, so the loss is known per frame: what the head learns from.
+
+    model: children `dit`, `refine` (a head that learns self-refinement, without touching the generator) and, for the
+    joint objective, `confidence`; without that one the same recipe runs unattenuated.
     """
 
     def __init__(
-        self, teacher: CausalDiT, text: SlotTextEncoder, config: RolloutConfig, context: int, size: int, compiled: bool
-    ):
-        self.teacher, self.text, self.config, self.context, self.size = teacher, text, config, context, size
+        self, teacher: CausalDiT, text: SlotTextEncoder, model: nn.ModuleDict, config: RolloutConfig, context: int,
+        size: int, guidance: float = 1.5, motion_weight: float = 0.0, compiled: bool = False,
+    ):  # fmt: skip
+        self.teacher, self.text, self.model, self.config = teacher, text, model, config
+        self.context, self.size, self.guidance, self.motion_weight = context, size, guidance, motion_weight
         self.critic = copy.deepcopy(teacher).requires_grad_(True)
         self.norm = LevelNorm()
         self.report: dict[str, float] = {}  # of the last student step
@@ -78,55 +126,59 @@ class StudentLosses:
 
         self.student_forward, self.critic_forward, self.teacher_forward = (own(teacher_forced) for _ in range(3))
 
-    def rollout(self, student: CausalDiT, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def rollout(self, tokens: Tensor, generator: torch.Generator) -> Rolled:
         """Fresh clips of the student for prompts [B, N, 4], exits drawn evenly from 1..S."""
         counts = torch.randint(1, len(self.config.steps) + 1, tokens.shape[:2], generator=generator)
         seed = int(torch.randint(2**62, (1,), generator=generator))
-        with torch.inference_mode():
-            text_kv = [student.text_kv(self.text.table(tokens[:, i])) for i in range(tokens.shape[1])]
-            made = self_rollout(student, self.config, text_kv, counts, seed, self.size)
-        video, x, sigma = (part.clone() for part in made)
-        return {"video": video, "x": x, "sigma": sigma, "text": self.text.table(tokens).detach()}
+        text = self.text.table(tokens).detach()
+        made = self_rollout(self.model["dit"], self.model["refine"], self.config, text, counts, seed, self.size)
+        return Rolled(*(part.clone() for part in made))  # out of inference mode
 
-    def student_loss(self, model: nn.ModuleDict, rolled: dict[str, Tensor], data, generator) -> Tensor:
-        """DMD on the exit estimates, attenuated per frame, with the head's loss and the anchor on real clips."""
-        video, text = rolled["video"], rolled["text"]
-        out, x0 = self._x0(self.student_forward, model["dit"], video, rolled["x"], rolled["sigma"], text)
-        logit = model["confidence"](out.hidden, out.time)
-        sigma = warp(torch.rand(video.shape[:2], generator=generator), 3.0).clamp(0.02, 0.98)
+    def student_loss(self, rolled: Rolled, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """DMD on the exit estimates, attenuated per frame, with the heads' losses and the anchor on real clips."""
+        video, text, model = rolled.video, rolled.text, self.model
+        out, x0 = self._x0(self.student_forward, model["dit"], video, rolled.x, rolled.sigma, text)
+        sigma = warp(torch.rand(video.shape[:2], generator=generator), SHIFT).clamp(0.02, 0.98).to(video.device)
         s = sigma[:, :, None, None, None, None]
-        noisy = (1 - s) * x0.detach().view_as(video) + s * torch.randn(video.shape, generator=generator)
+        noisy = (1 - s) * x0.detach().view_as(video) + s * like(video, generator)
         with torch.no_grad():
             fake = self._x0(self.critic_forward, self.critic, video, noisy, sigma, text)[1]
             null = self.text.null(1).expand(*text.shape[:2], -1, -1).contiguous()
             real = guided(
                 self._x0(self.teacher_forward, self.teacher, video, noisy, sigma, text)[1],
                 self._x0(self.teacher_forward, self.teacher, video, noisy, sigma, null)[1],
-                GUIDANCE,
+                self.guidance,
             )
-        loss = dmd_loss(x0, dmd_gradient(x0, real, fake))
-        relative = self.norm(loss.detach(), sigma.flatten())
-        head = attenuation_loss(logit, relative)
-        generator_loss = (attenuation_weight(logit) * loss).mean()
-        anchor = self._anchor(model["dit"], *data, generator)
-        self.report = {"dmd": loss.mean().item(), "head": head.item(), "anchor": anchor.item()}
-        return generator_loss + HEAD_WEIGHT * head + ANCHOR * anchor
+        loss = dmd_loss(x0, stress_motion(dmd_gradient(x0, real, fake), self.motion_weight))
+        self.report = {"dmd": loss.mean().item()}
+        if "confidence" in model:
+            logit = model["confidence"](out.hidden, out.time)
+            relative = self.norm(score_difference(real, fake), sigma.flatten())
+            head = attenuation_loss(logit, relative)
+            total = (attenuation_weight(logit) * loss).mean() + HEAD_WEIGHT * head
+            self.report |= {"joint": head.item(), "confidence": logit.sigmoid().mean().item()}
+        else:
+            total = loss.mean()
+        refine = refine_loss(model["refine"].mlp(rolled.features).squeeze(-1), rolled.distance)
+        anchor = self._anchor(latents, tokens, generator)
+        self.report |= {"refine": refine.item(), "anchor": anchor.item()}
+        return total + HEAD_WEIGHT * refine + ANCHOR * anchor
 
-    def critic_loss(self, rolled: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+    def critic_loss(self, rolled: Rolled, generator: torch.Generator) -> Tensor:
         """Flow matching of the critic on the student's clips."""
-        sigma = warp(torch.rand(rolled["video"].shape[:2], generator=generator), 3.0).clamp(0.02, 1.0)
-        return self._flow(self.critic_forward, self.critic, rolled["video"], sigma, rolled["text"], generator)
+        sigma = warp(torch.rand(rolled.video.shape[:2], generator=generator), SHIFT).clamp(0.02, 1.0)
+        return self._flow(self.critic_forward, self.critic, rolled.video, sigma, rolled.text, generator)
 
-    def _anchor(self, dit, latents: Tensor, tokens: Tensor, generator) -> Tensor:
+    def _anchor(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
         sigma = ANCHOR_SIGMA * torch.rand(latents.shape[:2], generator=generator)
-        return self._flow(self.student_forward, dit, latents, sigma, self.text.table(tokens).detach(), generator)
+        text = self.text.table(tokens).detach()
+        return self._flow(self.student_forward, self.model["dit"], latents, sigma, text, generator)
 
     def _flow(self, forward, dit, video: Tensor, sigma: Tensor, text: Tensor, generator) -> Tensor:
+        sigma, noise = sigma.to(video.device), like(video, generator)
         s = sigma[:, :, None, None, None, None]
-        noise = torch.randn(video.shape, generator=generator)
-        noisy = (1 - s) * video + s * noise
-        out = self._run(forward, dit, video, noisy, sigma, text)
-        return (out.velocity.float().view_as(video) - (noise - video)).square().mean()
+        out = self._run(forward, dit, video, (1 - s) * video + s * noise, sigma, text)
+        return weighted_error(out.velocity.float().view_as(video) - (noise - video), self.motion_weight).mean()
 
     def _x0(self, forward, dit, video, noisy, sigma, text) -> tuple[DiTOutput, Tensor]:
         """The denoised estimate of every chunk on the student's own past: rows (clip, chunk)."""
@@ -134,5 +186,10 @@ class StudentLosses:
         return out, noisy.flatten(0, 1) - sigma.reshape(-1, 1, 1, 1, 1) * out.velocity.float()
 
     def _run(self, forward, dit, video, noisy, sigma, text) -> DiTOutput:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(video.device.type, torch.bfloat16):
             return forward(dit, video, noisy, sigma, text, text, self.context)
+
+
+def like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of x's shape, drawn on the CPU: the same run on every device."""
+    return torch.randn(x.shape, generator=generator).to(x.device)

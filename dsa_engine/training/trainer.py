@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
-import csv
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from dsa_engine.training.log import Log
+
+LOG_EVERY = 20  # steps
+Loss = Callable[..., Tensor]
 
 
 def falling(step: int, steps: int, warmup: int = 100, hold: float = 0.4, floor: float = 0.03) -> float:
@@ -23,83 +29,85 @@ def falling(step: int, steps: int, warmup: int = 100, hold: float = 0.4, floor: 
     return rise * (1 - (1 - floor) * max(0.0, fall))
 
 
-def average_gradients(model: nn.Module) -> None:
-    """Mean of the gradients over all processes, as one flat all-reduce; nothing without a process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-        g.copy_(part.view_as(g))
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
 def level(step: int, steps: int, warmup: int = 20) -> float:
     """Learning-rate factor: linear warm-up, then constant."""
     return min(1.0, (step + 1) / warmup)
 
 
-class Trainer:
-    """Trains `model` by a loss function that draws from `generator`; everything it needs to resume is in one file.
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
-    The EMA warms up as n / (n + 50), so short runs do not average in the initial weights. lr: one learning rate, or one
-    for each child of the model by name; factor(step, steps) multiplies it.
+
+def rank() -> int:
+    return dist.get_rank() if distributed() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if distributed() else 1
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class Objective(nn.Module):
+    """A loss over a model as one module, so that PyTorch's data parallelism sees every use of the model's weights."""
+
+    def __init__(self, model: nn.Module, loss: Loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *args) -> Tensor:
+        return self.loss(*args)
+
+
+class Optimized:
+    """A model, the loss it steps on, its optimisers and the running average of its weights. `update` makes one step.
+
+    lr: AdamW's learning rate, or one for each child of the model by name; muon: that of Muon (torch.optim.Muon, updates
+    of AdamW's size) for the matrices inside the model's `blocks`, which AdamW then leaves alone; factor(step, steps)
+    multiplies all. Gradients are clipped at norm 1 and averaged over all processes (DistributedDataParallel). The
+    average of the weights warms up as n / (n + 50), so short runs do not average in the initial ones.
     """
 
     def __init__(
-        self, model: nn.Module, folder: Path, steps: int, lr: float | dict[str, float], seed: int = 0,
+        self, model: nn.Module, loss: Loss, steps: int, lr: float | Mapping[str, float], muon: float | None = None,
         betas: tuple[float, float] = (0.9, 0.98), weight_decay: float = 0.01, ema_decay: float = 0.999,
         factor: Callable[[int, int], float] = falling,
     ):  # fmt: skip
-        self.model, self.folder, self.steps, self.factor = model, Path(folder), steps, factor
-        self.ema_decay = ema_decay
+        self.model, self.steps, self.factor, self.ema_decay, self.step = model, steps, factor, ema_decay, 0
+        self.objective: nn.Module = Objective(model, loss)
+        if distributed():
+            self.objective = DistributedDataParallel(self.objective)  # gives every process the first one's weights
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        rates = lr if isinstance(lr, dict) else {"": lr}
-        groups = [{"params": list(model.get_submodule(name).parameters()), "lr": rate} for name, rate in rates.items()]
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)
-        self.rates = list(rates.values())
-        self.generator = torch.Generator().manual_seed(1000 * seed + rank())
-        self.step = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        matrices = {p for name, p in model.named_parameters() if muon and "blocks." in name and p.ndim == 2}
+        rates = lr if isinstance(lr, Mapping) else {"": lr}
+        groups = [
+            {"params": [p for p in model.get_submodule(name).parameters() if p not in matrices], "lr": rate}
+            for name, rate in rates.items()
+        ]
+        self.optimizers = [torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)]
+        if muon:
+            ordered = [p for p in model.parameters() if p in matrices]
+            options = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            self.optimizers.append(torch.optim.Muon(ordered, lr=muon, **options))
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
-    def run(
-        self, loss: Callable[[torch.Generator], Tensor], save_every: int = 500, note: str = "",
-        report: Callable[[], dict[str, float]] = dict, on_save: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        """Step until `steps`, with a progress bar; log every 20 steps, with what `report` adds; checkpoint every
-        `save_every`, then call `on_save`."""
-        window: list[float] = []
-        started = time.perf_counter()
-        with tqdm(total=self.steps, initial=self.step, desc=note, mininterval=5, disable=rank() > 0) as bar:
-            while self.step < self.steps:
-                window.append(self.update(loss(self.generator)))
-                bar.update()
-                if self.step % 20 == 0 and rank() == 0:
-                    mean = sum(window) / len(window)
-                    bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                    self._log(step=self.step, loss=mean, seconds=time.perf_counter() - started, **report())
-                    window.clear()
-                if self.step % save_every == 0 or self.step == self.steps:
-                    self.save()
-                    on_save()
-
-    def update(self, loss: Tensor) -> float:
-        """One optimiser step with clipping at norm 1. Raises FloatingPointError when the loss is not finite."""
+    def update(self, *args) -> float:
+        """One step on loss(*args); returns the loss. FloatingPointError when it is not finite: the step is not made."""
+        loss = self.objective(*args)
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"loss {value} at step {self.step}; the last checkpoint is in {self.folder}")
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * self.factor(self.step, self.steps)
-        self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"the loss is {value} at step {self.step}: must be finite; try a lower rate")
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
-        average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer, rates in zip(self.optimizers, self.rates):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * self.factor(self.step, self.steps)
+            optimizer.step()
         self.step += 1
         self._average()
         return value
@@ -107,44 +115,98 @@ class Trainer:
     @torch.no_grad()
     def _average(self) -> None:
         decay = min(self.ema_decay, self.step / (self.step + 50))
-        ours, theirs = list(self.ema.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         for mine, other in zip(self.ema.buffers(), self.model.buffers()):
             mine.copy_(other)
 
+    def state_dict(self) -> dict[str, Any]:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+        return {**parts, "optimizers": optimizers, "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("model", "ema"):
+            getattr(self, name).load_state_dict(state[name])
+        for optimizer, held in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(held)
+        self.step = state["step"]
+
+
+class Trainer:
+    """Steps a model until its number of steps, and can be killed at any time.
+
+    Everything that a run needs to go on is in one file, `folder/checkpoint.pt`: the model, and whatever else is trained
+    or averaged beside it (`others`, by name). The random numbers of step n depend on seed, process and n alone, so a
+    resumed run equals an uninterrupted one to the bit. Process 0 writes.
+    """
+
+    def __init__(self, main: Optimized, folder: Path, seed: int = 0, others: Mapping[str, Stateful] | None = None):
+        self.main, self.folder, self.seed = main, Path(folder), seed
+        self.parts: dict[str, Stateful] = {"main": main, **(others or {})}
+        self.generator = torch.Generator()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = Log(self.folder)
+
     @property
     def checkpoint(self) -> Path:
-        return self.folder / (f"checkpoint.{rank()}.pt" if rank() else "checkpoint.pt")
+        return self.folder / "checkpoint.pt"
+
+    def run(
+        self, prepare: Callable[[torch.Generator], tuple], save_every: int = 500, note: str = "",
+        report: Callable[[], dict[str, float]] = dict, on_save: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Step on loss(*prepare(generator)) until done, with a progress bar.
+
+        Every 20 steps a row of mean loss, seconds and what `report` adds goes to the log; every `save_every` steps, and
+        at the end, a checkpoint is written and `on_save` called. The checkpoint's steps, not the clock, decide.
+        """
+        main, losses, before = self.main, [], self.log.seconds
+        started = time.perf_counter()
+        with tqdm(total=main.steps, initial=main.step, desc=note, mininterval=5, disable=rank() > 0) as bar:
+            while main.step < main.steps:
+                # torch mixes the seed, so neighbours are as good as strangers
+                self.generator.manual_seed((self.seed * 2**24 + main.step) * 2**10 + rank())
+                losses.append(main.update(*prepare(self.generator)))
+                bar.update()
+                if (main.step % LOG_EVERY == 0 or main.step == main.steps) and rank() == 0:
+                    mean = sum(losses) / len(losses)
+                    losses.clear()
+                    bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                    seconds = before + time.perf_counter() - started
+                    self.log.add({"step": main.step, "loss": mean, "seconds": round(seconds, 1), **report()})
+                if main.step % save_every == 0 or main.step == main.steps:
+                    if rank() == 0:
+                        self.save()
+                        self.log.plot(note)
+                        on_save()
 
     def save(self) -> None:
-        """Write the checkpoint to a temporary name and rename it, so a kill leaves the last good one."""
+        """Write the checkpoint to a temporary name and rename it, so a kill or a full disk leaves the last good one."""
         part = self.checkpoint.with_suffix(".part")
-        state = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
-        torch.save({**state, "step": self.step, "generator": self.generator.get_state()}, part)
-        os.replace(part, self.checkpoint)
+        try:
+            with part.open("wb") as f:
+                torch.save({name: thing.state_dict() for name, thing in self.parts.items()}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, self.checkpoint)
+        finally:
+            part.unlink(missing_ok=True)
 
     def resume(self) -> bool:
-        """Load the folder's checkpoint if there is one; True if there was."""
-        if not self.checkpoint.exists():
-            return False
-        state = torch.load(self.checkpoint, weights_only=True)
-        for name in ("model", "ema", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step = state["step"]
-        self.generator.set_state(state["generator"])
-        return True
-
-    def _log(self, **row: float) -> None:
-        path = self.folder / "log.csv"
-        fresh = not path.exists()
-        with path.open("a", newline="") as f:
-            writer = csv.DictWriter(f, row)
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        """Load the folder's checkpoint if there is one; True if there was. Log rows after it are dropped."""
+        found = self.checkpoint.exists()
+        if found:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            for name, thing in self.parts.items():
+                thing.load_state_dict(state[name])
+        if rank() == 0:
+            self.log.keep(until=self.main.step)
+        return found
 
 
-def batches(make_pool: Callable[[int], tuple[Tensor, ...]], batch: int, per_pool: int, start: int = 0) -> Iterator:
+def batches(
+    make_pool: Callable[[int], tuple[Tensor, ...]], batch: int, per_pool: int, start: int = 0
+) -> Iterator[tuple[Tensor, ...]]:
     """Random batches from pools that are remade every `per_pool` steps; step n's batch depends on n alone.
 
     make_pool(index) returns tensors of equal first dimension.
@@ -154,6 +216,6 @@ def batches(make_pool: Callable[[int], tuple[Tensor, ...]], batch: int, per_pool
         if step // per_pool != held:
             held = step // per_pool
             pool = make_pool(held)  # each process makes its own
-        rows = torch.randint(len(pool[0]), (batch,), generator=torch.Generator().manual_seed(step * 64 + rank()))
+        rows = torch.randint(len(pool[0]), (batch,), generator=torch.Generator().manual_seed(step * 1024 + rank()))
         yield tuple(part[rows] for part in pool)
         step += 1

@@ -1,6 +1,12 @@
-"""The training loop: resumable to the bit, safe against a kill, two processes step as one with both batches."""
+"""The training loop: resumable to the bit, safe against kills and full disks, two processes step as one."""
 
 from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -8,68 +14,147 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from dsa_engine.training.trainer import Trainer, batches, falling, level
+from dsa_engine.training.trainer import Optimized, Trainer, batches, falling, level
 
 
-def new(folder, steps=20, **options) -> Trainer:
-    torch.manual_seed(0)
-    return Trainer(nn.Linear(4, 2), folder, steps, lr=0.01, seed=3, **options)
+class Net(nn.Module):
+    """One matrix inside `blocks`, which Muon takes, and one outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 6)])
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(self.blocks[0](x).tanh())
 
 
-def loss_of(trainer):
-    def loss(generator):
-        x = torch.randn(8, 4, generator=generator)
-        return (trainer.model(x) - x[:, :2].square()).square().mean()
-
-    return loss
+def new(steps=20, seed=0, **options) -> Optimized:
+    torch.manual_seed(seed)
+    model = Net()
+    return Optimized(model, lambda x: (model(x) - x[:, :2].square()).square().mean(), steps, lr=0.01, **options)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole = new(tmp_path / "whole")
-    whole.run(loss_of(whole), save_every=10)
-    first = new(tmp_path / "parts")
-    first.steps = 10  # as if it had been killed here
-    first.factor = lambda step, steps: falling(step, 20)
-    first.run(loss_of(first), save_every=10)
-    second = new(tmp_path / "parts")
-    assert second.resume() and second.step == 10
-    second.run(loss_of(second), save_every=10)
-    for name in ("model", "ema"):
-        expected, got = (getattr(t, name).state_dict() for t in (whole, second))
-        assert all(got[k].equal(v) for k, v in expected.items())
+def draw(generator):
+    return (torch.randn(8, 4, generator=generator),)
 
 
-def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    trainer = new(tmp_path)
-    trainer.run(loss_of(trainer), save_every=20)
-    good = trainer.checkpoint.read_bytes()
-
-    def full_disk(state, path):
-        path.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
-        trainer.save()
-    assert trainer.checkpoint.read_bytes() == good
+def state(thing) -> dict[str, torch.Tensor]:
+    return {f"{part}.{k}": v for part in ("model", "ema") for k, v in getattr(thing, part).state_dict().items()}
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_hurt(tmp_path):
-    trainer = new(tmp_path)
-    before = trainer.model.weight.clone()
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, muon):
+    whole = Trainer(new(muon=muon), tmp_path / "whole", seed=3)
+    whole.run(draw, save_every=10)
+    first = Trainer(new(10, muon=muon, factor=lambda step, steps: falling(step, 20)), tmp_path / "parts", seed=3)
+    first.run(draw, save_every=10)  # as if it had been killed after 10
+    second = Trainer(new(seed=1, muon=muon), tmp_path / "parts", seed=3)
+    assert second.resume() and second.main.step == 10
+    second.run(draw, save_every=10)
+    expected, got = state(whole.main), state(second.main)
+    assert all(got[k].equal(v) for k, v in expected.items())
+
+
+def test_what_is_trained_beside_it_resumes_with_it(tmp_path):
+    def both(steps):
+        main, other = new(steps, factor=level), new(100, seed=5, factor=level)
+        trainer = Trainer(main, tmp_path / "run", seed=1, others={"other": other})
+
+        def prepare(generator):
+            other.update(*draw(generator))
+            return draw(generator)
+
+        trainer.resume()
+        trainer.run(prepare, save_every=5)
+        return state(main), state(other)
+
+    both(5)
+    resumed = both(12)
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    whole = both(12)
+    assert all(a[k].equal(b[k]) for a, b in zip(resumed, whole) for k in a)
+
+
+def test_muon_steps_are_orthogonal_and_of_adamws_size(tmp_path):
+    """A matrix step of Muon has equal singular values, the more so as 5 Newton-Schulz steps allow: within [.6, 1.3]."""
+    main = new(muon=0.1, weight_decay=0.0, factor=lambda step, steps: 1.0)
+    before = main.model.blocks[0].weight.detach().clone(), main.model.out.weight.detach().clone()
+    main.update(torch.randn(64, 4))
+    step = main.model.blocks[0].weight.detach() - before[0]
+    values = torch.linalg.svdvals(step) / (0.1 * 0.2 * 6**0.5)  # 0.2 sqrt(larger side): as large as AdamW's updates
+    assert 0.5 < values.min() and values.max() < 1.4
+    adam = main.model.out.weight.detach() - before[1]
+    torch.testing.assert_close(adam.abs(), torch.full_like(adam, 0.01), rtol=1e-3, atol=0)  # its first step: lr * sign
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):
+    first = Trainer(new(60, factor=level), tmp_path, seed=2)
+    first.run(draw, save_every=20)
+    rows = (tmp_path / "log.csv").read_text()
+    torch.save(torch.load(first.checkpoint, weights_only=True), tmp_path / "keep.pt")
+    back = Trainer(new(40, factor=level), tmp_path / "b", seed=2)
+    back.run(draw, save_every=20)
+    (tmp_path / "b" / "log.csv").write_text(rows)  # killed at step 60, the last checkpoint is of step 40
+    again = Trainer(new(60, factor=level), tmp_path / "b", seed=2)
+    assert again.resume()
+    again.run(draw, save_every=20)
+
+    def losses(text):
+        return [(row["step"], row["loss"]) for row in csv.DictReader(text.splitlines())]
+
+    assert losses((tmp_path / "b" / "log.csv").read_text()) == losses(rows)
+    assert [step for step, _ in losses(rows)] == ["20", "40", "60"]
+    assert (tmp_path / "b" / "log.png").read_bytes().startswith(b"\x89PNG")
+
+
+DIES = """
+import os, resource, signal, sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from pathlib import Path
+from test_trainer import Trainer, draw, level, new
+trainer = Trainer(new(10, factor=level), Path({folder!r}), seed=3)
+trainer.run(draw, save_every=10)
+trainer.main.update(torch.ones(8, 4))
+{accident}
+trainer.save()
+"""
+ACCIDENTS = {
+    "full disk": "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (900, 900))",
+    "kill": "torch.save = lambda state, f: (f.write(b'half'), f.flush(), os.kill(os.getpid(), signal.SIGKILL))",
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_an_accident_while_saving_leaves_the_last_good_checkpoint(tmp_path, accident):
+    """A real limit on file size, and a real SIGKILL half-way through the file."""
+    tests = str(__file__).rsplit("/", 1)[0]
+    script = textwrap.dedent(DIES).format(tests=tests, folder=str(tmp_path), accident=ACCIDENTS[accident])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == (-signal.SIGKILL if accident == "kill" else 1), done.stderr
+    again = Trainer(new(), tmp_path, seed=3)
+    assert again.resume() and again.main.step == 10
+    assert accident == "kill" or not (tmp_path / "checkpoint.part").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_hurt():
+    main = new()
+    before = state(main)
+    before = {k: v.clone() for k, v in before.items()}
     with pytest.raises(FloatingPointError, match="step 0"):
-        trainer.update(trainer.model.weight.sum() * float("nan"))
-    assert trainer.model.weight.equal(before)
+        main.update(torch.full((8, 4), float("nan")))
+    assert all(v.equal(before[k]) for k, v in state(main).items())
 
 
-def test_the_average_of_the_weights_is_the_weighted_sum_of_their_history(tmp_path):
-    trainer = new(tmp_path, ema_decay=0.9)
-    average = trainer.model.weight.detach().clone()
+def test_the_average_of_the_weights_is_the_weighted_sum_of_their_history():
+    main = new(ema_decay=0.9)
+    average = main.model.out.weight.detach().clone()
     for step in range(1, 8):
-        trainer.update(loss_of(trainer)(trainer.generator))
+        main.update(torch.randn(8, 4))
         decay = min(0.9, step / (step + 50))
-        average = decay * average + (1 - decay) * trainer.model.weight.detach()
-    torch.testing.assert_close(trainer.ema.weight, average)
+        average = decay * average + (1 - decay) * main.model.out.weight.detach()
+    torch.testing.assert_close(main.ema.out.weight, average)
 
 
 def test_learning_rate_factors():
@@ -94,11 +179,11 @@ def test_step_n_sees_the_same_batch_in_a_resumed_run():
 
 def _two(rank, folder, port):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    trainer = new(folder)
+    main = new(seed=rank)  # different weights: those of process 0 count
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(9))[8 * rank : 8 * (rank + 1)]
     for _ in range(3):
-        trainer.update((trainer.model(x) - x[:, :2].square()).square().mean())
-    torch.save(trainer.model.state_dict(), folder / f"rank{rank}.pt")
+        main.update(x)
+    torch.save(main.state_dict(), folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -109,10 +194,12 @@ def test_two_processes_step_as_one_with_both_batches(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(_two, args=(tmp_path, port), nprocs=2)
-    alone = new(tmp_path / "alone")
+    alone = new()
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(9))
     for _ in range(3):
-        alone.update((alone.model(x) - x[:, :2].square()).square().mean())
+        alone.update(x)
     for rank in (0, 1):
-        state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        torch.testing.assert_close(state["weight"], alone.model.weight.detach())
+        got = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for part in ("model", "ema"):
+            for name, value in alone.state_dict()[part].items():
+                torch.testing.assert_close(got[part][name], value.detach())

@@ -1,0 +1,243 @@
+"""The student's rollouts are the engine's, its losses add up, its stage resumes to the bit, also in two processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dsa_engine import PerChunk
+from dsa_engine.config import RolloutConfig
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.pixel_codec import PixelCodec
+from dsa_engine.training import recipe, run, shapes
+from dsa_engine.training.confidence import attenuation_weight
+from dsa_engine.training.dmd import dmd_gradient, dmd_loss
+from dsa_engine.training.student import StudentLosses, self_rollout
+
+ROLLOUT = RolloutConfig(chunk_frames=3, window=9, steps=(1000, 750, 500, 250), shift=3.0)
+
+
+@pytest.fixture
+def parts(pipe):
+    """The untrained generator as teacher and, with other weights, as student, with heads that are not at zero."""
+    dit = copy.deepcopy(pipe.engine.dit)
+    for p in dit.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    heads = {name: ConfidenceHead(dit.config) for name in ("refine", "confidence")}
+    for head in heads.values():
+        nn.init.normal_(head.mlp[2].weight, std=0.5)
+    return nn.ModuleDict({"dit": dit.requires_grad_(True), **heads})
+
+
+def losses_of(pipe, model):
+    return StudentLosses(pipe.engine.dit, pipe.engine.text, model, ROLLOUT, 2, 8)
+
+
+def tokens(clips=2, chunks=3):
+    return torch.randint(0, 4, (clips, chunks, 4), generator=torch.Generator().manual_seed(1)) + torch.tensor(
+        [0, 6, 10, 15]
+    ).clamp(max=14)
+
+
+def test_a_self_rollout_is_what_the_pipeline_makes(pipe, parts, close):
+    """Same weights, noise and counts: the video is `generate_latents`' (one prompt throughout), x and sigma are those
+    of the exit step, and the distances those of the estimates to the exit's."""
+    counts = torch.tensor([[4, 1, 3], [2, 4, 1]])
+    text = pipe.engine.text.table(tokens()[:, :1]).expand(-1, 3, -1, -1)
+    rolled = self_rollout(pipe.engine.dit, parts["refine"], ROLLOUT, text, counts, 11, 8)
+    for row in range(2):
+        seen = []
+        rollout = pipe.engine.rollout(
+            text[row : row + 1, 0], height=8, width=8, frames=9, policy=PerChunk(counts[row].tolist()),
+            seeds=[11 + row], config=ROLLOUT,
+        )  # fmt: skip
+        for chunk in range(3):
+            made = []
+            result = rollout.denoise(made.append)
+            rollout.accept(result.latents)
+            close(rolled.video[row, chunk], result.latents[0], 1e-5)
+            close(rolled.x[row, chunk], made[-1].x[0], 1e-5)
+            assert rolled.sigma[row, chunk].item() == pytest.approx(made[-1].sigma)
+            seen += [(step.x0[0] - result.latents[0]).square().mean(dim=(1, 2, 3)) for step in made[:-1]]
+        expected = torch.cat(seen)
+        mine = rolled.distance[rows_of(counts, row)]
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+    assert rolled.features.shape == (3 * int((counts - 1).sum()), 3 * 64)
+
+
+def rows_of(counts: torch.Tensor, row: int) -> list[int]:
+    """Where a clip's frames lie in features and distance: by chunk, step, then the clips that go on."""
+    at, mine = 0, []
+    for chunk in range(counts.shape[1]):
+        for step in range(1, int(counts[:, chunk].max())):
+            for clip in range(len(counts)):
+                if step < counts[clip, chunk]:
+                    mine += range(at, at + 3) if clip == row else []
+                    at += 3
+    return mine
+
+
+def test_without_a_confidence_head_the_loss_is_plain_and_with_one_it_is_attenuated(pipe, parts):
+    """From the same draws: total = dmd (+ weights) + .02 (heads) + .2 anchor, recomputed from the parts."""
+    latents, said = torch.randn(2, 3, 3, 16, 8, 8), tokens()
+    totals, reports = {}, {}
+    for kind in ("student", "joint"):
+        model = nn.ModuleDict({k: v for k, v in parts.items() if kind == "joint" or k != "confidence"})
+        losses = losses_of(pipe, model)
+        generator = torch.Generator().manual_seed(4)
+        rolled = losses.rollout(said, generator)
+        totals[kind] = losses.student_loss(rolled, latents, said, generator)
+        reports[kind] = losses.report
+    assert reports["student"]["dmd"] == reports["joint"]["dmd"]
+    plain = reports["student"]
+    expected = plain["dmd"] + 0.02 * plain["refine"] + 0.2 * plain["anchor"]
+    assert totals["student"].item() == pytest.approx(expected, rel=1e-4)
+    assert set(reports["joint"]) - set(plain) == {"joint", "confidence"}
+
+
+def test_the_refine_head_does_not_reach_the_generator(pipe, parts):
+    losses = losses_of(pipe, nn.ModuleDict({"dit": parts["dit"], "refine": parts["refine"]}))
+    rolled = losses.rollout(tokens(), torch.Generator().manual_seed(4))
+    assert not rolled.features.requires_grad and not rolled.video.requires_grad
+
+
+def test_attenuation_pulls_where_the_head_is_sure():
+    """The gradient of a frame is its DMD gradient times c / mean(c): two frames, c = .8 and .2."""
+    x0 = torch.randn(1, 2, 1, 2, 2, requires_grad=True)
+    gradient = dmd_gradient(x0, torch.zeros_like(x0), torch.ones_like(x0))
+    logit = torch.tensor([[0.8, 0.2]]).logit()
+    (attenuation_weight(logit) * dmd_loss(x0, gradient)).sum().backward()
+    ratio = (x0.grad[0, 0] / x0.grad[0, 1]) / (gradient[0, 0] / gradient[0, 1])
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 4.0))
+
+
+TINY = """
+name = "tiny"
+pool = 12
+[rollout]
+chunk_frames = 3
+window = 9
+shift = 3.0
+[codec]
+steps = 2
+[teacher]
+steps = 4
+batch = 2
+[student]
+steps = 4
+batch = 2
+[head]
+clips = 4
+iterations = 5
+calibration_clips = 4
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_sheets():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SHOWN", shapes.SHOWN[:2])
+        patch.setattr(shapes, "SHEET_STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A folder with a codec and a teacher of two steps, and the recipe beside it."""
+    out = tmp_path_factory.mktemp("runs")
+    (out / "tiny.toml").write_text(TINY)
+    torch.manual_seed(0)
+    shapes.save_tensors(out / "codec" / "weights.safetensors", PixelCodec())
+    run.train("teacher", out / "tiny.toml", out, steps=2, compiled=False, device="cpu")
+    return out
+
+
+def copy_of(begun: Path, to: Path) -> Path:
+    shutil.copytree(begun, to)
+    return to
+
+
+@pytest.mark.parametrize("stage", ["teacher", "joint"])
+def test_a_stage_that_was_killed_goes_on_to_the_same_weights(begun, tmp_path, stage, monkeypatch):
+    """Killed after the checkpoint of step 2 of 4, against a run in one go: the same bits, the same log."""
+    whole, parts = copy_of(begun, tmp_path / "whole"), copy_of(begun, tmp_path / "parts")
+    for folder in (whole, parts):
+        for old in (folder / stage).glob("*"):
+            old.unlink()
+    monkeypatch.setattr(shapes, "SAVE_EVERY", {"teacher": 2, "joint": 2, "student": 2})
+    run.train(stage, whole / "tiny.toml", whole, compiled=False, device="cpu")
+
+    update, calls = shapes.Optimized.update, []
+
+    def dies(self, *args):
+        calls.append(1)
+        if len(calls) > (2 if stage == "teacher" else 2 * 3) + 1:
+            raise KeyboardInterrupt
+        return update(self, *args)
+
+    monkeypatch.setattr(shapes.Optimized, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
+    monkeypatch.setattr(shapes.Optimized, "update", update)
+    run.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
+    a, b = (load_file(folder / stage / "weights.safetensors") for folder in (whole, parts))
+    assert all(a[k].equal(b[k]) for k in a)
+    one, other = (torch.load(f / stage / "checkpoint.pt", weights_only=True) for f in (whole, parts))
+    assert one.keys() == other.keys()
+    assert all(v.equal(other["main"]["model"][k]) for k, v in one["main"]["model"].items())
+    assert (parts / stage / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_under_torchrun(begun, tmp_path):
+    """Both finish, one writes, and the weights are those of a run: finite, moved, the same in both processes."""
+    out = copy_of(begun, tmp_path / "two")
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dsa_engine",
+        "train",
+    ]
+    options = ["--recipe", "joint", "--config", str(out / "tiny.toml"), "--out", str(out), "--eager", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, *command, *options, "--steps", "2", "--json"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('"recipe": "joint"') == 1
+    before = load_file(out / "teacher" / "weights.safetensors")
+    after = load_file(out / "joint" / "weights.safetensors")
+    assert all(v.isfinite().all() for v in after.values())
+    assert any(not after[k].equal(before[k]) for k in before if k.startswith("dit."))
+
+
+def test_stages_name_what_they_lack(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    with pytest.raises(FileNotFoundError, match="codec.*train --recipe codec"):
+        run.train("teacher", tmp_path / "tiny.toml", tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="recipe 'techer': must be one of codec, teacher"):
+        run.train("techer", out=tmp_path)
+    with pytest.raises(ValueError, match="steps and batch belong to one stage"):
+        run.train("all", out=tmp_path, steps=3)
+
+
+def test_the_same_seed_draws_the_same_clips_and_another_seed_others(tmp_path):
+    codec = PixelCodec().eval()
+
+    def first(seed):
+        job = shapes.Job(recipe.Recipe("tiny", seed=seed, pool=8, rollout=ROLLOUT), tmp_path)
+        return next(shapes.clips_of(job, codec, 4, 0))[1]
+
+    assert first(0).equal(first(0)) and not first(0).equal(first(1))

@@ -107,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", metavar="FILE", help="recipe head: a checkpoint or folder to train a head for, on its own rollouts")
     add("--prompts", metavar="FILE", help="with --model: text, a prompt a line, or safetensors with prompt_embeds")
     add("--frames", type=int, help="with --model: pixel frames of a rollout (default: the model's own)")
+    add("--window", type=int, help="with --model: latent frames of the KV cache, the chunk included")
+    add("--sink", type=int, help="with --model: latent frames that stay in the cache for ever")
+    add("--shift", type=float, help="with --model: of the noise schedule")
     add("--device", help="cpu, cuda (default: cuda where there is one)")
     command(doctor, "check this installation; exit code 1 where the engine cannot run")
     return top
@@ -303,19 +306,23 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
 def train(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str], int]:
     """One stage of a recipe, or all. Under torchrun each process takes its share of a step's clips; one speaks."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if args.recipe != "head" or args.model is None:
-        if args.model or args.prompts or args.frames:
-            raise ValueError("--model, --prompts and --frames belong to --recipe head, and to one another")
+    own = ("prompts", "frames", "window", "sink", "shift")
+    if args.model is None or args.recipe != "head":
+        strange = [f"--{name}" for name in ("model", *own) if getattr(args, name) is not None]
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)}: only for --recipe head with --model, a head for a given checkpoint"
+            )
         facts = run.train(
             args.recipe, args.config, args.out, steps=args.steps, batch=args.batch, seed=args.seed, device=args.device,
             compiled=not args.eager,
         )  # fmt: skip
     else:
         if args.prompts is None:
-            raise ValueError("--prompts: the prompts to roll out are needed, a text file or a safetensors file")
+            raise ValueError("--prompts: what to roll out is needed, a file of text or of prompt_embeds")
         facts = run.train_head_of(
-            args.model, args.prompts, args.out, frames=args.frames, iterations=args.steps, batch=args.batch,
-            seed=args.seed or 0, device=args.device,
+            args.model, args.out, iterations=args.steps, batch=args.batch, seed=args.seed or 0, device=args.device,
+            **{name: getattr(args, name) for name in own},
         )  # fmt: skip
     return (facts, table(facts), 0) if os.environ.get("RANK", "0") == "0" else (None, [], 0)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsa_engine.synthetic import roll_clip
-from dsa_engine.video import Mp4Writer, read_mp4, report_figure, write_mp4, write_report
+from dsa_engine.video import Mp4Writer, read_mp4, report_figure, write_mp4, write_report, write_sheet
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +312,29 @@ def test_a_report_that_fails_keeps_the_old_one(tmp_path, clip, monkeypatch):
         write_report(path, chunks_of(clip, [1]))
     assert path.read_bytes() == b"old"
     assert left_in(tmp_path) == ["r.png"]
+
+
+def test_a_contact_sheet_shows_every_clip_under_its_label(clip, tmp_path):
+    """The PNG, read back: a row of clips one after another, each row with the colours of its own frames."""
+    from matplotlib.image import imread
+
+    clips = np.stack([clip[:6], clip[9:15]])  # red on black, blue on navy
+    write_sheet(tmp_path / "new" / "sheet.png", clips, ["red", "blue"], title="two")
+    image = imread(tmp_path / "new" / "sheet.png")[..., :3]
+    upper, lower = np.array_split(image, 2)
+
+    def share(part, color):
+        return (np.abs(part - np.array(color) / 255).max(axis=-1) < 0.1).mean()
+
+    assert share(upper, (230, 40, 40)) > 0.02 and share(lower, (40, 70, 255)) > 0.02
+    assert share(lower, (230, 40, 40)) == share(upper, (40, 70, 255)) == 0
+    assert share(lower, (20, 28, 84)) > 0.2
+    assert left_in(tmp_path / "new") == ["sheet.png"]
+
+
+def test_a_sheet_that_cannot_be_drawn_leaves_nothing(clip, tmp_path):
+    with pytest.raises(ValueError, match="1 labels for 2 clips"):
+        write_sheet(tmp_path / "sheet.png", np.stack([clip, clip]), ["one"])
+    with pytest.raises(ValueError, match="must be a numpy array uint8"):
+        write_sheet(tmp_path / "sheet.png", np.zeros((1, 2, 4, 4, 3)), ["one"])
+    assert left_in(tmp_path) == []

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.training import head, prompts, recipe, rollouts, shapes
+from dsa_engine.training import head, recipe, rollouts, shapes
+from dsa_engine.training.prompts import read_prompts
 from dsa_engine.training.trainer import distributed, rank
 
 RECIPES = (*shapes.STAGES, "all")
@@ -49,12 +50,12 @@ def train(
     """
     if stage not in RECIPES:
         raise ValueError(f"recipe {stage!r}: must be one of {', '.join(RECIPES)}")
-    if stage == "all" and (steps or batch):
+    if stage == "all" and (steps, batch) != (None, None):
         raise ValueError("recipe all: steps and batch belong to one stage each; write them into a TOML file")
     plan = recipe.load(config)
     if seed is not None:
         plan = recipe.with_seed(plan, seed)
-    if steps or batch:
+    if (steps, batch) != (None, None):
         plan = plan.replace("student" if stage == "joint" else stage, steps=steps, batch=batch)
     with processes(device) as where:
         job = shapes.Job(plan, Path(out), where, compiled)
@@ -70,11 +71,17 @@ PARALLEL = ("teacher", "student", "joint")  # the other stages take one process,
 
 
 def train_head_of(
-    model: str | Path, prompts_file: str | Path, out: str | Path, *, frames: int | None = None,
-    iterations: int | None = None, batch: int | None = None, seed: int = 0, device: str | None = None,
+    model: str | Path, out: str | Path, prompts: str | Path, *, frames: int | None = None, window: int | None = None,
+    sink: int | None = None, shift: float | None = None, iterations: int | None = None, batch: int | None = None,
+    seed: int = 0, device: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train a confidence head for a distilled checkpoint on its own rollouts (see `head.train_head`)."""
-    said = prompts.read_prompts(prompts_file)
-    with Pipeline.from_pretrained(model, device=device) as pipe:
+    """Train a confidence head for a distilled checkpoint on its own rollouts, and write it to `out/head.safetensors`.
+
+    prompts: a file as `read_prompts` takes it; window, sink, shift: as for `Pipeline.from_pretrained`; the rest as for
+    `head.train_head`.
+    """
+    said = read_prompts(prompts)
+    with Pipeline.from_pretrained(model, device=device, window=window, sink=sink, shift=shift) as pipe:
         options = {name: value for name, value in {"iterations": iterations, "batch": batch}.items() if value}
-        return head.train_head(pipe, said, out, chunks=rollouts.chunks_of(pipe, frames), seed=seed, **options)
+        chunks = None if frames is None else rollouts.chunks_of(pipe, frames)
+        return head.train_head(pipe, said, out, chunks=chunks, seed=seed, **options)

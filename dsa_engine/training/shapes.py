@@ -235,7 +235,7 @@ def train_student(job: Job, kind: str = "joint") -> dict[str, float]:
     critic = Optimized(losses.critic, losses.critic_loss, critic_steps, stage.critic_rate, **options)
     trainer = Trainer(student, job.out / kind, job.recipe.seed, {"critic": critic, "norm": losses.norm})
     trainer.resume()
-    clips = clips_of(job, codec, stage.batch, student.step, offset=500_000)
+    clips = clips_of(job, codec, stage.batch, student.step, offset=500_000, focus=0)
 
     def prepare(generator: torch.Generator) -> tuple:
         latents, tokens = next(clips)
@@ -268,7 +268,7 @@ def fit_heads(job: Job) -> dict[str, Any]:
     folder = job.out / "model"
     package.save(folder, job.recipe.name, modules, rollout, VIDEO)
     pipe = Pipeline.from_pretrained(folder, device=job.device)  # heads are made for the weights as they ship, rounded
-    captions = held_out(stage.clips + stage.calibration_clips, chunks=2 * CHUNKS, seed=HEAD_SEED)
+    captions = held_out(stage.clips + stage.calibration_clips, chunks=CHUNKS, seed=HEAD_SEED)
     rollouts = collect(pipe, captions, batch=TOGETHER, seed=HEAD_SEED)
     learned, other = rollouts[: stage.clips], rollouts[stage.clips :]
     heads = {"joint": model["confidence"], "refine": model["refine"], "fitted": None}

@@ -185,6 +185,9 @@ def train_teacher(job: Job) -> dict[str, float]:
     trainer.run(
         lambda generator: (*next(clips), generator), save_every=SAVE_EVERY["teacher"], note="teacher", on_save=on_save
     )
+    if rank() == 0:
+        modules = {"generator": main.ema["dit"], "codec": codec, "text": main.ema["text"]}
+        package.save(trainer.folder / "model", f"{job.recipe.name}-teacher", modules, job.recipe.rollout, VIDEO)
     return trainer.log.rows[-1] if rank() == 0 else {}
 
 

@@ -1,51 +1,29 @@
-"""Checkpoint files: read them safely, bring their names to Wan's own, load them strictly.
+"""Checkpoints of the Wan family: load them strictly, whatever dialect they are in, and one tensor after the other.
 
-Reads `.safetensors` and `.pt`/`.pth` (tensors only, `weights_only=True`), Self-Forcing's training dicts, FSDP and
-compile wrappers in the names, and diffusers' `WanTransformer3DModel` names. Names are data, not code.
+Read are `.safetensors` (whole or in shards) and `.pt`/`.pth` (tensors only, `weights_only=True`), Self-Forcing's
+training dictionaries, names inside FSDP and compile wrappers, those of Wan, diffusers, FastVideo and ComfyUI, FP8
+weights with their scales, and low-rank adapters. `names.py` holds all names as data, `found.py` tells what a file is.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import difflib
 from collections.abc import Mapping
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsa_engine.config import ModelConfig
+from dsa_engine.models import names
 from dsa_engine.models.dit import CausalDiT
-
-SUFFIXES = (".safetensors", ".pt", ".pth")
-# Where training scripts keep the generator, best first: Self-Forcing's demo runs the EMA weights.
-NESTED_KEYS = ("generator_ema", "generator", "model", "state_dict")
-WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
-PREFIXES = ("diffusion_model.", "generator.", "model.", "net.")  # any number of them, one after another
-
-# (pattern in diffusers' names, Wan's name), applied in order to each name
-DIFFUSERS_NAMES = (
-    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"^proj_out\.", "head.head."),
-    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"^(blocks\.\d+)\.attn1\.to_([qkv])\.", r"\1.self_attn.\2."),
-    (r"^(blocks\.\d+)\.attn2\.to_([qkv])\.", r"\1.cross_attn.\2."),
-    (r"^(blocks\.\d+)\.attn1\.to_out\.0\.", r"\1.self_attn.o."),
-    (r"^(blocks\.\d+)\.attn2\.to_out\.0\.", r"\1.cross_attn.o."),
-    (r"^(blocks\.\d+)\.attn1\.norm_", r"\1.self_attn.norm_"),
-    (r"^(blocks\.\d+)\.attn2\.norm_", r"\1.cross_attn.norm_"),
-    (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),  # diffusers counts the two norms without weights differently
-    (r"^(blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
-    (r"^(blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
-)
+from dsa_engine.models.found import Found, check_sizes, config_of, look, sizes_of
+from dsa_engine.models.lora import Lora, merge, open_lora
+from dsa_engine.models.names import wan_names
+from dsa_engine.models.tensor_files import Entry, open_tensors
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -54,118 +32,132 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises FileNotFoundError for a missing file and ValueError for one that is truncated, foreign, or holds anything
     but tensors; no code from the file is ever run.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint ending in {', '.join(SUFFIXES)}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
-    if path.suffix not in SUFFIXES:
+    return {name: entry.read() for name, entry in open_tensors(path).entries.items()}
+
+
+def dequantised(entries: Mapping[str, Entry], source: str | Path) -> dict[str, Entry]:
+    """W = stored * scale for every weight that has a scale beside it, of one value or one for each row, in float32.
+
+    Raises ValueError for a scale without its weight or of another size, and for packed formats (NVFP4, MXFP4).
+    """
+    scales = {}
+    kept = {}
+    for name, entry in entries.items():
+        stem, _, last = name.rpartition(".")
+        if last in names.SCALES:
+            scales[f"{stem}.weight"] = entry
+        elif not names.IGNORED.search(name):
+            kept[name] = entry
+    for name, scale in scales.items():
+        rows = kept[name].shape[0] if name in kept else None
+        if rows is None or prod(scale.shape) not in (1, rows):
+            has = "not there" if rows is None else f"of shape {list(kept[name].shape)}"
+            raise ValueError(
+                f"{source}: a scale of shape {list(scale.shape)} for {name}, which is {has}; expected is one value, or "
+                "one for each row"
+            )
+        kept[name] = Entry(torch.float32, kept[name].shape, partial(_scaled, kept[name], scale))
+    packed = [name for name, entry in kept.items() if not entry.dtype.is_floating_point]
+    if packed:
         raise ValueError(
-            f"{path}: a checkpoint must end in one of {', '.join(SUFFIXES)}, not {path.suffix or 'nothing'}"
+            f"{source}: {len(packed)} weights of dtype {kept[packed[0]].dtype} ({', '.join(packed[:4])}); read are "
+            "floating-point weights, and FP8 or INT8 with a scale"
         )
-    return _plain_tensors(path, _unpickle(path))
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # the legacy format cannot be mapped; anything that is really wrong fails again
-        pass
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle.UnpicklingError, EOFError and whatever else a foreign file provokes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path}: not a plain dictionary of tensors, so it is not loaded (weights_only=True): {reason}"
-        ) from error
-
-
-def _plain_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    for key in NESTED_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping) and content[key]:
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content:
-        held = "nothing" if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path}: holds {held}, expected a dictionary of tensors by name")
-    strange = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
-    if strange:
-        raise ValueError(
-            f"{path}: entries that are not tensors: {', '.join(strange[:5])}; expected tensors by name, "
-            f"bare or under one of {', '.join(NESTED_KEYS)}"
-        )
-    return dict(content)
-
-
-def wan_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under Wan's own names: wrappers and prefixes stripped, diffusers' names translated."""
-    named = {}
-    for name, tensor in tensors.items():
-        name = WRAPPERS.sub("", name)
-        while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
-            name = name[len(prefix) :]
-        for pattern, replacement in DIFFUSERS_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if name in named:
-            raise ValueError(f"two tensors of the file are both called {name!r} once prefixes are stripped")
-        named[name] = tensor
-    return named
+    return kept
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Load tensors into a module whose names and shapes must all agree; ValueError says which do not."""
-    own = module.state_dict()
-    missing = sorted(own.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - own.keys())
-    misshapen = [
-        f"{k} {list(tensors[k].shape)} instead of {list(own[k].shape)}"
-        for k in sorted(own.keys() & tensors.keys())
-        if tensors[k].shape != own[k].shape
-    ]
-    if missing or unexpected or misshapen:
-        parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-        report = "; ".join(
-            f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in parts if n
-        )
-        raise ValueError(f"{source}: does not fit the model's config: {report}")
+    check_fit(module.state_dict(), tensors, source)
     module.load_state_dict(tensors, assign=any(p.is_meta for p in module.parameters()))
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises FileNotFoundError or ValueError, naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a Wan-style config.json is expected beside the weights")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds {type(values).__name__}, expected a JSON object")
-    return values
+def fill(
+    module: nn.Module, entries: Mapping[str, Entry], source: str | Path, device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """`load_strict` of tensors that are still in their file, each one read, converted and put in place before the next.
+
+    The module may be on the meta device; its parameters become frozen ones of the given device and dtype.
+    """
+    check_fit(module.state_dict(), entries, source)
+    for name, entry in entries.items():
+        value = entry.read(device)
+        owner, _, leaf = name.rpartition(".")
+        place = module.get_submodule(owner)
+        if leaf in place._parameters:
+            setattr(place, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+        else:
+            setattr(place, leaf, value.to(dtype) if value.is_floating_point() else value)
 
 
-def read_model_config(path: Path) -> ModelConfig:
-    """The sizes in a Wan-style config.json; errors name the file."""
-    values = read_json(path)
-    try:
-        return ModelConfig.from_dict(values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+def check_fit(own: Mapping[str, Any], given: Mapping[str, Any], source: str | Path) -> None:
+    """Raises ValueError where the names or shapes of two sets of tensors differ, with the nearest names."""
+    missing = sorted(own.keys() - given.keys())
+    unexpected = sorted(given.keys() - own.keys())
+    misshapen = [
+        f"{name} {list(given[name].shape)} instead of {list(own[name].shape)}"
+        for name in sorted(own.keys() & given.keys())
+        if tuple(given[name].shape) != tuple(own[name].shape)
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    shown = [*unexpected]
+    for i, name in enumerate(unexpected[:4]):
+        if near := difflib.get_close_matches(name, missing, 1, 0.8):
+            shown[i] = f"{name} (nearest: {near[0]})"
+    parts = (("missing", missing), ("unexpected", shown), ("of another shape", misshapen))
+    report = "; ".join(f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in parts if n)
+    raise ValueError(f"{source}: does not fit the model's config: {report}")
+
+
+def open_dit(
+    path: str | Path, config: ModelConfig | None = None, family: str | None = None
+) -> tuple[Found, ModelConfig, dict[str, Entry]]:
+    """(what it is, the sizes, the weights in Wan's names, not yet read) of a checkpoint that must hold a DiT.
+
+    Raises FileNotFoundError, or ValueError that names what the file holds instead, or how its sizes differ.
+    """
+    found, file = look(Path(path), family)
+    if found.kind != names.DIT:
+        if found.kind is None:
+            held = f"no model that is known here (its first names: {', '.join(list(file.entries)[:3])})"
+        else:
+            held = f"{found.kind}: {names.USES[found.kind]}"
+        raise ValueError(f"{found.weights}: holds {held}; expected {names.DIT}")
+    entries = dequantised(wan_names(file.entries), found.weights)
+    if config is not None:
+        check_sizes(config, sizes_of(entries), found.weights, "the given config")
+    return found, config or found.config or config_of(entries, found.weights), entries
 
 
 def load_dit(
     path: str | Path, config: ModelConfig | None = None, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, *, family: str | None = None, lora: str | Path | Lora | None = None,
 ) -> CausalDiT:  # fmt: skip
-    """A causal DiT from a checkpoint file; its sizes come from `config`, or from `config.json` beside the file."""
-    path = Path(path)
-    tensors = wan_names(read_tensors(path))
-    config = config or read_model_config(path.parent / "config.json")
+    """A causal DiT from a checkpoint file, an index of shards, or a folder of Wan's or diffusers' layout.
+
+    config: its sizes; else those of a config.json beside the weights, else those that the tensors show.
+    family: as in `inspect`; lora: an adapter to merge, its file or what `open_lora` makes of it.
+    """
+    found, config, entries = open_dit(path, config, family)
+    return build_dit(config, entries, found.weights, device, dtype, lora)
+
+
+def build_dit(
+    config: ModelConfig, entries: Mapping[str, Entry], source: Path, device: torch.device | str, dtype: torch.dtype,
+    lora: str | Path | Lora | None = None,
+) -> CausalDiT:  # fmt: skip
+    """The model of `open_dit`'s sizes and weights, with an adapter merged, on its device."""
     with torch.device("meta"):
         model = CausalDiT(config)
-    load_strict(model, tensors, path)
-    return model.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    check_fit(model.state_dict(), entries, source)  # a bad base is named before a bad adapter
+    if lora is not None:
+        entries = merge(entries, lora if isinstance(lora, Lora) else open_lora(lora))
+    fill(model, entries, source, device, dtype)
+    return model.eval()
+
+
+def _scaled(weight: Entry, scale: Entry, device: Any = "cpu") -> Tensor:
+    rows = scale.read(device).float().reshape(-1, *[1] * (len(weight.shape) - 1))  # [1 or out, 1, ...]
+    return weight.read(device).float() * rows

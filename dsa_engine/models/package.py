@@ -1,14 +1,15 @@
-"""A model as the engine runs it: from the package's assets, from a folder in this project's format, or from a file.
+"""A model as the engine runs it: from the package's assets, from a folder in this project's format, or from a public
+checkpoint of the Wan family, file or folder, in any dialect.
 
-The folder holds `config.json` (sizes, rollout, video) and `model.safetensors`, whose names begin with the part they
-belong to: `generator.` (Wan's names), `confidence.`, `codec.`, `text.`. A confidence head alone, for a model that comes
-without one, is a `.safetensors` file whose header holds what the head was calibrated to.
+This project's folder holds `config.json` (sizes, rollout, video) and `model.safetensors`, whose names begin with the
+part they belong to: `generator.` (Wan's names), `confidence.`, `codec.`, `text.`. A confidence head alone, for a model
+that comes without one, is a `.safetensors` file whose header holds what the head was calibrated to.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,20 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import nn
 
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.models.checkpoint import SUFFIXES, load_dit, load_strict, read_json, read_tensors
+from dsa_engine.models import names
+from dsa_engine.models.checkpoint import build_dit, fill, load_strict, open_dit, read_tensors
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.found import ENGINE_FORMAT, Found, companions
+from dsa_engine.models.lora import Lora
 from dsa_engine.models.pixel_codec import PixelCodec
+from dsa_engine.models.tensor_files import INDEX, SUFFIXES, find_weights, open_tensors, read_json, write_tensors
 from dsa_engine.models.text import SlotTextEncoder
+from dsa_engine.models.tiny_vae import load_tiny_vae
+from dsa_engine.models.umt5 import load_text
+from dsa_engine.models.vae import load_vae
 from dsa_engine.video import check_target, replacing
 
+logger = logging.getLogger(__name__)
+
 ASSETS = Path(__file__).parent.parent / "assets"
-FORMAT, HEAD_FORMAT = "dsa_engine/1", "dsa_engine.head/1"
+FORMAT, HEAD_FORMAT = f"{ENGINE_FORMAT}1", "dsa_engine.head/1"
+WAN_VIDEO = {"height": 480, "width": 832, "frames": 81, "fps": 16.0}  # what every model of the Wan family is shown with
 
 # Pairs (confidence of a frame, mean squared latent distance to its full-step estimate that it stands for).
 Calibration = tuple[tuple[float, float], ...]
@@ -39,7 +48,8 @@ Calibration = tuple[tuple[float, float], ...]
 class Parts:
     """Everything a pipeline needs. `head`, `decoder` and `text` may be None; sizes are pixels, frames pixel frames.
 
-    calibration: by rising confidence; empty where it was never measured.
+    calibration: by rising confidence; empty where it was never measured. found: what a public checkpoint turned out
+    to be.
     """
 
     name: str
@@ -53,6 +63,7 @@ class Parts:
     frames: int = 81
     fps: float = 16.0
     calibration: Calibration = ()
+    found: Found | None = None
 
 
 def shipped() -> list[str]:
@@ -60,18 +71,86 @@ def shipped() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
 
 
-def load(model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Parts:
-    """Load by shipped name, folder or checkpoint file. Errors name the path and what was expected there."""
+def load(
+    model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
+    family: str | None = None, lora: str | Path | Lora | None = None, vae: str | Path | nn.Module | bool | None = None,
+    text: str | Path | nn.Module | bool | None = None,
+) -> Parts:  # fmt: skip
+    """Load by shipped name, folder or checkpoint file. Errors name the path and what was expected there.
+
+    Of a public checkpoint: family, one of `names.FAMILIES`, says whose rollout it gets where its config and name do
+    not, or instead of them; lora: an adapter to merge; vae, text: files of a video VAE and of a text encoder (or of
+    prompts that are encoded already), folders of Wan's or diffusers' layout that hold them, or the modules themselves
+    (`load_decoder`, `load_text`). None takes what lies in the model's own folder, False nothing.
+    """
     path = ASSETS / model if model in shipped() else Path(model)
-    if path.is_dir():
+    if path.is_dir() and "format" in _config(path):
+        given = {"family": family, "lora": lora, "vae": vae, "text": text}
+        if used := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{', '.join(used)}: {path} is a whole model of this project; these are for checkpoints")
         return _load_folder(path, device, dtype)
-    if path.is_file() or path.suffix in SUFFIXES:
-        dit = load_dit(path, device=device, dtype=dtype)
-        return Parts(name=path.stem, dit=dit, rollout=RolloutConfig(), height=480, width=832)
+    if path.is_dir() or path.is_file() or path.suffix in SUFFIXES or path.name.endswith(INDEX):
+        return _load_checkpoint(path, device, dtype, family, lora, vae, text)
     raise FileNotFoundError(
         f"{model}: neither a shipped model ({', '.join(shipped())}), nor a folder with config.json and "
-        f"model.safetensors, nor a checkpoint file ({', '.join(SUFFIXES)})"
+        f"model.safetensors, nor a checkpoint file ({', '.join(SUFFIXES)}) or folder of the Wan family"
     )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def _load_checkpoint(path: Path, device, dtype, family, lora, vae, text) -> Parts:
+    found, config, entries = open_dit(path, family=family)
+    unlike = found.family in (None, "wan") or (found.family == "longlive" and lora is None)  # not as it is meant to run
+    logger.log(
+        logging.WARNING if unlike else logging.INFO, "%s: rollout of %s (%s)%s", path,
+        found.family or "no known family", found.family_by, f"; {found.note}" if found.note else "",
+    )  # fmt: skip
+    encoder, decoder = _part("text", text, found), _part("vae", vae, found)
+    if isinstance(encoder, Path):
+        encoder = load_text(encoder, device=device, length=config.text_len)
+    if isinstance(decoder, Path):
+        decoder = load_decoder(decoder, device, dtype)
+    sizes = (
+        ("text", text, encoder, "text_dim", config.text_dim),
+        ("vae", vae, decoder, "latent_channels", config.in_dim),
+    )
+    for name, given, part, size, needed in sizes:
+        if part is not None and getattr(part, size) != needed:
+            where = found.parts[name] if given is None else given
+            raise ValueError(f"{name}={where}: {size}={getattr(part, size)}, but {path} needs {needed}")
+    dit = build_dit(config, entries, found.weights, device, dtype, lora)
+    return Parts(
+        title(path), dit, found.rollout, decoder=decoder, text=encoder, **WAN_VIDEO, found=found
+    )  # fmt: skip
+
+
+def title(path: str | Path) -> str:
+    """What a model is called: its folder, or its file without the ending."""
+    path = Path(path).resolve()
+    return path.name if path.is_dir() else path.stem
+
+
+def _part(part: str, given: Any, found: Found) -> Any:
+    """A part as given, or where it lies: there, inside the folder that is given, or inside the model's own folder."""
+    if given is None:
+        return found.parts.get(part)
+    if not isinstance(given, (str, Path)):
+        return given or None
+    given = Path(given)
+    return companions(given).get(part, given) if given.is_dir() else given
+
+
+def load_decoder(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The Wan VAE or its tiny twin, whichever a file holds, or the only one in a folder.
+
+    Raises FileNotFoundError, or ValueError that says what else the file holds.
+    """
+    path = find_weights(path) if path.is_dir() else path
+    kind = names.kind_of(open_tensors(path).entries)
+    return (load_tiny_vae if kind == names.vae_names.TINY else load_vae)(path, device, dtype)
 
 
 def _load_folder(folder: Path, device, dtype) -> Parts:
@@ -83,16 +162,15 @@ def _load_folder(folder: Path, device, dtype) -> Parts:
         raise ValueError(f"{folder / 'config.json'}: lacks {', '.join(lacking)}")
     config = ModelConfig.from_dict(values["model"])
     source = folder / "model.safetensors"
-    tensors = read_tensors(source)
-    modules: dict[str, nn.Module] = {"generator": CausalDiT(config)}
+    entries = open_tensors(source).entries
+    with torch.device("meta"):  # the others are small, and some hold more than their parameters
+        modules: dict[str, nn.Module] = {"generator": CausalDiT(config)}
     for name, make in _OPTIONAL.items():
-        if any(key.startswith(name + ".") for key in tensors):
+        if any(key.startswith(name + ".") for key in entries):
             modules[name] = make(config)
-    load_strict(
-        nn.ModuleDict(modules), {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, source
-    )
+    fill(nn.ModuleDict(modules), entries, source, device, dtype)
     for module in modules.values():
-        module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        module.to(device=device).eval()
     return Parts(
         name=values["name"], dit=modules["generator"], rollout=RolloutConfig.from_dict(values["rollout"]),
         head=modules.get("confidence"), decoder=modules.get("codec"), text=modules.get("text"), **values["video"],
@@ -121,11 +199,6 @@ def save(
     modules: by part: `generator`, and any of `confidence`, `codec`, `text`. video: height, width, frames, fps.
     calibration: as in `Parts`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for part, module in modules.items():
-        for key, value in module.state_dict().items():
-            tensors[f"{part}.{key}"] = (value.to(dtype) if value.is_floating_point() else value).contiguous()
     values = {
         "format": FORMAT,
         "name": name,
@@ -134,11 +207,15 @@ def save(
         "video": dict(video),
         "calibration": check_calibration(calibration, folder),
     }
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    Path(f"{weights}.part").write_bytes(serialize(tensors))  # save_file would make it readable to its owner only
-    Path(f"{config}.part").write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(f"{weights}.part", weights)
-    os.replace(f"{config}.part", config)
+    tensors = {f"{part}.{key}": value for part, module in modules.items() for key, value in module.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors, dtype=dtype)
+    write_json(folder / "config.json", values)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON object for people to read, renamed into place; its folder is created."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -220,14 +297,6 @@ def check_calibration(points: Any, source: str | Path) -> Calibration:
     return pairs
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """A safetensors file with a header of texts, renamed into place. Its folder is created."""
-    content = serialize({name: value.contiguous() for name, value in tensors.items()}, dict(header))
-    with replacing(path) as part:
-        part.write_bytes(content)  # save_file would make it readable to its owner only
-
-
 def read_metadata(path: Path) -> dict[str, str]:
-    """The header's texts of a safetensors file that is whole (`read_tensors` says so)."""
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+    """The header's texts of a safetensors file."""
+    return dict(open_tensors(path).header)

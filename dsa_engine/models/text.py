@@ -12,6 +12,10 @@ from dsa_engine.synthetic import NULL_TOKENS, VOCABULARY, Caption
 
 
 class TextEncoder(Protocol):
+    """text_dim: the width of its embeddings."""
+
+    text_dim: int
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, L, text_dim]. Raises ValueError for a prompt that it cannot represent."""
 
@@ -21,6 +25,7 @@ class SlotTextEncoder(nn.Module):
 
     def __init__(self, text_dim: int):
         super().__init__()
+        self.text_dim = text_dim
         self.table = nn.Embedding(VOCABULARY, text_dim)
         nn.init.normal_(self.table.weight, std=0.5)
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import stat
+import sys
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dsa_engine import Pipeline
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models import package
 from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.tiny_vae import TinyVAE
+from dsa_engine.models.umt5 import save_prompts
+from dsa_engine.models.vae import WanVAE
 
 ROLLOUT = RolloutConfig(threshold=0.4, presets={"fast": 0.3, "balanced": 0.4})
 POINTS = ((0.1, 0.5), (0.6, 0.2), (0.9, 0.2))
@@ -138,3 +146,102 @@ def test_the_expected_error_lies_on_the_calibration(untrained):
     assert pipe.expected_error([0.0, 0.35, 1.0]) == pytest.approx([0.5, 0.35, 0.2])
     with pytest.raises(ValueError, match=r"confidence=1.2: must be within \[0, 1\]; nearest is 1.0"):
         pipe.expected_error(1.2)
+
+
+# ---- public checkpoints: a family's rollout, and the parts that lie in a folder or elsewhere
+
+SMALL = ModelConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=1, text_dim=24, freq_dim=32)  # heads of 128
+WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "panda": 5}
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A small model with every part, written by diffusers and transformers themselves."""
+    torch.manual_seed(4)
+    root = tmp_path_factory.mktemp("parts") / "SFWan2.1-small"
+    dit = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, ffn_dim=64, text_dim=24, freq_dim=32, num_layers=1,
+        cross_attn_norm=True,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(base_dim=8)
+    text = UMT5EncoderModel(UMT5Config(vocab_size=6, d_model=24, d_kv=8, d_ff=20, num_layers=1, num_heads=2))
+    for module, place in ((dit, "transformer"), (vae, "vae"), (text, "text_encoder")):
+        for parameter in module.requires_grad_(False).parameters():
+            parameter.normal_(std=0.1)
+        module.save_pretrained(root / place)
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(root / "tokenizer")
+    return root
+
+
+def test_a_folder_brings_all_its_parts(wan):
+    parts = package.load(wan)
+    assert (parts.name, parts.found.family, parts.rollout) == ("SFWan2.1-small", "self-forcing", RolloutConfig())
+    assert parts.dit.config == SMALL and (parts.height, parts.width, parts.frames, parts.fps) == (480, 832, 81, 16.0)
+    embeds = parts.text.encode(["a red panda"])
+    assert embeds.shape == (1, 512, 24) and embeds[0, :4].ne(0).any(-1).all() and not embeds[0, 4:].any()
+    assert parts.decoder.decode(torch.randn(1, 3, 16, 4, 4))[0].shape == (1, 9, 3, 32, 32)
+    with Pipeline.from_pretrained(wan, device="cpu") as pipe:
+        clip = pipe("a red panda", height=32, width=32, num_frames=21, step_policy="fixed:1")
+    assert clip.frames.shape == (1, 21, 32, 32, 3)
+
+
+def test_a_file_takes_its_parts_from_elsewhere(wan, tmp_path):
+    bare = tmp_path / "longlive.safetensors"
+    save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), bare)
+    assert package.load(bare).decoder is None and package.load(bare).text is None
+    for vae, text in ((wan, wan), (wan / "vae", wan / "text_encoder")):
+        parts = package.load(bare, vae=vae, text=text)
+        assert parts.rollout.window == 12 and parts.text.text_dim == 24 and parts.decoder.latent_channels == 16
+    again = package.load(bare, vae=parts.decoder, text=parts.text, family="krea")
+    assert (again.decoder, again.text, again.rollout.window) == (parts.decoder, parts.text, 6)
+    save_prompts(tmp_path / "prompts.safetensors", parts.text, ["a red panda"])
+    known = package.load(bare, text=tmp_path / "prompts.safetensors")
+    assert known.text.encode(["a red panda"]).shape == (1, 4, 24)
+
+
+def test_parts_can_be_left_out(wan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=re.escape("dsa-engine[models]")):
+        package.load(wan)
+    parts = package.load(wan, vae=False, text=False)
+    assert (parts.decoder, parts.text) == (None, None)
+
+
+def test_the_tiny_vae_is_told_by_its_names(wan, tmp_path):
+    torch.save(TinyVAE().state_dict(), tmp_path / "taew2_1.pth")
+    assert isinstance(package.load(wan, vae=tmp_path / "taew2_1.pth").decoder, TinyVAE)
+
+
+def test_parts_that_do_not_fit_are_named(wan, tmp_path, untrained):
+    with pytest.raises(ValueError, match="a text encoder; expected|holds a umT5|text encoder"):
+        package.load(wan, vae=wan / "text_encoder")
+    with pytest.raises(ValueError, match="the Wan 2.1 VAE under diffusers' names: give it as vae="):
+        package.load(wan, text=wan / "vae")
+    save_prompts(
+        tmp_path / "wide.safetensors", type("Wide", (), {"encode": lambda s, p: torch.ones(1, 3, 40)})(), ["a"]
+    )
+    with pytest.raises(ValueError, match="text=.*wide.safetensors: text_dim=40, but .* needs 24"):
+        package.load(wan, text=tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="latent_channels=4, but .* needs 16"):
+        package.load(wan, vae=WanVAE(dim=8, latent_channels=4, mean=(0.0,) * 4, std=(1.0,) * 4))
+    with pytest.raises(ValueError, match="family, vae: .* is a whole model of this project"):
+        package.load(untrained, family="krea", vae=wan)
+    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
+        package.load(wan, vae=tmp_path / "absent.safetensors")
+
+
+def test_the_choice_of_a_rollout_is_said(wan, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger=package.__name__):
+        package.load(wan)
+        assert caplog.records[-1].levelname == "INFO" and "rollout of self-forcing (it is called" in caplog.text
+        unknown = tmp_path / "w.safetensors"
+        save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), unknown)
+        package.load(unknown)
+        assert caplog.records[-1].levelname == "WARNING" and "no known family" in caplog.text
+        package.load(unknown, family="wan")
+        assert caplog.records[-1].levelname == "WARNING" and "a base model" in caplog.text
+        package.load(unknown, family="longlive")
+        assert caplog.records[-1].levelname == "WARNING" and "needs its LoRA" in caplog.text

@@ -72,8 +72,8 @@ from dsa_engine.video import check_target, replacing
 TEACHER = "shapes-teacher"
 SPREAD = np.linspace(1.1, 3.5, 10)  # mean steps at which the confidence policy is tried beside its presets
 SPREAD_CHANGE = (2.1, 2.4, 2.8, 3.2, 3.6)
-EXITS = (0.8, 0.6, 0.45, 0.33, 0.2, 0.1)  # of `random`, after each step
-BY_INDEX = ([2, 1], [4, 1], [4, 2, 1], [3, 2], [4, 2], [4, 3, 2], [4, 3])  # the last count holds
+EXITS = (0.8, 0.6, 0.45, 0.3, 0.15)  # of `random`, after each step
+BY_INDEX = ([2, 1], [4, 1], [4, 2, 1], [4, 2], [4, 3])  # the last count holds
 WAN = "wan2.1-t2v-1.3b"
 OTHER = "other "  # before the names of the rows of --compare
 

@@ -1,4 +1,4 @@
-"""The command `dsa-engine`: generate | info | train | doctor.
+"""The command `dsa-engine`: generate | info | convert | train | doctor.
 
 Results go to stdout; progress, log lines and errors to stderr. Exit codes: 0 done, 1 `doctor` found that the engine
 cannot run, 2 an error (one line, no traceback), 130 Ctrl-C.
@@ -28,8 +28,11 @@ from dsa_engine.config import COMMIT_MODES, PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.doctor import doctor, table
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Chunk
+from dsa_engine.models import convert as converting
+from dsa_engine.models import names, package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.found import inspect
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
@@ -40,12 +43,14 @@ from dsa_engine.synthetic import EXAMPLE, GRAMMAR
 from dsa_engine.training import run
 
 SHOWN_SIDE = 256  # px; smaller videos are scaled up until their shorter side has as many
+DTYPES = ("float32", "bfloat16", "float16")
 WAN = tuple(name for name in PRESETS if name.startswith("wan"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         result, lines, code = args.run(args)
         if result is not None:
@@ -94,8 +99,21 @@ def parser() -> argparse.ArgumentParser:
     add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--threads", type=threads, help="CPU threads (default: 1 for a small model, else torch's own count)")
+    family = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(names.FAMILIES)
+    add("--family", choices=tuple(names.FAMILIES), help=family)
+    add("--lora", metavar="FILE", help="an adapter to merge into a checkpoint")
+    add("--vae", metavar="PATH", help="video VAE of a checkpoint, Wan's or TAEHV (default: what lies in its folder)")
+    add("--text", metavar="PATH", help="text encoder of a checkpoint, or prompts encoded before")
     add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
     add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
+    add("--family", choices=tuple(names.FAMILIES), help=family)
+    add = command(convert, "a checkpoint to this project's folder, or back to diffusers' layout").add_argument
+    add("source", help="checkpoint file or folder, in any layout that generate reads")
+    add("target", help="folder to write, which must not be there or be empty")
+    add("--to", choices=converting.FORMATS, default=converting.FORMATS[0])
+    add("--family", choices=tuple(names.FAMILIES), help=family)
+    add("--lora", metavar="FILE", help="an adapter to merge")
+    add("--dtype", choices=DTYPES, help="of the written weights (default: as they are)")
     add = command(train, "train a model, a stage at a time; run again, it goes on where it was").add_argument
     add("--recipe", required=True, choices=run.RECIPES, help="the stage; all: every stage from random weights")
     add("--config", default="shapes", help="shipped recipe or TOML file (default shapes)")
@@ -137,7 +155,8 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     for path, suffix in ((args.output, ".mp4"), (args.report, ".png")):
         if path is not None:
             video.check_target(path, suffix)
-    with Pipeline.from_pretrained(args.model, device=args.device) as pipe:
+    parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text")}
+    with Pipeline.from_pretrained(args.model, device=args.device, **parts) as pipe:
         plan = plan_clip(pipe, args)
         options = {name: getattr(args, name) for name in ("seed", "height", "width", "window", "sink", "commit")}
         options |= {"num_frames": plan.starts[-1], "step_policy": args.steps}
@@ -272,7 +291,13 @@ def shown_threshold(pipe: Pipeline, steps: str | None) -> float | None:
 
 def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     """What a model is: loaded as `generate` loads it or, for a preset of Wan's sizes, counted without weights."""
-    bare = args.model in WAN and not Path(args.model).exists()
+    path = Path(args.model)
+    bare = args.model in WAN and not path.exists()
+    if not bare and args.model not in package.shipped() and path.exists():
+        found = inspect(path, args.family)
+        if found.kind != names.ENGINE:  # told by the headers alone: nothing is loaded
+            facts = found.to_dict()
+            return facts, table(facts), 0
     pipe = without_weights(args.model) if bare else Pipeline.from_pretrained(args.model)
     engine, config, model = pipe.engine, pipe.config, pipe.engine.dit.config
     parts = {"generator": engine.dit, "confidence": engine.head, "codec": engine.decoder, "text": engine.text}
@@ -303,9 +328,16 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     return facts, table(facts), 0
 
 
+def convert(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
+    """What was found in the source; the target is there when this returns."""
+    dtype = args.dtype and getattr(torch, args.dtype)
+    found = converting.convert(args.source, args.target, args.to, dtype=dtype, family=args.family, lora=args.lora)
+    facts = {**found.to_dict(), "wrote": args.target, "to": args.to}
+    return facts, table(facts), 0
+
+
 def train(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str], int]:
     """One stage of a recipe, or all. Under torchrun each process takes its share of a step's clips; one speaks."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     own = ("prompts", "frames", "window", "sink", "shift")
     if args.model is None or args.recipe != "head":
         strange = [f"--{name}" for name in ("model", *own) if getattr(args, name) is not None]

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsa_engine import arguments
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
+from dsa_engine.models.found import Found
 from dsa_engine.sampling.denoise import Step
 from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Fixed, Policy
@@ -51,9 +52,9 @@ class Pipeline:
 
     def __init__(
         self, engine: Engine, *, name: str, height: int | None, width: int | None, frames: int, fps: float,
-        calibration: package.Calibration = (),
+        calibration: package.Calibration = (), found: Found | None = None,
     ):  # fmt: skip
-        self.engine, self.name = engine, name
+        self.engine, self.name, self.found = engine, name, found
         self.height, self.width, self.frames, self.fps = height, width, frames, fps
         self.calibration = calibration  # (confidence, expected error) by rising confidence, empty: never measured
 
@@ -63,6 +64,10 @@ class Pipeline:
         model: str | Path = "shapes",
         *,
         head: str | Path | None = None,
+        family: str | None = None,
+        lora: str | Path | None = None,
+        vae: str | Path | nn.Module | bool | None = None,
+        text: str | Path | nn.Module | bool | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
@@ -75,9 +80,13 @@ class Pipeline:
     ) -> Pipeline:
         """Load a model.
 
-        model: "shapes" (the small model in the package), a folder of this project's format, or a checkpoint file
-        (`.safetensors`, `.pt`) of the Wan family with a Wan-style `config.json` beside it. A file has neither text
-        encoder nor decoder and serves `generate_latents`.
+        model: "shapes" (the small model in the package), a folder of this project's format, or a checkpoint of the Wan
+        family: a file (`.safetensors`, `.pt`, an index of shards) or a folder of Wan's or diffusers' layout. What it
+        was recognised as is in `pipe.found`.
+        Of a checkpoint: family, such as "self-forcing" or "longlive", says whose chunks, window and schedule it gets
+        where its config and name do not; lora: an adapter to merge; vae, text: the file or folder of a video VAE (Wan's
+        or TAEHV) and of a text encoder (umT5, or prompts encoded before), or the modules themselves. None takes what
+        lies in the model's own folder, False nothing. Without a VAE and a text encoder it serves `generate_latents`.
         head: a confidence head's file, as `dsa-engine train --recipe head` writes it; it takes the place of the model's
         own, and its threshold, presets and calibration that of the model's.
         device: default "cuda" where there is one, else "cpu". dtype (or torch_dtype): default bfloat16 on CUDA, float32
@@ -89,7 +98,7 @@ class Pipeline:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        parts = package.load(model, device=device, dtype=dtype)
+        parts = package.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
         if head is not None:
             parts = package.with_head(parts, head)
         steps = None if steps is None else tuple(steps)
@@ -98,7 +107,7 @@ class Pipeline:
         engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions)
         return cls(
             engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps,
-            calibration=parts.calibration,
+            calibration=parts.calibration, found=parts.found,
         )  # fmt: skip
 
     @property

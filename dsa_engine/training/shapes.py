@@ -253,6 +253,9 @@ def train_student(job: Job, kind: str = "joint") -> dict[str, float]:
         sheet(trainer, roll(pipe, SHOWN, Fixed(pipe.max_steps)), f"{kind}, {pipe.max_steps} steps")
 
     trainer.run(prepare, save_every=SAVE_EVERY[kind], note=kind, report=lambda: losses.report, on_save=on_save)
+    if rank() == 0:
+        modules = {"generator": student.ema["dit"], "codec": codec, "text": teacher["text"]}
+        package.save(trainer.folder / "model", f"{job.recipe.name}-{kind}", modules, rollout, VIDEO)
     return trainer.log.rows[-1] if rank() == 0 else {}
 
 

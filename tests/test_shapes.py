@@ -43,8 +43,9 @@ def rolled(request, shapes):
 def test_assets_are_small_and_whole():
     files = [p for p in package.ASSETS.rglob("*") if p.suffix in (".safetensors", ".json")]
     assert sum(p.stat().st_size for p in files) <= 16 * 2**20
-    assert package.shipped() == ["shapes"]
-    assert {p.name for p in files} == {"config.json", "model.safetensors"}
+    assert package.shipped() == ["shapes", "shapes-teacher"]
+    names = {p.relative_to(package.ASSETS).as_posix() for p in files}
+    assert names == {f"{m}/{f}" for m in package.shipped() for f in ("config.json", "model.safetensors")}
 
 
 def test_head_is_light(shapes):
@@ -75,6 +76,27 @@ def test_more_steps_are_better_than_one(shapes):
     captions = scripts(True)[:10]
     one, four = (quality(captions, roll(shapes, captions, Fixed(n), seed=0))["valid"] for n in (1, 4))
     assert four > one
+
+
+def test_the_head_is_calibrated(shapes):
+    """Surer means closer, and the presets take more steps the more they ask for."""
+    errors = shapes.expected_error([0.1, 0.5, 0.9])
+    assert errors[0] > errors[1] > errors[2] > 0
+    presets = [shapes.config.presets[name] for name in ("fast", "balanced", "quality")]
+    assert presets == sorted(presets) and shapes.config.threshold == presets[1]
+
+
+def test_the_teacher_that_ships_is_the_one_it_came_from(shapes):
+    """Same codec and text encoder, same sizes; many Euler steps show the prompt."""
+    from dsa_engine.training.evaluate import roll_teacher
+
+    teacher = Pipeline.from_pretrained("shapes-teacher", device="cpu")
+    assert teacher.engine.head is None and teacher.engine.dit.config == shapes.engine.dit.config
+    for part in ("decoder", "text"):
+        mine, theirs = (getattr(pipe.engine, part).state_dict() for pipe in (shapes, teacher))
+        assert all(theirs[name].equal(value) for name, value in mine.items())
+    captions = [[caption] * 2 for caption in twenty_prompts()[:6]]
+    assert quality(captions, roll_teacher(teacher, captions, steps=12))["valid"] >= 0.7
 
 
 def test_the_codec_keeps_every_frame_valid(shapes):

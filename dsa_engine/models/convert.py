@@ -10,9 +10,9 @@ from dsa_engine.config import ModelConfig
 from dsa_engine.models import names
 from dsa_engine.models.checkpoint import build_dit, open_dit
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.found import Found
+from dsa_engine.models.found import Found, inspect
 from dsa_engine.models.lora import Lora
-from dsa_engine.models.package import WAN_VIDEO, save, title, write_json
+from dsa_engine.models.package import WAN_VIDEO, load, save, title, write_json
 from dsa_engine.models.tensor_files import write_tensors
 
 FORMATS = ("engine", "diffusers")
@@ -23,6 +23,7 @@ def convert(
     family: str | None = None, lora: str | Path | Lora | None = None,
 ) -> Found:  # fmt: skip
     """A checkpoint of any dialect as a folder of this project's ("engine") or diffusers' format, an adapter merged in.
+    A folder of this project goes to diffusers' format alone.
 
     dtype: None keeps the floating-point dtype that most of its weights have, bfloat16 for FP8. family: whose rollout is
     written into this project's config.json, as in `package.load`. Returns what the source was.
@@ -33,8 +34,14 @@ def convert(
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give a folder that is empty or new")
-    found, config, entries = open_dit(source, family=family)
+    found = inspect(source, family)
     dtype = dtype or usual_dtype(found)
+    if found.kind == names.ENGINE:
+        if to == "engine" or family or lora:
+            raise ValueError(f"{source}: is a model of this project already: only to='diffusers' is left, without more")
+        save_diffusers(target, load(source, dtype=dtype).dit)
+        return found
+    found, config, entries = open_dit(source, family=family)
     dit = build_dit(config, entries, found.weights, "cpu", dtype, lora)
     if to == "diffusers":
         save_diffusers(target, dit)

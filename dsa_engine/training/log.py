@@ -54,11 +54,13 @@ class Log:
         names = [name for name in self.rows[0] if name not in FIRST] if self.rows else []
         if not names:
             return
-        figure = Figure((4.2 * len(names), 3), dpi=110, layout="constrained")
+        columns = min(3, len(names))
+        rows = -(-len(names) // columns)
+        figure = Figure((4.2 * columns, 2.7 * rows + 0.3), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(f"{title}: {self.rows[-1]['step']} steps, {self.seconds / 60:.1f} min", weight="bold")
         steps = [row["step"] for row in self.rows]
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
             values = [row[name] for row in self.rows]
             width = max(1, len(values) // 20)
             smooth = [sum(values[max(0, i - width) : i + 1]) / (i + 1 - max(0, i - width)) for i in range(len(values))]

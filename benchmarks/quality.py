@@ -121,10 +121,18 @@ class Clips:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A model, by name or folder, and the file of another head for it."""
+
+    model: str
+    head: Path | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """One row to roll out. policy: a Policy, one a clip, or "trace", "teacher", "truth"; options of `roll_teacher`."""
 
-    model: str
+    source: Source
     policy: Policy | Sequence[Policy] | str
     options: tuple[tuple[str, float], ...] = ()
 
@@ -140,13 +148,13 @@ class Result:
 
 
 @lru_cache(maxsize=4)
-def load(model: str) -> Pipeline:
-    return Pipeline.from_pretrained(model)
+def load(source: Source) -> Pipeline:
+    return Pipeline.from_pretrained(source.model, head=source.head)
 
 
 def measure(job: Job, clips: Clips) -> Result:
     """Roll out and score; also what a worker process runs."""
-    pipe, captions, seen = load(job.model), clips.captions, None
+    pipe, captions, seen = load(job.source), clips.captions, None
     start = time.perf_counter()
     if job.policy == "trace":
         rolled, seen = trace(pipe, captions, clips.seed)
@@ -183,29 +191,29 @@ def random_exits(p: float, clips: Clips, limit: int) -> list[PerChunk]:
     return [PerChunk(counts) for counts in np.minimum(drawn, limit).tolist()]
 
 
-def known_jobs(model: str, clips: Clips, limit: int, brief: bool = False) -> dict[str, Job]:
+def known_jobs(source: Source, clips: Clips, limit: int, brief: bool = False) -> dict[str, Job]:
     """The rows whose policy does not depend on what the model shows; the last fixed one is traced."""
-    jobs = {f"fixed:{limit}": Job(model, "trace")}
-    jobs |= {f"fixed:{n}": Job(model, Fixed(n)) for n in range(limit - 1, 0, -1)}
+    jobs = {f"fixed:{limit}": Job(source, "trace")}
+    jobs |= {f"fixed:{n}": Job(source, Fixed(n)) for n in range(limit - 1, 0, -1)}
     if brief:
         return jobs
-    jobs |= {f"random:{p}": Job(model, random_exits(p, clips, limit)) for p in EXITS}
+    jobs |= {f"random:{p}": Job(source, random_exits(p, clips, limit)) for p in EXITS}
     by_index = sorted({tuple(min(count, limit) for count in counts) for counts in BY_INDEX})
-    jobs |= {f"by_index:{','.join(map(str, c))}": Job(model, PerChunk(list(c))) for c in by_index}
+    jobs |= {f"by_index:{','.join(map(str, c))}": Job(source, PerChunk(list(c))) for c in by_index}
     return jobs
 
 
-def chosen_jobs(model: str, seen: Trace, named: Sequence[float], brief: bool = False) -> dict[str, Job]:
+def chosen_jobs(source: Source, seen: Trace, named: Sequence[float], brief: bool = False) -> dict[str, Job]:
     """Confidence at the named thresholds and a spread, x0_change at a spread: placed by what the trace shows."""
     if brief:
-        return {f"confidence:{t}": Job(model, Confidence(t)) for t in sorted(set(named))}
+        return {f"confidence:{t}": Job(source, Confidence(t)) for t in sorted(set(named))}
     limit = seen.confidence.shape[2]
     sure = seen.confidence.min(axis=3).reshape(-1, limit)
-    jobs = {f"confidence:{t}": Job(model, Confidence(t)) for t in sorted({*named, *spread(sure, SPREAD)})}
+    jobs = {f"confidence:{t}": Job(source, Confidence(t)) for t in sorted({*named, *spread(sure, SPREAD)})}
     if limit > 2:
         calm = -seen.change.max(axis=3).reshape(-1, limit - 1)
         calm = np.concatenate((np.full((len(calm), 1), -np.inf), calm), axis=1)  # nothing is known after step 1
-        jobs |= {f"x0_change:{-t}": Job(model, Change(-t)) for t in spread(calm, SPREAD_CHANGE)}
+        jobs |= {f"x0_change:{-t}": Job(source, Change(-t)) for t in spread(calm, SPREAD_CHANGE)}
     return jobs
 
 
@@ -220,7 +228,7 @@ def curves(results: dict[str, Result], limit: int) -> dict[str, list[Table]]:
     return {kind: [results[name].table for name in names[kind]] for kind in ran}
 
 
-def head_cost(model: str, clips: Clips) -> dict[str, float]:
+def head_cost(source: Source, clips: Clips) -> dict[str, float]:
     """Size of the head, here and for Wan 1.3B, and its share of a step's time for one clip at a time on the CPU."""
 
     def size(module: nn.Module) -> int:
@@ -235,7 +243,7 @@ def head_cost(model: str, clips: Clips) -> dict[str, float]:
     with torch.device("meta"):
         config = ModelConfig.preset(WAN)
         wan = size(ConfidenceHead(config)) / size(CausalDiT(config))
-    pipe = Pipeline.from_pretrained(model, device="cpu")  # one of its own, for the hooks stay
+    pipe = load.__wrapped__(source)  # one of its own, for the hooks stay
     step, head = timed(pipe.engine.dit), timed(pipe.engine.head)
     roll(pipe, clips.captions[:8], Fixed(pipe.max_steps), batch=1)
     return {
@@ -384,7 +392,8 @@ def draw(result: dict, path: Path) -> None:
 
 def evaluate(args: argparse.Namespace) -> dict:
     """All rows and figures as one object."""
-    pipe, clips = load(args.model), Clips(args.clips, args.chunks, args.seed)
+    source = Source(args.model, args.head)
+    pipe, clips = load(source), Clips(args.clips, args.chunks, args.seed)
     limit, presets = pipe.max_steps, dict(pipe.config.presets)
     if pipe.engine.head is None or limit < 2:
         raise ValueError(f"--model {args.model}: needs a confidence head and at least 2 steps to choose from")
@@ -393,18 +402,18 @@ def evaluate(args: argparse.Namespace) -> dict:
     jobs: dict[str, Job] = {}
     if teacher:  # it takes longest, so it starts first
         options = (("steps", args.teacher_steps), ("guidance", args.guidance))
-        jobs["teacher"] = Job(teacher, "teacher", options)
-    jobs |= known_jobs(args.model, clips, limit, args.brief) | {"ground_truth": Job(args.model, "truth")}
+        jobs["teacher"] = Job(Source(teacher), "teacher", options)
+    jobs |= known_jobs(source, clips, limit, args.brief) | {"ground_truth": Job(source, "truth")}
     if args.compare:
-        other = load(args.compare)
+        other = load(Source(args.compare))
         policies = {f"fixed:{n}": Fixed(n) for n in range(1, min(limit, other.max_steps) + 1)}
         policies |= {n: Confidence(other.config.presets[n]) for n in presets if n in other.config.presets}
-        jobs |= {OTHER + name: Job(args.compare, policy) for name, policy in policies.items()}
+        jobs |= {OTHER + name: Job(Source(args.compare), policy) for name, policy in policies.items()}
     spawn = multiprocessing.get_context("spawn")  # forked workers would share torch's threads
     pool = ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1 else nullcontext()
     with pool as workers, tqdm(total=len(jobs), unit="row") as bar:
         results = run(jobs, clips, workers, bar)
-        more = chosen_jobs(args.model, results[f"fixed:{limit}"].trace, [default, *presets.values()], args.brief)
+        more = chosen_jobs(source, results[f"fixed:{limit}"].trace, [default, *presets.values()], args.brief)
         bar.total += len(more)
         results |= run(more, clips, workers, bar)
     return assembled(args, pipe, clips, results)
@@ -440,6 +449,7 @@ def assembled(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: d
     return rounded({
         "benchmark": "quality",
         "model": pipe.name,
+        "head_file": args.head and args.head.name,
         "clips": clips.clips,
         "chunks": clips.chunks,
         "seed": clips.seed,
@@ -456,7 +466,7 @@ def assembled(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: d
         "teacher": teacher and {"model": args.teacher or TEACHER, "guidance": args.guidance, **rows["teacher"]},
         "ground_truth": rows["ground_truth"],
         **head,
-        "head": head_cost(args.model, clips),
+        "head": head_cost(Source(args.model, args.head), clips),
         "claims": claims(list(confidence.values()), head, limit),
         "compare": {"model": args.compare, "rows": pairs} if args.compare else None,
         "date": time.strftime("%Y-%m-%d"),
@@ -469,6 +479,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="shapes", help="shipped name or folder; it needs a confidence head")
+    add("--head", type=Path, metavar="FILE", help="another confidence head than the model's own")
     add("--teacher", help=f"shipped name or folder of the many-step teacher (default {TEACHER} where it is shipped)")
     add("--teacher-steps", type=int, default=24, help="Euler steps of the teacher")
     add("--guidance", type=float, default=1.0, help="of the teacher, against the null prompt")

@@ -138,5 +138,6 @@ def table(facts: dict[str, Any], indent: str = "") -> list[str]:
             continue
         values = value if isinstance(value, (list, tuple)) else [] if value in (None, {}) else [value]
         text = ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
-        lines.append(f"{indent}{name.replace('_', ' '):<{22 - len(indent)}}{text or 'none'}")
+        label = name.replace("_", " ")
+        lines.append(f"{indent}{label:<{max(22 - len(indent), len(label) + 1)}}{text or 'none'}")
     return lines

@@ -104,7 +104,7 @@ def test_random_exits_are_geometric_and_blind():
 def test_thresholds_cover_the_steps_and_hold_the_named_ones():
     rng = np.random.default_rng(0)
     confidence, change = np.sort(rng.random((200, 4, 4, 3)), axis=2), rng.random((200, 4, 3, 3))
-    jobs = quality.chosen_jobs("m", Trace(confidence, change, change), [0.501, 0.9])
+    jobs = quality.chosen_jobs(quality.Source("m"), Trace(confidence, change, change), [0.501, 0.9])
     policies = [job.policy for job in jobs.values()]
     sure = [p.threshold for p in policies if isinstance(p, Confidence)]
     calm = [p.threshold for p in policies if isinstance(p, Change)]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dsa_engine import PerChunk
+from dsa_engine import PerChunk, Pipeline
 from dsa_engine.config import RolloutConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.pixel_codec import PixelCodec
@@ -220,6 +220,26 @@ def test_two_processes_under_torchrun(begun, tmp_path):
     after = load_file(out / "joint" / "weights.safetensors")
     assert all(v.isfinite().all() for v in after.values())
     assert any(not after[k].equal(before[k]) for k in before if k.startswith("dit."))
+
+
+def test_the_whole_recipe_ends_in_a_model_that_runs(tmp_path):
+    """Every stage at its smallest, from random weights: the folder loads, has the head that the recipe names, and
+    stops early; run again, nothing is trained anew."""
+    text = TINY.replace("steps = 20", "steps = 2").replace("[head]", '[head]\nkind = "refine"')
+    (tmp_path / "tiny.toml").write_text(text)
+    facts = run.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
+    assert facts["teacher"]["step"] == facts["joint"]["step"] == 2
+    assert set(facts["head"]) == {"joint", "refine", "fitted"}
+    pipe = Pipeline.from_pretrained(tmp_path / "model")
+    assert pipe.config.presets == facts["head"]["refine"]["presets"] and pipe.calibration
+    trained = load_file(tmp_path / "joint" / "weights.safetensors")
+    held = pipe.engine.head.state_dict()["mlp.0.weight"]
+    torch.testing.assert_close(held, trained["refine.mlp.0.weight"], rtol=1e-3, atol=1e-6)  # stored as float16
+    steps = [pipe("a red cross rests", num_frames=6, confidence_threshold=t).steps_per_chunk for t in (0.0, 1.0)]
+    assert steps == [[[1, 1]], [[4, 4]]]
+    before = (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns
+    run.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
+    assert (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns == before
 
 
 def test_stages_name_what_they_lack(tmp_path):

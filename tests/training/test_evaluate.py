@@ -155,8 +155,8 @@ def test_distances_of_a_trace_are_those_of_the_steps(pipe):
             torch.testing.assert_close(torch.from_numpy(kept[1, 5, k]), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_model_without_a_head_cannot_be_traced(pipe):
-    pipe.engine.head = None
+def test_a_model_without_a_head_cannot_be_traced(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.engine, "head", None)
     with pytest.raises(ValueError, match="no confidence head"):
         trace(pipe, [[RED]])
     with pytest.raises(ValueError, match="needs a confidence head"):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.rollout import Rollout
-from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, DiTOutput
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.sampling.cache import KVCache
@@ -22,6 +21,7 @@ from dsa_engine.training.confidence import attenuation_loss, attenuation_weight
 from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, stress_motion
 from dsa_engine.training.flow import weighted_error
 from dsa_engine.training.head import refine_loss
+from dsa_engine.training.rollouts import Recorder
 from dsa_engine.training.teacher_forcing import teacher_forced
 
 ANCHOR, ANCHOR_SIGMA = 0.2, 0.7  # a little flow matching on data keeps the late steps from drifting
@@ -45,25 +45,12 @@ class Rolled(NamedTuple):
     distance: Tensor
 
 
-class Reader:
-    """Stands in for the head during a rollout, and keeps what the head would have read last."""
-
-    def __init__(self, head: ConfidenceHead):
-        self.head = head
-
-    def __call__(self, hidden: Tensor, time: Tensor) -> Tensor:
-        self.features = self.head.features(hidden, time)
-        return self.features.new_zeros(time.shape[:2])
-
-
 @torch.inference_mode()
-def self_rollout(
-    dit: CausalDiT, head: ConfidenceHead, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: int
-) -> Rolled:
+def self_rollout(dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: int) -> Rolled:
     """Roll out as inference does: the same KV cache, the same `denoise_chunk`, commit passes and all.
 
-    head: whose features to keep; text [B, N, L, text_dim]: the prompts' embeddings by chunk; counts [B, N]: steps of
-    each chunk; size: latent height = width.
+    text [B, N, L, text_dim]: the prompts' embeddings by chunk; counts [B, N]: steps of each chunk; size: latent height
+    and width.
     """
     clips, chunks = counts.shape
     model = dit.config
@@ -75,8 +62,8 @@ def self_rollout(
     noise = SeededNoise([seed + i for i in range(clips)], shape, dit.device, torch.float32)
     policies = [PerChunk(row) for row in counts.tolist()]
     text_kv = [dit.text_kv(text[:, i]) for i in range(chunks)]
-    reader = Reader(head)
-    rollout = Rollout(dit, reader, cache, config, noise, policies, text_kv[0])
+    recorder = Recorder(model)
+    rollout = Rollout(dit, recorder, cache, config, noise, policies, text_kv[0])
     video = torch.empty(clips, chunks, *shape, device=dit.device)
     x, sigma = torch.empty_like(video), torch.empty(clips, chunks, device=dit.device)
     features, distances = [], []
@@ -88,7 +75,7 @@ def self_rollout(
         def keep(step: Step, chunk=chunk, seen=seen) -> None:
             # a later step of the same row overwrites an earlier one: the exit step stays
             x[step.rows, chunk], sigma[step.rows, chunk] = step.x, step.sigma
-            seen.append((step.rows, step.x0, reader.features))
+            seen.append((step.rows, step.x0, recorder.features[-1]))
 
         result = rollout.denoise(keep)
         rollout.accept(result.latents)
@@ -96,7 +83,7 @@ def self_rollout(
         for index, (rows, x0, read) in enumerate(seen, 1):
             on = [i for i, row in enumerate(rows) if index < result.steps[row]]
             exits = result.latents[[rows[i] for i in on]]
-            features.append(read[on].flatten(0, 1))
+            features.append(read[on].flatten(0, 1).to(dit.device))
             distances.append((x0[on] - exits).square().mean(dim=(2, 3, 4)).flatten())
     return Rolled(video, x, sigma, text, torch.cat(features), torch.cat(distances))
 
@@ -131,7 +118,7 @@ class StudentLosses:
         counts = torch.randint(1, len(self.config.steps) + 1, tokens.shape[:2], generator=generator)
         seed = int(torch.randint(2**62, (1,), generator=generator))
         text = self.text.table(tokens).detach()
-        made = self_rollout(self.model["dit"], self.model["refine"], self.config, text, counts, seed, self.size)
+        made = self_rollout(self.model["dit"], self.config, text, counts, seed, self.size)
         return Rolled(*(part.clone() for part in made))  # out of inference mode
 
     def student_loss(self, rolled: Rolled, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:

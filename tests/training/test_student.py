@@ -48,12 +48,12 @@ def tokens(clips=2, chunks=3):
     ).clamp(max=14)
 
 
-def test_a_self_rollout_is_what_the_pipeline_makes(pipe, parts, close):
+def test_a_self_rollout_is_what_the_pipeline_makes(pipe, close):
     """Same weights, noise and counts: the video is `generate_latents`' (one prompt throughout), x and sigma are those
     of the exit step, and the distances those of the estimates to the exit's."""
     counts = torch.tensor([[4, 1, 3], [2, 4, 1]])
     text = pipe.engine.text.table(tokens()[:, :1]).expand(-1, 3, -1, -1)
-    rolled = self_rollout(pipe.engine.dit, parts["refine"], ROLLOUT, text, counts, 11, 8)
+    rolled = self_rollout(pipe.engine.dit, ROLLOUT, text, counts, 11, 8)
     for row in range(2):
         seen = []
         rollout = pipe.engine.rollout(

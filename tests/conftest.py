@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: they then run on CPU tensors
+
 from dsa_engine import Pipeline
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models import package

@@ -1,20 +1,34 @@
 """One public function an op: formula, shapes, checks, and dispatch to the best implementation of the machine."""
 
 from dsa_engine.ops.attention import attention, cross_attention
-from dsa_engine.ops.epilogue import renoise, velocity_to_x0
-from dsa_engine.ops.modulate import gate_residual, modulate
+from dsa_engine.ops.epilogue import epilogue, renoise, velocity_to_x0
+from dsa_engine.ops.fp8 import CacheScales, Rowwise
+from dsa_engine.ops.fp8_linear import fp8_linear, quantise
+from dsa_engine.ops.modulate import gate_residual, gelu_bias, modulate, residual_modulate
 from dsa_engine.ops.norm_rope import norm_rope, norm_rope_append, rms_norm
 from dsa_engine.ops.pooling import pool_frames
+from dsa_engine.ops.step import Epilogue, HeadWeights, Projection, StopRule
 
 __all__ = [
+    "CacheScales",
+    "Epilogue",
+    "HeadWeights",
+    "Projection",
+    "Rowwise",
+    "StopRule",
     "attention",
     "cross_attention",
+    "epilogue",
+    "fp8_linear",
     "gate_residual",
+    "gelu_bias",
     "modulate",
     "norm_rope",
     "norm_rope_append",
     "pool_frames",
+    "quantise",
     "renoise",
+    "residual_modulate",
     "rms_norm",
     "velocity_to_x0",
 ]

@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.fp8 import CacheScales
 
 
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, length: Tensor) -> Tensor:
-    """softmax(q K^T / sqrt(D)) V over the first `length` frames of each row's cache slot.
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales: CacheScales | None = None
+) -> Tensor:
+    """softmax(q K^T / sqrt(D)) V over some frames of each row's cache slot.
 
-    The chunk's own keys and values are in the cache already (`norm_rope_append`), so every query of the chunk sees the
-    valid past and the whole chunk: block-causal. Keys are stored rotated and softmax does not care about their order,
-    so it does not matter where in the ring a frame lies. Frames at `length` and beyond are never used; they may be NaN.
+    The chunk's own keys and values are in the cache already (`norm_rope_append`), so a query that sees the valid past
+    and the whole chunk is block-causal. Keys are stored rotated and softmax does not care about their order, so it does
+    not matter where in the ring a frame lies. Frames outside `keys` are never used; they may be NaN.
 
-    q: [B, T, H, D]; k_cache, v_cache: [N, W, S, H, D] of one layer; slot, length: [B] integers on the device.
-    Returns [B, T, H, D] in q's dtype.
+    q: [B, T, H, D]; k_cache, v_cache: [N, W, S, H, D] of one layer; slot: [B] integers on the device, rows may share
+    one; keys: [B, R, 2] integers on the device, R runs of frames [start, stop) each, which may be empty and must not
+    overlap. scales: with an e4m3 cache, and only then. Returns [B, T, H, D] in q's dtype, zeros for a row with no keys.
     """
     if q.ndim != 4 or k_cache.ndim != 5 or q.shape[2:] != k_cache.shape[3:]:
         raise ValueError(
             f"attention: q {list(q.shape)} and cache {list(k_cache.shape)} must be [B, T, H, D] and [N, W, S, H, D] "
             "with the same H and D"
         )
-    if k_cache.shape != v_cache.shape or slot.shape != q.shape[:1] or length.shape != q.shape[:1]:
+    runs = keys.shape[1] if keys.ndim == 3 else 1
+    if k_cache.shape != v_cache.shape or slot.shape != q.shape[:1] or keys.shape != (q.shape[0], runs, 2):
         raise ValueError(
             f"attention: caches {list(k_cache.shape)} and {list(v_cache.shape)} must be alike, and slot "
-            f"{list(slot.shape)} and length {list(length.shape)} must be [{q.shape[0]}], one for each row of q"
+            f"{list(slot.shape)} and keys {list(keys.shape)} must be [{q.shape[0]}] and [{q.shape[0]}, runs, 2], one "
+            "for each row of q"
         )
-    return implementation("attention")(q, k_cache, v_cache, slot, length)
+    check_scales("attention", k_cache, scales)
+    return implementation("attention", q)(q, k_cache, v_cache, slot, keys, scales)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the prompt's keys, all of them: q [B, T, H, D], k, v [B, L, H, D]."""
+def check_scales(op: str, k_cache: Tensor, scales: CacheScales | None) -> None:
+    """An e4m3 cache has scales, any other has none."""
+    if (k_cache.dtype == torch.float8_e4m3fn) != (scales is not None):
+        raise ValueError(f"{op}: cache of {k_cache.dtype} {'without' if scales is None else 'with'} scales: e4m3 has "
+                         "them, no other dtype has")  # fmt: skip
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, used: Tensor | None = None, repeat: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v over the prompt's keys: q [B, T, H, D], k, v [B, L, H, D].
+
+    Wan attends to all `text_len` keys, and those of the zero padding are equal: n equal keys weigh as much as one with
+    a bias of log(n), so one stands for them all, exactly. used: [B] integers on the device, at least 1: row b has the
+    keys 0 .. used[b] - 1, the others are never used and may be NaN; repeat: [B] float32 on the device: how often the
+    last used key counts, bias = log(repeat) there and 0 elsewhere. Both None: all keys, once.
+    """
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or k.shape != v.shape:
         raise ValueError(
             f"cross_attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} must agree in B, H and D"
         )
-    return implementation("sdpa")(q, k, v)
+    if (used is None) != (repeat is None) or (used is not None and not used.shape == repeat.shape == q.shape[:1]):
+        raise ValueError(
+            f"cross_attention: used and repeat must both be [{q.shape[0]}], one for each row, or both None"
+        )
+    return implementation("cross_attention", q)(q, k, v, used, repeat)

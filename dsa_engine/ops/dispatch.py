@@ -1,10 +1,13 @@
-"""Which implementation of the ops runs, and why. `DSA_BACKEND` (auto | torch) is the only run-time switch."""
+"""Which implementation of an op runs, and why. `DSA_BACKEND` is the only run-time switch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from dsa_engine.ops import reference
 
@@ -36,6 +39,11 @@ def choice() -> Choice:
     return _chosen[0]
 
 
-def implementation(op: str) -> Callable:
-    """The chosen backend's function of that name."""
+def implementation(op: str, x: Tensor) -> Callable:
+    """The chosen backend's function of that name for a call on x.
+
+    The kernels run on CUDA tensors and have no backward: everything else is plain torch.
+    """
+    if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
+        return getattr(reference, op)
     return getattr(MODULES[choice().backend], op)

@@ -1,10 +1,13 @@
-"""What follows a forward: the estimate of the clean chunk, and its re-noising to the next level."""
+"""What follows the last block: the estimate of the clean chunk, its confidence, the decision, and the re-noising."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.step import Epilogue, HeadWeights, Projection, StopRule
 
 
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
@@ -12,9 +15,43 @@ def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
 
     x, velocity [B, F, C, H, W]; sigma [B, F].
     """
-    return implementation("velocity_to_x0")(x, velocity, sigma)
+    return implementation("velocity_to_x0", velocity)(x, velocity, sigma)
 
 
 def renoise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) x0 + sigma noise: the input of the next step. x0, noise [B, F, C, H, W]; sigma [B, F]."""
-    return implementation("renoise")(x0, noise, sigma)
+    return implementation("renoise", x0)(x0, noise, sigma)
+
+
+def epilogue(
+    hidden: Tensor, time: Tensor, x: Tensor, noise: Tensor, sigma: Tensor, next_sigma: Tensor, final: Projection,
+    head: HeadWeights | None, rule: StopRule, eps: float,
+) -> Epilogue:  # fmt: skip
+    """The end of a denoising step in one op:
+
+        v = unpatchify(modulate(hidden, final.shift, final.scale) final.weight^T + final.bias)
+        x0 = x - sigma v                                            rounded to x's dtype
+        c = sigmoid(MLP([mean_s h, std_s h, time])), h = LayerNorm(hidden)            per frame
+        stop = step >= most or (step >= least and reduce_f(c) >= threshold)             per row
+        next x = (1 - next_sigma) x0 + next_sigma noise
+
+    hidden [B, T, C]: tokens of the last block, T = F * S; time [B, F, C]: timestep embedding; x, noise [B, F, c, H, W];
+    sigma, next_sigma [B, F] float32; head None: no confidence, rows stop by count alone. Everything stays on the
+    device: noise must be there before it is known whether it is needed. Nothing is written in place.
+    """
+    batch, frames, channels, height, width = x.shape
+    patch = final.weight.shape[0] / channels
+    tokens = frames * height * width / patch
+    if hidden.shape != (batch, tokens, final.weight.shape[1]) or math.isqrt(int(patch)) ** 2 != patch:
+        raise ValueError(
+            f"epilogue: hidden {list(hidden.shape)}, x {list(x.shape)} and weight {list(final.weight.shape)} must be "
+            "[B, T, C], [B, F, c, H, W] and [p * p * c, C] with T = F * H/p * W/p"
+        )
+    alike = noise.shape == x.shape and sigma.shape == next_sigma.shape == x.shape[:2]
+    if not alike or time.shape != (batch, frames, hidden.shape[2]):
+        raise ValueError(
+            f"epilogue: noise {list(noise.shape)}, time {list(time.shape)}, sigma {list(sigma.shape)} and next_sigma "
+            f"{list(next_sigma.shape)} must be {list(x.shape)}, {[batch, frames, hidden.shape[2]]} and twice "
+            f"{[batch, frames]}"
+        )
+    return implementation("epilogue", hidden)(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps)

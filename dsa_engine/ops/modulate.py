@@ -1,29 +1,55 @@
-"""Adaptive LayerNorm and the gated residual, with one modulation per frame."""
+"""Adaptive LayerNorm, the gated residual, and the bias with its activation.
+
+shift, scale and gate are one vector a frame, [B, F, C] with T = F * S, or [1, 1, C] for all (a plain LayerNorm's bias
+and its weight minus one); they are float32 or x's dtype. Everything is float32 inside.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.fp8 import Rowwise
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, no affine, in float32. x [B, T, C]; shift, scale [B, F, C], T = F * S."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | Rowwise:
+    """LayerNorm(x) * (1 + scale) + shift, no affine. x [B, T, C] -> [B, T, C] in x's dtype; fp8: as `Rowwise`."""
     _check("modulate", x, shift, scale)
-    return implementation("modulate")(x, shift, scale, eps)
+    return implementation("modulate", x)(x, shift, scale, eps, fp8)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y in float32. x, y [B, T, C]; gate [B, F, C], T = F * S."""
-    _check("gate_residual", x, gate)
-    if x.shape != y.shape:
-        raise ValueError(f"gate_residual: x {list(x.shape)} and y {list(y.shape)} must be alike")
-    return implementation("gate_residual")(x, y, gate)
+    """x + gate * y. x, y [B, T, C]."""
+    _check("gate_residual", x, gate, like=y)
+    return implementation("gate_residual", x)(x, y, gate)
 
 
-def _check(op: str, x: Tensor, *per_frame: Tensor) -> None:
+def residual_modulate(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False
+) -> tuple[Tensor, Tensor | Rowwise]:
+    """The end of one sub-layer and the norm of the next, in one pass: r = x + gate * y, and modulate(r, shift, scale).
+
+    gate None is 1. Returns r [B, T, C] in x's dtype and the modulated norm of the r that was returned (rounded), in x's
+    dtype; fp8: that one as `Rowwise`.
+    """
+    _check("residual_modulate", x, shift, scale, *([] if gate is None else [gate]), like=y)
+    return implementation("residual_modulate", x)(x, y, gate, shift, scale, eps, fp8)
+
+
+def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
+    """gelu(x + bias) with the tanh approximation, as in Wan. x [..., C], bias [C] -> x's shape and dtype; fp8: as
+    `Rowwise`."""
+    if bias.shape != x.shape[-1:]:
+        raise ValueError(f"gelu_bias: bias {list(bias.shape)} must be [{x.shape[-1]}], the last dim of x")
+    return implementation("gelu_bias", x)(x, bias, fp8)
+
+
+def _check(op: str, x: Tensor, *per_frame: Tensor, like: Tensor | None = None) -> None:
+    if like is not None and x.shape != like.shape:
+        raise ValueError(f"{op}: x {list(x.shape)} and y {list(like.shape)} must be alike")
     for m in per_frame:
-        if m.ndim != 3 or (m.shape[0], m.shape[2]) != (x.shape[0], x.shape[2]) or x.shape[1] % m.shape[1]:
+        fits = m.ndim == 3 and m.shape[2] == x.shape[2] and m.shape[0] in (1, x.shape[0])
+        if not fits or x.shape[1] % m.shape[1]:
             raise ValueError(
                 f"{op}: x {list(x.shape)} and modulation {list(m.shape)} must be [B, F * S, C] and [B, F, C]"
             )

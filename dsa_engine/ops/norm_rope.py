@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsa_engine.ops.attention import check_scales
 from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.fp8 import CacheScales
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * gain over the last dim, in float32. x [..., C], gain [C]."""
-    return implementation("rms_norm")(x, gain, eps)
+    return implementation("rms_norm", x)(x, gain, eps)
 
 
 def norm_rope(
@@ -20,7 +22,7 @@ def norm_rope(
     q, k: [B, T, C]; gain_q, gain_k: [C]; cos, sin: [B, T, D/2] float32 (`models.rope.rope_table`).
     Returns q, k: [B, T, H, D] in their dtype, H = C / D.
     """
-    return implementation("norm_rope")(q, k, gain_q, gain_k, cos, sin, eps)
+    return implementation("norm_rope", q)(q, k, gain_q, gain_k, cos, sin, eps)
 
 
 def norm_rope_append(
@@ -36,15 +38,21 @@ def norm_rope_append(
     v_cache: Tensor,
     slot: Tensor,
     write: Tensor,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """`norm_rope`, and K and V written to frames `write` of each row's cache slot; returns the rotated queries.
 
-    q, k, v: [B, T, C] with T = F * S; k_cache, v_cache: [N, W, S, H, D] of one layer, written in place;
-    slot [B] and write [B, F]: integers on the device. Returns [B, T, H, D].
+    q, k, v: [B, T, C] with T = F * S, their last dim contiguous (views of one [B, T, 3 C] product are welcome);
+    k_cache, v_cache: [N, W, S, H, D] of one layer, written in place; slot [B] and write [B, F]: integers on the device.
+    scales: with an e4m3 cache (`CacheScales`): it holds (key - shift) / k and value / v, clamped to +-448, rounded to
+    nearest even. Returns [B, T, H, D].
     """
     if q.shape != k.shape or q.shape != v.shape or q.shape[1] != write.shape[1] * k_cache.shape[2]:
         raise ValueError(
             f"norm_rope_append: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} must be [B, F * S, C] alike, "
             f"with F = {write.shape[1]} frames of S = {k_cache.shape[2]} tokens"
         )
-    return implementation("norm_rope_append")(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write)
+    check_scales("norm_rope_append", k_cache, scales)
+    return implementation("norm_rope_append", q)(
+        q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales
+    )

@@ -6,10 +6,16 @@ N cache slots. Formulas and contracts stand in the public functions of `ops/`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsa_engine.ops.fp8 import Rowwise
+from dsa_engine.ops.step import Epilogue, HeadWeights, StopRule
+
+E4M3_MAX = 448.0  # the largest number of e4m3
 FEW_KEYS = 512  # up to here two plain products beat the fused CPU kernel, most of all in its backward
 
 
@@ -32,11 +38,17 @@ def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor,
     return q, k
 
 
-def norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write) -> Tensor:
+def norm_rope_append(
+    q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales=None
+) -> Tensor:  # fmt: skip
     q, k = norm_rope(q, k, gain_q, gain_k, cos, sin, eps)
+    v = v.reshape(k.shape)
+    if scales is not None:
+        k = to_e4m3((k.float() - scales.shift[slot][:, None]) / scales.k[slot][:, None, :, None])
+        v = to_e4m3(v.float() / scales.v[slot][:, None, :, None])
     frames = (write.shape[1], -1)
     k_cache[slot[:, None], write] = k.unflatten(1, frames).to(k_cache.dtype)
-    v_cache[slot[:, None], write] = v.reshape(k.shape).unflatten(1, frames).to(v_cache.dtype)
+    v_cache[slot[:, None], write] = v.unflatten(1, frames).to(v_cache.dtype)
     return q
 
 
@@ -50,30 +62,88 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, length: Tensor) -> Tensor:
-    if q.device.type == "cpu":  # here a length is read where it lies, and only the valid frames are touched
-        rows = zip(slot.tolist(), length.tolist())
-        kv = [(k_cache[s, :n].flatten(0, 1), v_cache[s, :n].flatten(0, 1)) for s, n in rows]
-        return torch.cat([sdpa(q[i : i + 1], k[None].to(q.dtype), v[None].to(q.dtype)) for i, (k, v) in enumerate(kv)])
-    # On an accelerator reading a length would stop the stream, so every frame is loaded and the invalid ones masked.
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, used: Tensor | None = None, repeat: Tensor | None = None
+) -> Tensor:
+    if used is None:
+        return sdpa(q, k, v)
+    order = torch.arange(k.shape[1], device=k.device)
+    valid, last = order < used[:, None], order == used[:, None] - 1
+    k, v = (torch.where(valid[:, :, None, None], x, 0) for x in (k, v))
+    bias = torch.where(last, repeat.log()[:, None], 0.0).masked_fill(~valid, float("-inf"))
+    return sdpa(q, k, v, bias.to(q.dtype)[:, None, None])
+
+
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales=None) -> Tensor:
+    if q.device.type == "cpu":  # here runs are read where they lie, and only the valid frames are touched
+        return torch.cat([_attend_row(q[b : b + 1], k_cache, v_cache, s, runs, scales)
+                          for b, (s, runs) in enumerate(zip(slot.tolist(), keys.tolist()))])  # fmt: skip
+    # On an accelerator reading them would stop the stream, so every frame is loaded and the invalid ones masked.
     # Their keys and values are replaced as well: NaN - inf and 0 * NaN are NaN.
     window, tokens = k_cache.shape[1:3]
-    valid = torch.arange(window, device=q.device) < length[:, None]
+    frame = torch.arange(window, device=q.device)[:, None]
+    valid = ((keys[:, None, :, 0] <= frame) & (frame < keys[:, None, :, 1])).any(-1)
     used = valid[:, :, None, None, None]
-    k, v = (torch.where(used, cache[slot], 0).flatten(1, 2).to(q.dtype) for cache in (k_cache, v_cache))
+    k, v = (torch.where(used, cache[slot].to(q.dtype), 0).flatten(1, 2) for cache in (k_cache, v_cache))
+    if scales is not None:
+        k, v = _scaled(k, scales.k[slot]), _scaled(v, scales.v[slot])
     bias = torch.zeros(valid.shape, dtype=q.dtype, device=q.device).masked_fill(~valid, float("-inf"))
-    return sdpa(q, k, v, bias.repeat_interleave(tokens, dim=1)[:, None, None])
+    out = sdpa(q, k, v, bias.repeat_interleave(tokens, dim=1)[:, None, None])
+    return torch.where(valid.any(1)[:, None, None, None], out, 0)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    frames = shift.shape[1]
-    y = F.layer_norm(x.float(), (x.shape[-1],), eps=eps).unflatten(1, (frames, -1))
-    return (y * (1 + scale.float()[:, :, None]) + shift.float()[:, :, None]).flatten(1, 2).to(x.dtype)
+def _attend_row(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, runs: list[list[int]], scales) -> Tensor:
+    """One row [1, T, H, D] over its runs of frames."""
+    runs = [(start, stop) for start, stop in runs if start < stop]
+    if not runs:
+        return torch.zeros_like(q)
+    k, v = ([cache[slot, start:stop].flatten(0, 1) for start, stop in runs] for cache in (k_cache, v_cache))
+    k, v = ((x[0] if len(runs) == 1 else torch.cat(x))[None].to(q.dtype) for x in (k, v))  # one run is not copied
+    if scales is not None:
+        k, v = _scaled(k, scales.k[slot, None]), _scaled(v, scales.v[slot, None])
+    return sdpa(q, k, v)
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B, L, H, D] times scale [B, H]."""
+    return (x.float() * scale[:, None, :, None]).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False):
+    y = F.layer_norm(x.float(), (x.shape[-1],), eps=eps).unflatten(1, (shift.shape[1], -1))
+    y = (y * (1 + scale.float()[:, :, None]) + shift.float()[:, :, None]).flatten(1, 2)
+    return quantise(y) if fp8 else y.to(x.dtype)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     y = y.float().unflatten(1, (gate.shape[1], -1)) * gate.float()[:, :, None]
     return (x.float() + y.flatten(1, 2)).to(x.dtype)
+
+
+def residual_modulate(x, y, gate, shift, scale, eps, fp8=False):
+    x = x + y if gate is None else gate_residual(x, y, gate)
+    return x, modulate(x, shift, scale, eps, fp8)
+
+
+def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False):
+    y = F.gelu(x.float() + bias.float(), approximate="tanh")
+    return quantise(y) if fp8 else y.to(x.dtype)
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """To nearest even, and to the largest number instead of NaN beyond it."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def quantise(x: Tensor) -> Rowwise:
+    top = x.float().abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(top > 0, top / E4M3_MAX, 1.0)
+    return Rowwise(to_e4m3(x.float() / scale), scale)
+
+
+def fp8_linear(x: Rowwise, weight: Rowwise, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = (x.values.float() @ weight.values.float().T) * x.scale * weight.scale[:, 0]
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
@@ -91,3 +161,36 @@ def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
 def renoise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     s = sigma.float()[:, :, None, None, None]
     return ((1 - s) * x0.float() + s * noise.float()).to(x0.dtype)
+
+
+def unpatchify(patches: Tensor, like: Tensor) -> Tensor:
+    """patches [B, T, p * p * c], token order (frame, row, column), patch order (p, p, c) -> [B, F, c, H, W]."""
+    batch, frames, channels, height, width = like.shape
+    p = math.isqrt(patches.shape[-1] // channels)
+    grid = patches.view(batch, frames, height // p, width // p, p, p, channels)
+    return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(like.shape)
+
+
+def judge(features: Tensor, head: HeadWeights) -> Tensor:
+    """The confidence head's MLP: features [B, F, 3 C] -> logits [B, F] float32."""
+    hidden = F.silu(F.linear(features.to(head.weight1.dtype), head.weight1, head.bias1))
+    return F.linear(hidden, head.weight2, head.bias2).squeeze(-1).float()
+
+
+def decide(confidence: Tensor, rule: StopRule) -> Tensor:
+    """Which rows stop after this step: [B] bool."""
+    least, mean, most = confidence.amin(1), confidence.mean(1), confidence.amax(1)
+    sure = torch.where(rule.reduce == 0, least, torch.where(rule.reduce == 1, mean, most)) >= rule.threshold
+    return (rule.step >= rule.most) | ((rule.step >= rule.least) & sure)
+
+
+def epilogue(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps) -> Epilogue:
+    tokens = modulate(hidden, final.shift, final.scale, eps)
+    velocity = unpatchify(F.linear(tokens, final.weight, final.bias), x)
+    x0 = velocity_to_x0(x, velocity, sigma)
+    confidence = x.new_full(x.shape[:2], float("nan"), dtype=torch.float32)  # which is never sure
+    if head is not None:
+        features = torch.cat((pool_frames(hidden, time.shape[1], eps), time.float()), dim=-1)
+        confidence = judge(features, head).sigmoid()
+    state = torch.cat((confidence, decide(confidence, rule).float()[:, None]), dim=1)
+    return Epilogue(x0, renoise(x0, noise, next_sigma), state)

@@ -82,7 +82,7 @@ class KVCache:
             cache=self,
             slot=slot,
             write=self._wrap(self.head[slot, None] + ahead),
-            length=(self.length[slot] + frames).clamp(max=self.window),
+            keys=_run(self.length[slot] + frames, self.window),
             frames=self.position[slot, None] + ahead,
         )
 
@@ -111,17 +111,23 @@ class KVCache:
         return 2 * self.k.nbytes
 
 
+def _run(length: Tensor, window: int) -> Tensor:
+    """The one run of frames that is valid: [B, 1, 2] holding (0, length), at most (0, window)."""
+    length = length.clamp(max=window)
+    return torch.stack((torch.zeros_like(length), length), dim=-1)[:, None]
+
+
 class CacheRows:
     """One forward's view of the cache; the `Memory` of the DiT at inference."""
 
-    def __init__(self, cache: KVCache, slot: Tensor, write: Tensor, length: Tensor, frames: Tensor):
-        self.cache, self.slot, self.write, self.length, self.frames = cache, slot, write, length, frames
+    def __init__(self, cache: KVCache, slot: Tensor, write: Tensor, keys: Tensor, frames: Tensor):
+        self.cache, self.slot, self.write, self.keys, self.frames = cache, slot, write, keys, frames
 
     def attend(self, layer, q, k, v, gains, rope, eps) -> Tensor:
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         q = ops.norm_rope_append(q, k, v, *gains, *rope, eps, k_cache, v_cache, self.slot, self.write)
-        return ops.attention(q, k_cache, v_cache, self.slot, self.length).flatten(2)
+        return ops.attention(q, k_cache, v_cache, self.slot, self.keys).flatten(2)
 
     def select(self, rows: Tensor) -> CacheRows:
         """The view of some of the rows: what is left of a batch after some of its chunks have stopped."""
-        return CacheRows(self.cache, self.slot[rows], self.write[rows], self.length[rows], self.frames[rows])
+        return CacheRows(self.cache, self.slot[rows], self.write[rows], self.keys[rows], self.frames[rows])

@@ -1,0 +1,28 @@
+"""Matrix products in FP8 (e4m3): one scale a token of the input, one an output channel of the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.fp8 import Rowwise
+
+
+def quantise(x: Tensor) -> Rowwise:
+    """x [..., C] -> `Rowwise`: scale = max|row| / 448 (1 for a row of zeros), values = x / scale to nearest even."""
+    return implementation("quantise", x)(x)
+
+
+def fp8_linear(x: Tensor | Rowwise, weight: Rowwise, bias: Tensor | None = None, dtype=torch.bfloat16) -> Tensor:
+    """x weight^T + bias, products in e4m3 and sums in float32.
+
+    x: [..., K], or as a producer has quantised it (`modulate`, `residual_modulate`, `gelu_bias` with fp8=True);
+    weight: [N, K], one scale an output channel, quantised at load; bias [N]. Returns [..., N] in `dtype`.
+    """
+    x = x if isinstance(x, Rowwise) else quantise(x)
+    if weight.values.ndim != 2 or x.values.shape[-1] != weight.values.shape[1]:
+        raise ValueError(
+            f"fp8_linear: x {list(x.values.shape)} and weight {list(weight.values.shape)} must be [..., K] and [N, K]"
+        )
+    return implementation("fp8_linear", x.values)(x, weight, bias, dtype)

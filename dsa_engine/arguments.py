@@ -6,15 +6,18 @@ Every function raises ValueError with the value, the rule and the nearest legal 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsa_engine import given_frames
 from dsa_engine.config import nearest
 from dsa_engine.engine.engine import Engine
 from dsa_engine.sampling.noise import Renoise
 from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
+from dsa_engine.sampling.schedule import Schedule
 
 WAN_STRIDE = 8  # pixels a latent pixel stands for, where no decoder says otherwise
 
@@ -42,10 +45,14 @@ def default_threshold(engine: Engine) -> float:
 
 def policy(
     engine: Engine, named: str | Policy | None, ceiling: int | None = None, least: int | None = None,
-    most: int | None = None, threshold: float | None = None,
+    most: int | None = None, threshold: float | None = None, strength: float | None = None,
 ) -> Policy:  # fmt: skip
-    """The step policy that a name ("dsa", "fixed", a preset, "fixed:4"), an object or the separate knobs mean."""
-    limit, presets = len(engine.config.steps), engine.config.presets
+    """The step policy that a name ("dsa", "fixed", a preset, "fixed:4"), an object or the separate knobs mean.
+
+    strength: of video to video, which leaves fewer levels to take (`Schedule`).
+    """
+    config, presets = engine.config, engine.config.presets
+    limit = len(Schedule(config.steps, config.shift, 1.0 if strength is None else strength))
     chosen = parse_policy(named) if isinstance(named, str) and ":" in named else named
     if isinstance(chosen, Policy):
         knobs = dict(num_inference_steps=ceiling, min_steps=least, max_steps=most, confidence_threshold=threshold)
@@ -85,26 +92,71 @@ def latent_size(engine: Engine, height: int | None, width: int | None) -> tuple[
     return height // stride, width // stride
 
 
-def latent_frames(engine: Engine, frames: int) -> int:
-    """Latent frames of a clip of `frames` pixel frames, which must come out as whole chunks."""
+def latent_frames(engine: Engine, frames: int, given: int = 0) -> int:
+    """Latent frames of a clip of `frames` pixel frames: `given` latent frames, and then whole chunks."""
     if engine.decoder is None:
         raise ValueError("this pipeline has no decoder: use generate_latents, or give latents; their shape counts")
     chunk = engine.config.chunk_frames
     whole = isinstance(frames, (int, np.integer)) and not isinstance(frames, bool) and frames >= 1
-    near = whole_chunks(engine, frames if whole else 1)
+    near = whole_chunks(engine, frames if whole else 1, given)
     if not whole:
         raise ValueError(f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {near}")
     if near != frames:
+        after = f" after the {engine.decoder.frames_of(given, True)} given" if given else ""
         raise ValueError(
-            f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames; nearest is {near}"
+            f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames{after}; nearest is {near}"
         )
     return engine.decoder.latent_frames_of(int(frames))
 
 
-def whole_chunks(engine: Engine, frames: float) -> int:
-    """The pixel frame count nearest to `frames` that is whole chunks."""
+def whole_chunks(engine: Engine, frames: float, given: int = 0) -> int:
+    """The pixel frame count nearest to `frames` that is `given` latent frames and at least one whole chunk."""
     first, later = (engine.decoder.frames_of(engine.config.chunk_frames, is_first) for is_first in (True, False))
+    first = engine.decoder.frames_of(given, True) + later if given else first
     return first + max(0, round((frames - first) / later)) * later
+
+
+class Clip(NamedTuple):
+    """What is to be made: latent frames in all, or None for no end; latent size; what was given, as in `Engine`."""
+
+    frames: int | None
+    size: tuple[int, int]
+    given: Tensor | None = None
+    guide: Tensor | None = None
+    strength: float = 1.0
+
+
+def clip(
+    engine: Engine, batch: int, size: tuple[int, int], num_frames: int | None, image: Any, video: Any,
+    strength: float | None, default: int | None,
+) -> Clip:  # fmt: skip
+    """The clip that is to be made; default: pixel frames where num_frames does not say, None for no end."""
+    if image is not None and video is not None:
+        raise ValueError("image and video: give one or the other")
+    if strength is not None and video is None:
+        raise ValueError(f"strength={strength}: says how much of a video stays; give video too")
+    if image is None and video is None:
+        count = default if num_frames is None else num_frames
+        return Clip(None if count is None else latent_frames(engine, count), size)
+    name, frames = ("image", image) if video is None else ("video", video)
+    if engine.decoder is None:
+        raise ValueError(f"{name}: this pipeline has no VAE to encode it with; load it with vae=...")
+    stride = engine.decoder.spatial_stride
+    frames = given_frames.pixels(name, frames, batch, (size[0] * stride, size[1] * stride))
+    count = frames.shape[1]
+    if strength is not None:
+        Schedule(engine.config.steps, engine.config.shift, strength)
+        if num_frames not in (None, count):
+            raise ValueError(f"num_frames={num_frames} with strength: the video's length counts; nearest is {count}")
+        near = whole_chunks(engine, count)
+        if near != count:
+            raise ValueError(f"video of {count} frames: with strength must be whole chunks; nearest is {near}")
+        return Clip(latent_frames(engine, count), size, guide=engine.encode_frames(frames), strength=strength)
+    given = engine.decoder.latent_frames_of(count)
+    if num_frames is None and default is not None:
+        num_frames = whole_chunks(engine, default + (count if name == "video" else 0), given)
+    total = None if num_frames is None else latent_frames(engine, num_frames, given)
+    return Clip(total, size, given=engine.encode_frames(frames))
 
 
 def latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, int]]:

@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from dsa_engine import arguments, video
-from dsa_engine.config import COMMIT_MODES, PRESETS, ModelConfig, RolloutConfig
+from dsa_engine.config import COMMIT_MODES, PRESETS, ROPE_MODES, ModelConfig, RolloutConfig
 from dsa_engine.doctor import doctor, table
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Chunk
@@ -90,11 +91,15 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--at", nargs=2, action="append", default=[], metavar=("TIME", "PROMPT"),
         help="another prompt from the chunk that starts nearest to TIME (2s, 1.5s, 24f); repeatable")  # fmt: skip
+    add("--image", metavar="FILE", help="a picture to begin with, scaled and cut to the clip's size")
+    add("--video", metavar="FILE", help="a video to go on from; with --strength, to make anew")
+    add("--strength", type=float, help="with --video, in (0, 1]: how much of it is made anew")
     add("--scale", type=int, help=f"enlarge the file's pixels, whole number (default: to {SHOWN_SIDE} px or more)")
     add("--height", type=int)
     add("--width", type=int)
     add("--window", type=int, help="latent frames of the KV cache, the chunk included; -1 holds the whole clip")
     add("--sink", type=int, help="latent frames that stay in the cache for ever")
+    add("--rope", choices=ROPE_MODES, help="where a sink is seen: where it was made, or always next to the window")
     add("--commit", choices=COMMIT_MODES, help="what a chunk leaves in the cache")
     add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -157,9 +162,10 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
             video.check_target(path, suffix)
     parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text")}
     with Pipeline.from_pretrained(args.model, device=args.device, **parts) as pipe:
-        plan = plan_clip(pipe, args)
-        options = {name: getattr(args, name) for name in ("seed", "height", "width", "window", "sink", "commit")}
-        options |= {"num_frames": plan.starts[-1], "step_policy": args.steps}
+        options = {name: getattr(args, name) for name in SESSION_OPTIONS}
+        options |= {"step_policy": args.steps, **given_pixels(args)}
+        plan = plan_clip(pipe, args, options)
+        options |= {"num_frames": plan.starts[-1]}
         for prompt in plan.prompts.values():  # opening a session checks all of its arguments
             pipe.session(prompt, **options).close()
         side = min(args.height or pipe.height, args.width or pipe.width)  # a height of 0 has been refused above
@@ -193,18 +199,41 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     return facts, lines, 0
 
 
-def plan_clip(pipe: Pipeline, args: argparse.Namespace) -> Plan:
+SESSION_OPTIONS = ("seed", "height", "width", "window", "sink", "rope", "commit", "strength")
+
+
+def given_pixels(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The frames of --image or --video."""
+    if args.image is not None and args.video is not None:
+        raise ValueError("--image and --video: give one or the other")
+    if args.image is not None:
+        frames, _ = video.read_mp4(args.image)
+        if len(frames) != 1:
+            raise ValueError(f"--image {args.image}: holds {len(frames)} frames; for a video use --video")
+        return {"image": frames[0]}
+    return {} if args.video is None else {"video": video.read_mp4(args.video)[0]}
+
+
+def plan_clip(pipe: Pipeline, args: argparse.Namespace, given: dict[str, Any]) -> Plan:
     decoder, size = pipe.engine.decoder, pipe.config.chunk_frames
     if decoder is None:
         raise ValueError(f"{args.model}: has no decoder, so it makes no video; give a folder or a shipped model")
     if args.seconds is not None and not 0 < args.seconds < math.inf:
         raise ValueError(f"--seconds {args.seconds}: must be above 0")
-    frames = pipe.frames if args.frames is None else args.frames
-    frames = frames if args.seconds is None else round(args.seconds * pipe.fps)
+    began = 1 if "image" in given else len(given.get("video", ()))
+    remade = args.strength is not None
+    frames = began if remade else pipe.frames + (began if "video" in given else 0)
+    asked = args.frames is not None
+    frames = args.frames if asked else frames if args.seconds is None else round(args.seconds * pipe.fps)
     first, later = decoder.frames_of(size, True), decoder.frames_of(size, False)
-    starts = [0, *range(first, arguments.whole_chunks(pipe.engine, frames) + 1, later)]
-    if args.seconds is None and starts[-1] != frames:
-        raise ValueError(f"--frames {frames}: must come out as whole chunks; nearest is {starts[-1]}")
+    if began and not remade:  # the chunks come after what was given
+        latent = decoder.latent_frames_of(began)
+        starts = list(range(began, arguments.whole_chunks(pipe.engine, frames, latent) + 1, later))
+    else:
+        starts = [0, *range(first, arguments.whole_chunks(pipe.engine, frames) + 1, later)]
+    if (asked or remade) and starts[-1] != frames:
+        what = "--frames" if asked else f"--video {args.video} with --strength: frames"
+        raise ValueError(f"{what} {frames}: must come out as whole chunks; nearest is {starts[-1]}")
     return Plan(starts, {0: args.prompt, **switches(args.at, starts, pipe.fps)})
 
 
@@ -219,7 +248,9 @@ def switches(at: Sequence[tuple[str, str]], starts: Sequence[int], fps: float) -
         frame = float(match[1]) * (fps if match[2] == "s" else 1)
         chunk = min(range(end + 1), key=lambda i: abs(starts[i] - frame))
         if not 0 < chunk < end:
-            where = "the clip's start" if chunk == 0 else f"the clip's end at {starts[end]}f ({starts[end] / fps:g}s)"
+            where = (
+                "where the clip begins" if chunk == 0 else f"the clip's end at {starts[end]}f ({starts[end] / fps:g}s)"
+            )
             legal = f"; the nearest possible is {starts[min(max(chunk, 1), end - 1)]}f" if end > 1 else ""
             raise ValueError(f"--at {when}: is at or nearest to {where}, where nothing can switch{legal}")
         if frame <= before:
@@ -245,6 +276,8 @@ def make_clip(
         start = time.perf_counter()
         session = stack.enter_context(pipe.session(plan.prompts[0], **options))
         busy = time.perf_counter() - start
+        if writer is not None and (opening := session.opening()) is not None:
+            writer.write(opening)
         bar = stack.enter_context(tqdm(range(len(plan.starts) - 1), unit="chunk", file=sys.stderr))
         for index in bar:
             start = time.perf_counter()
@@ -261,7 +294,7 @@ def make_clip(
             bar.set_postfix_str(f"steps={chunk.steps}{sure}")
     steps, frames = [c.steps for c in chunks], plan.starts[-1]
     return {
-        "fps": round(frames / busy, 3),
+        "fps": round((frames - plan.starts[0]) / busy, 3),
         "clip_fps": pipe.fps,
         "first_frame_ms": round(1e3 * first_frame, 1),
         "steps_per_chunk": steps,

@@ -119,12 +119,15 @@ class RolloutConfig:
     """How a clip is rolled out: chunks, cache window, noise schedule and the default step policy.
 
     Frames are latent frames. `window` counts the chunk being denoised and holds the `sink` inside it; None is global
-    attention over the whole clip. `steps` are raw timesteps (1000 = pure noise), warped by `shift` (Schedule).
+    attention over the whole clip. `rope` says where a sink is seen: "absolute", where it was made, or "relative", next
+    to the window however long the clip (KVCache). `steps` are raw timesteps (1000 = pure noise), warped by `shift`
+    (Schedule).
     """
 
     chunk_frames: int = 3
     window: int | None = None
     sink: int = 0
+    rope: str = "absolute"
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 5.0
     commit: str = "clean"
@@ -145,8 +148,9 @@ class RolloutConfig:
                 f"window={self.window}: must hold the sink ({self.sink}) and the chunk ({self.chunk_frames}); "
                 f"the nearest legal value is {least}, or None for global attention"
             )
-        if self.commit not in COMMIT_MODES:
-            raise ValueError(f"commit={self.commit!r}: must be one of {', '.join(COMMIT_MODES)}")
+        for name, modes in (("commit", COMMIT_MODES), ("rope", ROPE_MODES)):
+            if getattr(self, name) not in modes:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(modes)}")
         for name, value in {"threshold": self.threshold, **self.presets}.items():
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name}={value}: must be within [0, 1]; nearest is {min(1.0, max(0.0, value))}")
@@ -166,3 +170,4 @@ class RolloutConfig:
 
 
 COMMIT_MODES = ("clean", "exit_step")
+ROPE_MODES = ("absolute", "relative")

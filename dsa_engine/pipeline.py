@@ -73,6 +73,7 @@ class Pipeline:
         torch_dtype: torch.dtype | None = None,
         window: int | None = None,
         sink: int | None = None,
+        rope: str | None = None,
         shift: float | None = None,
         steps: Sequence[float] | None = None,
         chunk_frames: int | None = None,
@@ -90,8 +91,9 @@ class Pipeline:
         head: a confidence head's file, as `dsa-engine train --recipe head` writes it; it takes the place of the model's
         own, and its threshold, presets and calibration that of the model's.
         device: default "cuda" where there is one, else "cpu". dtype (or torch_dtype): default bfloat16 on CUDA, float32
-        elsewhere. window, sink: latent frames of the KV cache (RolloutConfig), window=-1 for global attention; shift,
-        steps: the noise schedule. None leaves what the model's config says. max_sessions: cache slots of a pool.
+        elsewhere. window, sink: latent frames of the KV cache (RolloutConfig), window=-1 for global attention; rope:
+        where the sink is seen, "absolute" or "relative"; shift, steps: the noise schedule. None leaves what the model's
+        config says. max_sessions: cache slots of a pool.
         Raises FileNotFoundError or ValueError naming the file and what was expected of it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -102,7 +104,9 @@ class Pipeline:
         if head is not None:
             parts = package.with_head(parts, head)
         steps = None if steps is None else tuple(steps)
-        config = changed(parts.rollout, window=window, sink=sink, shift=shift, steps=steps, chunk_frames=chunk_frames)
+        config = changed(
+            parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
+        )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
         engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions)
         return cls(
@@ -157,6 +161,9 @@ class Pipeline:
         seed: int | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        image: Any = None,
+        video: Any = None,
+        strength: float | None = None,
         output_type: str = "np",
         callback_on_step_end: Callable[[Pipeline, int, float, dict], Any] | None = None,
         *,
@@ -170,9 +177,14 @@ class Pipeline:
         """Whole clips, one per prompt, denoised as one batch; rows that stop early leave the batch.
 
         num_frames: pixel frames. num_inference_steps: the ceiling of steps a chunk may take. seed: of the first clip,
-        later clips count up; `generator` gives its initial seed. latents: noise [B, F, C, H, W] instead of drawing it;
-        renoise: as in `generate_latents`. output_type: "np" float [B, T, H, W, C] in [0, 1], "pt" [B, T, C, H, W],
-        "pil" lists of images, "latent" [B, F, C, h, w].
+        later clips count up; `generator` gives its initial seed.
+        image: the picture that the clip begins with; video: the frames that it begins with and goes on from, num_frames
+        counting them too; with strength in (0, 1] the video is made anew instead, from its latents noised to the last
+        round(strength * steps) levels: the lower, the more of it stays. Forms and scaling as `given_frames.pixels`.
+        What was given is in the result as the codec gives it back.
+        latents: noise [B, F, C, H, W] instead of drawing it; renoise: as in `generate_latents`.
+        output_type: "np" float [B, T, H, W, C] in [0, 1], "pt" [B, T, C, H, W], "pil" lists of images, "latent"
+        [B, F, C, h, w].
         step_policy: "dsa", "fixed", one of the model's presets (`config.presets`, such as "fast"), a `Policy`, or its
         command-line form such as "fixed:4"; default "dsa" where the model has a confidence head.
         commit: "clean" or "exit_step" (RolloutConfig).
@@ -189,35 +201,37 @@ class Pipeline:
             raise ValueError(f"output_type={output_type!r}: this pipeline has no decoder; only 'latent' is possible")
         embeds = arguments.embeds(self.engine, prompt, prompt_embeds)
         policy = arguments.policy(
-            self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold
+            self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold, strength
         )
-        if latents is None:
-            size = self._size(height, width)
-            frames = arguments.latent_frames(self.engine, self.frames if num_frames is None else num_frames)
-        else:
-            if (height, width, num_frames) != (None, None, None):
-                raise ValueError("height, width and num_frames follow from latents; give one or the other")
-            frames, size = arguments.latents(self.engine, latents, len(embeds))
-        arguments.renoise(self.engine, renoise, len(embeds), frames, size)
         if generator is not None and seed is not None:
             raise ValueError(f"seed={seed} with a generator: give one or the other")
         first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
+        if latents is None:
+            clip = arguments.clip(
+                self.engine, len(embeds), self._size(height, width), num_frames, image, video, strength, self.frames
+            )
+        else:
+            if any(x is not None for x in (height, width, num_frames, image, video)):
+                raise ValueError("height, width, num_frames, image and video: with latents these count alone")
+            clip = arguments.Clip(*arguments.latents(self.engine, latents, len(embeds)))
+        made = clip.frames - (0 if clip.given is None else clip.given.shape[1])
+        arguments.renoise(self.engine, renoise, len(embeds), made, clip.size)
         start = time.perf_counter()
 
         def on_step(step: Step) -> None:
             callback_on_step_end(self, step.index - 1, TIMESTEPS * step.sigma, {"latents": step.x0})
 
         rollout = self.engine.rollout(
-            embeds, height=size[0], width=size[1], frames=frames, policy=policy,
+            embeds, height=clip.size[0], width=clip.size[1], frames=clip.frames, policy=policy,
             seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=changed(self.config, commit=commit),
-            initial=latents, renoise=renoise,
+            initial=latents, renoise=renoise, given=clip.given, guide=clip.guide, strength=clip.strength,
         )  # fmt: skip
         chunks, first_chunk = [], 0.0
-        for _ in range(frames // self.config.chunk_frames):
+        for _ in range(made // self.config.chunk_frames):
             chunks.append(rollout.denoise(on_step if callback_on_step_end else None))
             rollout.accept(chunks[-1].latents)
             first_chunk = first_chunk or time.perf_counter() - start
-        result = torch.cat([c.latents for c in chunks], dim=1)
+        result = torch.cat([*([] if clip.given is None else [clip.given]), *(c.latents for c in chunks)], dim=1)
         confidence = None
         if chunks[0].confidence is not None:
             confidence = torch.stack([c.confidence for c in chunks], dim=1).tolist()
@@ -263,25 +277,32 @@ class Pipeline:
         min_steps: int | None = None,
         max_steps: int | None = None,
         confidence_threshold: float | None = None,
+        image: Any = None,
+        video: Any = None,
+        strength: float | None = None,
         window: int | None = None,
         sink: int | None = None,
+        rope: str | None = None,
         commit: str | None = None,
     ) -> Session:
         """A live stream (see `Session`). num_frames: pixel frames until it ends; None is endless.
 
-        window, sink: this session's cache (latent frames); commit: "clean" or "exit_step" (RolloutConfig).
+        image, video, strength: as in a call; a stream gives only the frames that come after what it began with, and
+        ends with the video that it makes anew. window, sink: this session's cache (latent frames); rope, commit: of
+        RolloutConfig.
         """
         embeds = arguments.embeds(self.engine, prompt, prompt_embeds)
         if len(embeds) != 1:
             raise ValueError(f"{len(embeds)} prompts: a session is one stream; open one session per prompt")
-        size = self._size(height, width)
+        config = changed(self.config, window=window, sink=sink, rope=rope, commit=commit)
+        seed = check_seed(seed)
+        policy = arguments.policy(
+            self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold, strength
+        )
+        clip = arguments.clip(self.engine, 1, self._size(height, width), num_frames, image, video, strength, None)
         return self.engine.session(
-            prompt, embeds, height=size[0], width=size[1],
-            frames=None if num_frames is None else arguments.latent_frames(self.engine, num_frames), fps=self.fps,
-            policy=arguments.policy(
-                self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold
-            ),
-            seed=check_seed(seed), config=changed(self.config, window=window, sink=sink, commit=commit),
+            prompt, embeds, height=clip.size[0], width=clip.size[1], frames=clip.frames, fps=self.fps, policy=policy,
+            seed=seed, config=config, given=clip.given, guide=clip.guide, strength=clip.strength,
         )  # fmt: skip
 
     def stream(self, prompt: str, num_frames: int | None = None, **options) -> Iterator[Chunk]:

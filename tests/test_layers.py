@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dsa_engine"
 
 # Lowest first. A unit imports only from lower rows; the units of one row know nothing of each other.
 ROWS = (
-    ("config",),
+    ("config", "structures"),
     ("csrc", "triton_kernels"),
     ("ops",),
     ("models",),
@@ -28,7 +28,7 @@ ROWS = (
     ("__init__", "__main__"),
 )
 RANK = {unit: rank for rank, row in enumerate(ROWS) for unit in row}
-LEAVES = ("video", "metrics", "synthetic", "assets")  # open to everyone; import only config and each other
+LEAVES = ("video", "given_frames", "metrics", "synthetic", "assets")  # open to all; import only config and each other
 # Not needed to import the package; each is imported where it is used.
 OPTIONAL = ("diffusers", "transformers", "fastapi", "uvicorn", "ray", "av", "matplotlib", "triton")
 

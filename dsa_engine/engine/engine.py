@@ -12,11 +12,12 @@ from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session
 from dsa_engine.models.codec import VideoCodec
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.models.text import TextEncoder
 from dsa_engine.sampling.cache import KVCache
-from dsa_engine.sampling.noise import GivenNoise, Renoise, SeededNoise
+from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
+from dsa_engine.sampling.schedule import Schedule
 
 
 class Engine:
@@ -33,31 +34,44 @@ class Engine:
             raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
         self.config, self.max_sessions = config, max_sessions
-        self._pools: dict[tuple[int, int, int], KVCache] = {}
+        self._pools: dict[tuple[int, int, int, str], KVCache] = {}  # by window, sink, tokens a frame and RoPE mode
 
     def session(
         self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
-        policy: Policy, seed: int, config: RolloutConfig,
+        policy: Policy, seed: int, config: RolloutConfig, given: Tensor | None = None, guide: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Session:  # fmt: skip
-        """A stream of latent size height x width; `frames` latent frames, or None for no end (rolling window only)."""
+        """A stream of latent size height x width; `frames` latent frames, or None for no end (rolling window only).
+
+        given, guide, strength: as for `rollout`.
+        """
         if self.decoder is None:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
-        key = self._cache_shape(height, width, frames, config)
+        key = (*self._cache_shape(height, width, frames, config), config.rope)
         if key not in self._pools:  # pools of other shapes that nobody uses make room
             self._pools = {shape: pool for shape, pool in self._pools.items() if pool.in_use}
             self._pools[key] = self._cache(*key, slots=self.max_sessions)
-        noise = self._noise([seed], height, width, config)
-        rollout = Rollout(self.dit, self.head, self._pools[key], config, noise, [policy], self.text_kv(embeds))
+        noise = guided(self._noise([seed], height, width, config), guide, strength, config)
+        rollout = Rollout(
+            self.dit, self.head, self._pools[key], config, noise, [policy], self.text_kv(embeds), given, strength
+        )
         return Session(rollout, self.decoder, lambda text: self.text_kv(self.encode([text])), fps, prompt, frames)
 
     def rollout(
         self, embeds: Tensor, *, height: int, width: int, frames: int, policy: Policy, seeds: Sequence[int],
         config: RolloutConfig, initial: Tensor | None = None, renoise: Renoise | None = None,
+        given: Tensor | None = None, guide: Tensor | None = None, strength: float = 1.0,
     ) -> Rollout:  # fmt: skip
-        """A batch of B = len(seeds) clips of `frames` latent frames, on a cache of its own."""
-        cache = self._cache(*self._cache_shape(height, width, frames, config), slots=len(seeds))
+        """A batch of B = len(seeds) clips of `frames` latent frames, on a cache of its own.
+
+        given: clean latents [B, G, C, H, W] that the clips begin with, G <= frames; guide: latents [B, F, C, H, W] of a
+        video that is noised to `strength` (Schedule) and made anew.
+        """
+        cache = self._cache(*self._cache_shape(height, width, frames, config), config.rope, slots=len(seeds))
         noise = GivenNoise(self._noise(seeds, height, width, config), initial, renoise)
-        return Rollout(self.dit, self.head, cache, config, noise, [policy] * len(seeds), self.text_kv(embeds))
+        noise = guided(noise, guide, strength, config)
+        policies = [policy] * len(seeds)
+        return Rollout(self.dit, self.head, cache, config, noise, policies, self.text_kv(embeds), given, strength)
 
     def _noise(self, seeds: Sequence[int], height: int, width: int, config: RolloutConfig) -> SeededNoise:
         shape = (config.chunk_frames, self.dit.config.in_dim, height, width)
@@ -70,7 +84,7 @@ class Engine:
         window = config.window if config.window is not None else max(frames, config.sink + config.chunk_frames)
         return window, config.sink, self.dit.config.tokens_per_frame(height, width)
 
-    def _cache(self, window: int, sink: int, tokens: int, slots: int) -> KVCache:
+    def _cache(self, window: int, sink: int, tokens: int, rope: str, slots: int) -> KVCache:
         model = self.dit.config
         return KVCache(
             model.num_layers,
@@ -82,12 +96,14 @@ class Engine:
             slots,
             self.dit.device,
             self.dit.dtype,
+            rope,
+            model.rope_theta,
         )
 
     @torch.inference_mode()
-    def text_kv(self, embeds: Tensor) -> Tensor:
+    def text_kv(self, embeds: Tensor) -> TextKV:
         """Cross-attention keys and values of prompt embeddings [B, L, text_dim]."""
-        return self.dit.text_kv(embeds)
+        return self.dit.text_kv(embeds, collapse=True)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -98,6 +114,11 @@ class Engine:
             raise ValueError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
         return self.text.encode(prompts)
 
+    @torch.inference_mode()
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] of pixel frames [B, T, 3, H, W] in [0, 1], in the model's device and dtype."""
+        return self.decoder.encode(frames.to(self.dit.device, self.dit.dtype)).to(self.dit.dtype)
+
     @property
     def cache_bytes(self) -> int:
         """Bytes held by the shared cache pools."""
@@ -106,3 +127,10 @@ class Engine:
     def close(self) -> None:
         """Drop the cache pools. Sessions still open keep theirs alive."""
         self._pools.clear()
+
+
+def guided(noise: Noise, guide: Tensor | None, strength: float, config: RolloutConfig) -> Noise:
+    """The noise to start from: mixed with the guide's latents at the first level of `strength`."""
+    if guide is None:
+        return noise
+    return GuidedNoise(noise, guide, Schedule(config.steps, config.shift, strength).sigmas[0])

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk
-from dsa_engine.sampling.noise import GivenNoise, SeededNoise
+from dsa_engine.sampling.noise import Noise
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import Schedule
 
@@ -31,19 +31,30 @@ class Rollout:
 
     def __init__(
         self, dit: CausalDiT, head: ConfidenceHead | None, cache: KVCache, config: RolloutConfig,
-        noise: SeededNoise | GivenNoise, policies: Sequence[Policy], text_kv: Tensor,
+        noise: Noise, policies: Sequence[Policy], text_kv: TextKV, given: Tensor | None = None, strength: float = 1.0,
     ):  # fmt: skip
+        """given: clean latents [B, G, C, H, W] that the clip begins with; strength: of the Schedule."""
         self.dit, self.head, self.cache, self.config, self.noise = dit, head, cache, config, noise
-        self.schedule = Schedule(config.steps, config.shift)
+        self.schedule = Schedule(config.steps, config.shift, strength)
+        self.given = given
         self.fresh = [policy.start(len(self.schedule)) for policy in policies]  # what `restart` goes back to
         self.policies = copy.deepcopy(self.fresh)
         self.slot: Tensor | None = cache.acquire(len(policies))
         self.text_kv = text_kv
-        self.index = 0  # of the next chunk
-        self.past: list[tuple[int, Tensor]] = []  # (first frame, latents) of the chunks that a recache would replay
-        self.committed = True
-        self.stale = False  # the cache was made under an earlier prompt
         self.commit_seconds = 0.0  # of the last `denoise`
+        self._begin()
+
+    def _begin(self) -> None:
+        self.index = 0  # of the next chunk to be made
+        self.position = 0  # of its first frame
+        self.past: list[tuple[int, Tensor]] = []  # (first frame, latents) of the chunks that a recache would replay
+        if self.given is not None:
+            size = self.config.chunk_frames
+            short = self.given.shape[1] % size  # a picture is one frame: what is no whole chunk comes first
+            for latents in self.given.split([short] * bool(short) + [size] * (self.given.shape[1] // size), dim=1):
+                self._remember(latents)
+        self.committed = True
+        self.stale = bool(self.past)  # the cache has yet to be made, or was made under an earlier prompt
 
     @torch.inference_mode()
     def denoise(self, on_step: Callable[[Step], None] | None = None) -> Denoised:
@@ -56,25 +67,28 @@ class Rollout:
             self.head,
             self.noise.initial(self.index),
             chunk=self.index,
-            schedule=self.schedule,
+            sigmas=self.schedule.sigmas,
             policies=self.policies,
             renoise=lambda step, rows: self.noise.renoise(self.index, step, rows),
             text_kv=self.text_kv,
-            rows=self._rows(),
+            rows=self.cache.rows(self.slot, self.config.chunk_frames),
             on_step=on_step,
         )
 
     def accept(self, latents: Tensor) -> None:
-        """Move on to the next chunk. Kept of the past: the chunks that hold the sink and those that fill the ring."""
-        frames = self.config.chunk_frames
-        self.past.append((self.index * frames, latents))
+        """Move on to the next chunk."""
+        self._remember(latents)
         self.index, self.committed = self.index + 1, False
-        first = -(-self.cache.sink // frames)
-        last = -(-(self.cache.window - self.cache.sink) // frames)
-        if len(self.past) > first + last:
-            del self.past[first]
 
-    def switch(self, text_kv: Tensor, recache: bool = True) -> None:
+    def _remember(self, latents: Tensor) -> None:
+        """Append to the past. Kept of it: the chunks that hold the sink and those that fill the ring."""
+        self.past.append((self.position, latents))
+        self.position += latents.shape[1]
+        ring = [i for i, (first, _) in enumerate(self.past) if first >= self.cache.sink]
+        if sum(self.past[i][1].shape[1] for i in ring[1:]) >= self.cache.window - self.cache.sink:
+            del self.past[ring[0]]
+
+    def switch(self, text_kv: TextKV, recache: bool = True) -> None:
         """Go on under another prompt. With `recache` the past's keys and values are made anew under it."""
         if not recache:
             self.settle()  # what was made under the old prompt is committed under it
@@ -94,12 +108,10 @@ class Rollout:
         self.stale, self.committed = False, True
 
     def _commit(self, latents: Tensor, mode: str) -> None:
+        frames = latents.shape[1]
         if mode == "clean":  # "exit_step" keeps what the last denoising step has written
-            commit_chunk(self.dit, latents, self.text_kv, self._rows())
-        self.cache.advance(self.slot, self.config.chunk_frames)
-
-    def _rows(self):
-        return self.cache.rows(self.slot, self.config.chunk_frames)
+            commit_chunk(self.dit, latents, self.text_kv, self.cache.rows(self.slot, frames))
+        self.cache.advance(self.slot, frames)
 
     def save(self) -> dict[str, Any]:
         """A copy of the whole state; `load` brings it back, here or in a rollout made alike."""
@@ -121,7 +133,7 @@ class Rollout:
         """Back to the first chunk, under the prompt in force."""
         self.cache.clear(self.slot)
         self.policies = copy.deepcopy(self.fresh)
-        self.index, self.past, self.committed, self.stale = 0, [], True, False
+        self._begin()
 
     def close(self) -> None:
         """Give the cache slots back. Harmless when done twice."""
@@ -130,4 +142,5 @@ class Rollout:
             self.slot, self.past = None, []
 
 
-_PLAIN_STATE = ("text_kv", "noise", "index", "committed", "stale")  # replaced, never written to: no copy needed
+# Replaced, never written to: no copy needed.
+_PLAIN_STATE = ("text_kv", "noise", "given", "index", "position", "committed", "stale")

@@ -59,10 +59,14 @@ class Session:
         limit: int | None,
     ):  # fmt: skip
         self._rollout, self._decoder, self._embed = rollout, decoder, embed
-        self._decoder_state: Any = None
         self._limit = limit
-        self._frames = 0
+        self._begin()
         self.fps, self.prompt = fps, prompt
+
+    def _begin(self) -> None:
+        given = self._rollout.given
+        self._decoder_state: Any = None  # after the frames that were given too: made when the first chunk is decoded
+        self._frames = 0 if given is None else self._decoder.frames_of(given.shape[1], True)
 
     @property
     def index(self) -> int:
@@ -76,7 +80,7 @@ class Session:
     @property
     def exhausted(self) -> bool:
         """True when the clip has all the frames it was made for."""
-        return self._limit is not None and (self.index + 1) * self._rollout.config.chunk_frames > self._limit
+        return self._limit is not None and self._rollout.position + self._rollout.config.chunk_frames > self._limit
 
     def next_chunk(self, on_step: Callable[[Step], None] | None = None) -> Chunk:
         """Denoise and decode the next chunk. An exception on the way leaves the session as it was.
@@ -85,15 +89,13 @@ class Session:
         """
         self._check_open()
         if self.exhausted:
-            raise RuntimeError(
-                f"the clip is complete: {self._limit} latent frames in {self.index} chunks were asked for"
-            )
+            raise RuntimeError(f"the clip is complete: all {self._limit} latent frames that were asked for are there")
         start = time.perf_counter()
         result = self._rollout.denoise(on_step)
         confidence = None if result.confidence is None else result.confidence[0].tolist()
         denoised = time.perf_counter()
         with torch.inference_mode():
-            pixels, decoder_state = self._decoder.decode(result.latents, self._decoder_state)
+            pixels, decoder_state = self._decoder.decode(result.latents, self._past_state())
             frames = to_uint8(pixels[0])
         end = time.perf_counter()
         commit = self._rollout.commit_seconds
@@ -119,6 +121,13 @@ class Session:
         self._decoder_state = decoder_state
         self._frames += len(frames)
         return chunk
+
+    def opening(self) -> np.ndarray | None:
+        """The frames that the clip was given to begin with, as the decoder gives them back: uint8 [T, H, W, 3]."""
+        if self._rollout.given is None:
+            return None
+        with torch.inference_mode():
+            return to_uint8(self._decoder.decode(self._rollout.given, None)[0][0])
 
     def update(self, prompt: str, recache: bool = True) -> None:
         """Another prompt from the next chunk on.
@@ -153,7 +162,13 @@ class Session:
         """Back to the first chunk, under the prompt in force: the same seed gives the same frames again."""
         self._check_open()
         self._rollout.restart()
-        self._decoder_state, self._frames = None, 0
+        self._begin()
+
+    def _past_state(self) -> Any:
+        """The decoder's state before the next chunk."""
+        if self.index == 0 and self._rollout.given is not None:
+            return self._decoder.decode(self._rollout.given, None)[1]
+        return self._decoder_state
 
     def close(self) -> None:
         """Give the cache slot back; harmless when done twice."""

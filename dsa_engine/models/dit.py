@@ -34,6 +34,21 @@ class Memory(Protocol):
         """Raw q, k, v [B, T, C] of this chunk -> attention output [B, T, C] over the past and the chunk."""
 
 
+class TextKV(NamedTuple):
+    """Keys and values of all cross-attentions for B prompts: kv [layers, 2, B, L, H, D].
+
+    used, repeat: [B], as `ops.cross_attention` takes them; None where every key counts once.
+    """
+
+    kv: Tensor
+    used: Tensor | None = None
+    repeat: Tensor | None = None
+
+    def select(self, rows: Tensor) -> TextKV:
+        """Those of some of the rows."""
+        return TextKV(self.kv[:, :, rows], *(None if x is None else x[rows] for x in (self.used, self.repeat)))
+
+
 class DiTOutput(NamedTuple):
     """velocity [B, F, C, H, W]; hidden [B, T, dim] of the last block; time [B, F, dim], the timestep embedding."""
 
@@ -82,9 +97,9 @@ class CrossAttention(Attention):
         """text [B, L, dim] -> [2, B, L, H, D]: this layer's keys and values of a prompt, computed once per prompt."""
         return torch.stack((self.norm_k(self.k(text)), self.v(text))).unflatten(-1, self.heads)
 
-    def forward(self, x: Tensor, kv: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: int, text: TextKV) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
-        return self.o(ops.cross_attention(q, kv[0], kv[1]).flatten(2))
+        return self.o(ops.cross_attention(q, *text.kv[layer], text.used, text.repeat).flatten(2))
 
 
 class Block(nn.Module):
@@ -99,14 +114,14 @@ class Block(nn.Module):
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
 
-    def forward(self, x: Tensor, mod: Tensor, layer: int, rope, text_kv: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, layer: int, rope, text: TextKV, memory: Memory) -> Tensor:
         """x [B, T, dim], mod [B, F, 6, dim] (shift, scale, gate of attention, then of the feed-forward)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + mod).unbind(2)
+        shift3, scale3 = self.norm3.bias.float()[None, None], self.norm3.weight.float()[None, None] - 1
         y = self.self_attn(ops.modulate(x, shift1, scale1, self.eps), layer, memory, rope)
-        x = ops.gate_residual(x, y, gate1)
-        x = x + self.cross_attn(self.norm3(x), text_kv)
-        y = self.ffn(ops.modulate(x, shift2, scale2, self.eps))
-        return ops.gate_residual(x, y, gate2)
+        x, y = ops.residual_modulate(x, y, gate1, shift3, scale3, self.eps)
+        x, y = ops.residual_modulate(x, self.cross_attn(y, layer, text), None, shift2, scale2, self.eps)
+        return ops.gate_residual(x, self.ffn(y), gate2)
 
 
 class Head(nn.Module):
@@ -145,11 +160,12 @@ class CausalDiT(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def text_kv(self, embeds: Tensor) -> Tensor:
+    def text_kv(self, embeds: Tensor, collapse: bool = False) -> TextKV:
         """Keys and values of every cross-attention for prompt embeddings, once per prompt.
 
         embeds: [B, L <= text_len, text_dim]; short ones are padded with zeros, which Wan attends to, not masks.
-        Returns [layers, 2, B, text_len, H, D].
+        collapse: let one key stand for all of a prompt's padding, exactly (`ops.cross_attention`); reads the lengths,
+        so it stops the stream once.
         """
         if embeds.ndim != 3 or embeds.shape[2] != self.config.text_dim or embeds.shape[1] > self.config.text_len:
             raise ValueError(
@@ -157,10 +173,19 @@ class CausalDiT(nn.Module):
                 f"with L at most {self.config.text_len}"
             )
         embeds = F.pad(embeds.to(self.device, self.dtype), (0, 0, 0, self.config.text_len - embeds.shape[1]))
+        used = repeat = None
+        if collapse:
+            order = torch.arange(1, self.config.text_len + 1, device=self.device)
+            length = (embeds.ne(0).any(-1) * order).amax(1)  # up to the last token that is not zero
+            used = (length + 1).clamp(max=self.config.text_len)
+            repeat = (self.config.text_len + 1 - used).float()
+            embeds = embeds[:, : int(used.max())]
+            if length.min() == self.config.text_len:
+                used = repeat = None  # there is no padding
         text = self.text_embedding(embeds)
-        return torch.stack([block.cross_attn.keys_values(text) for block in self.blocks])
+        return TextKV(torch.stack([block.cross_attn.keys_values(text) for block in self.blocks]), used, repeat)
 
-    def forward(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: Tensor, memory: Memory) -> DiTOutput:
+    def forward(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: Memory) -> DiTOutput:
         """One forward over a chunk.
 
         x [B, F, C, H, W] noisy latents; t [B, F] timesteps in [0, 1000] (1000 sigma); frames [B, F] absolute positions;
@@ -174,7 +199,7 @@ class CausalDiT(nn.Module):
         mod = self.time_projection(time).unflatten(-1, (6, -1)).float()
         rope = rope_table(frames, height // p, width // p, self.config.head_dim, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, mod, layer, rope, text_kv[layer], memory)
+            tokens = block(tokens, mod, layer, rope, text_kv, memory)
         out = self.head(tokens, time)
         out = out.view(batch, count, height // p, width // p, p, p, self.config.out_dim)
         velocity = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, count, self.config.out_dim, height, width)

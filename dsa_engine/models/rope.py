@@ -11,6 +11,11 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * side, side, side
 
 
+def rates(pairs: int, theta: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Radians a step of an axis with `pairs` pairs: theta ** (-j / pairs), float64."""
+    return theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
+
+
 def rope_table(
     frames: torch.Tensor, height: int, width: int, head_dim: int, theta: float = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,8 +31,7 @@ def rope_table(
     device = frames.device
 
     def angles(coordinate: torch.Tensor, pairs: int) -> torch.Tensor:
-        rates = theta ** (-torch.arange(pairs, device=device, dtype=torch.float64) / pairs)
-        return coordinate.to(torch.float64)[..., None] * rates
+        return coordinate.to(torch.float64)[..., None] * rates(pairs, theta, device)
 
     nt, nh, nw = axis_pairs(head_dim)
     grid = (batch, count, height, width)

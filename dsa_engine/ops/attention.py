@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import implementation
-from dsa_engine.ops.fp8 import CacheScales
+from dsa_engine.structures import CacheScales
 
 
 def attention(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import implementation
-from dsa_engine.ops.fp8 import Rowwise
+from dsa_engine.structures import Rowwise
 
 
 def quantise(x: Tensor) -> Rowwise:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsa_engine.ops.attention import check_scales
 from dsa_engine.ops.dispatch import implementation
-from dsa_engine.ops.fp8 import CacheScales
+from dsa_engine.structures import CacheScales
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa_engine.ops.fp8 import Rowwise
-from dsa_engine.ops.step import Epilogue, HeadWeights, StopRule
+from dsa_engine.structures import Epilogue, HeadWeights, Rowwise, StopRule
 
 E4M3_MAX = 448.0  # the largest number of e4m3
 FEW_KEYS = 512  # up to here two plain products beat the fused CPU kernel, most of all in its backward

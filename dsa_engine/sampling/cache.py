@@ -7,7 +7,10 @@ a chunk, its commit, and a second try after a failure write the same frames (as 
 time exactly the first min(length + F, W) frames of a slot are valid for a chunk of F frames, whatever the head: no data
 ever moves.
 
-Keys are stored rotated at the absolute frame position they were made for (Self-Forcing's convention).
+Keys are stored rotated at the absolute frame position they were made for (Self-Forcing's convention). RoPE makes a
+score depend on the distance of two frames alone, and within the ring no distance ever exceeds W, however long the clip.
+Only the sink falls behind: after p frames it is p frames away, beyond anything a model was trained on. With
+`rope="relative"` it moves along instead: sink frame j is seen at j + max(0, p + F - W), next to the oldest ring frame.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ import torch
 from torch import Tensor
 
 from dsa_engine import ops
+from dsa_engine.models.rope import axis_pairs, rates
 
 
 class KVCache:
     """K and V of all layers: two tensors [layers, N, W, S, H, D]; `head`, `length` and `position` [N] on the device.
 
-    window: W, frames, counting the chunk being denoised and holding the sink; tokens: S, per frame; slots: N sessions.
+    window: W, frames, counting the chunk being denoised and holding the sink; tokens: S, per frame; slots: N sessions;
+    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE.
     """
 
     def __init__(
         self, layers: int, heads: int, head_dim: int, tokens: int, window: int, sink: int = 0, slots: int = 1,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, rope: str = "absolute",
+        theta: float = 10000.0,
     ):  # fmt: skip
         if not 0 <= sink < window:
             raise ValueError(f"sink={sink} with window={window}: the sink must be smaller; nearest is {window - 1}")
@@ -34,6 +40,9 @@ class KVCache:
         self.k = torch.empty(layers, slots, window, tokens, heads, head_dim, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
         self.head, self.length, self.position = torch.zeros(3, slots, device=device, dtype=torch.long)
+        self.theta = theta
+        # Where the sink moves, its keys as they were made: turned anew from these each time, rounding never adds up.
+        self.still = self.k[:, :, :sink].clone() if rope == "relative" and sink else None
         self._free = list(range(slots))
 
     def acquire(self, rows: int = 1) -> Tensor:
@@ -71,12 +80,17 @@ class KVCache:
         self.position[slot] = position
 
     def rows(self, slot: Tensor, frames: int) -> CacheRows:
-        """The view through which one forward over a chunk of `frames` frames reads and writes the slots [B]."""
+        """The view through which one forward over a chunk of `frames` frames reads and writes the slots [B].
+
+        With relative positions the sink's keys are turned to where this chunk sees them.
+        """
         if frames > self.window - self.sink:
             raise ValueError(
                 f"chunk of {frames} frames: the ring holds {self.window - self.sink} beside the sink; "
                 f"nearest is {self.window - self.sink}"
             )
+        if self.still is not None:
+            self._place_sink(slot, (self.position[slot] + frames - self.window).clamp(min=0))
         ahead = torch.arange(frames, device=self.k.device)
         return CacheRows(
             cache=self,
@@ -88,9 +102,23 @@ class KVCache:
 
     def advance(self, slot: Tensor, frames: int) -> None:
         """Make the chunk that was written last part of the past."""
+        if self.still is not None:
+            filling = (self.position[slot] < self.sink)[:, None, None, None, None]
+            self.still[:, slot] = torch.where(filling, self.k[:, slot, : self.sink], self.still[:, slot])
         self.head[slot] = self._wrap(self.head[slot] + frames)
         self.length[slot] = (self.length[slot] + frames).clamp(max=self.window)
         self.position[slot] += frames
+
+    def _place_sink(self, slot: Tensor, shift: Tensor) -> None:
+        """The sink's keys as if their frames lay `shift` [B] positions later."""
+        pairs = axis_pairs(self.k.shape[-1])[0]
+        angle = shift[:, None].double() * rates(pairs, self.theta, self.k.device)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None, None, None].to(torch.complex64)
+        still = self.still[:, slot]
+        time = torch.view_as_complex(still[..., : 2 * pairs].float().unflatten(-1, (-1, 2)))
+        still[..., : 2 * pairs] = torch.view_as_real(time * turn).flatten(-2).to(still.dtype)
+        moves = (shift > 0)[:, None, None, None, None]  # until then the sink is still being made
+        self.k[:, slot, : self.sink] = torch.where(moves, still, self.k[:, slot, : self.sink])
 
     def _wrap(self, index: Tensor) -> Tensor:
         ring = self.window - self.sink
@@ -99,16 +127,20 @@ class KVCache:
     def save(self, slot: Tensor) -> dict[str, Tensor]:
         """A copy of the slots' whole state. `load` brings it back, also into other slots of an equal cache."""
         arrays = {"k": self.k[:, slot], "v": self.v[:, slot]}
+        if self.still is not None:
+            arrays["still"] = self.still[:, slot]
         return arrays | {name: getattr(self, name)[slot].clone() for name in ("head", "length", "position")}
 
     def load(self, slot: Tensor, state: dict[str, Tensor]) -> None:
         self.k[:, slot], self.v[:, slot] = state["k"].to(self.k.device), state["v"].to(self.v.device)
+        if self.still is not None:
+            self.still[:, slot] = state["still"].to(self.k.device)
         for name in ("head", "length", "position"):
             getattr(self, name)[slot] = state[name].to(self.k.device)
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.k.nbytes
+        return 2 * self.k.nbytes + (0 if self.still is None else self.still.nbytes)
 
 
 def _run(length: Tensor, window: int) -> Tensor:

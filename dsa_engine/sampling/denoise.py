@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dsa_engine import ops
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.sampling.cache import CacheRows
 from dsa_engine.sampling.policy import Policy
-from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
+from dsa_engine.sampling.schedule import TIMESTEPS
 
 
 class Step(NamedTuple):
@@ -47,10 +47,10 @@ def denoise_chunk(
     x: Tensor,
     *,
     chunk: int,
-    schedule: Schedule,
+    sigmas: Sequence[float],
     policies: Sequence[Policy],
     renoise: Callable[[int, list[int]], Tensor],
-    text_kv: Tensor,
+    text_kv: TextKV,
     rows: CacheRows,
     on_step: Callable[[Step], None] | None = None,
 ) -> Denoised:
@@ -60,11 +60,11 @@ def denoise_chunk(
     others go on from (1 - sigma') x0 + sigma' noise at the next level sigma'. Rows that stopped leave the batch, so
     they cost nothing more.
 
-    x [B, F, C, H, W]: pure noise; policies: one a row; renoise(step, rows) gives the noise after `step` steps
-    (1, 2, ...) for those rows of the batch; text_kv, rows: what the model reads of prompt and past (the chunk's own
-    K/V are left in the cache, not advanced); on_step is called after each step, before its decision.
+    x [B, F, C, H, W]: at level sigmas[0], pure noise where that is 1; policies: one a row; renoise(step, rows) gives
+    the noise after `step` steps (1, 2, ...) for those rows of the batch; text_kv, rows: what the model reads of prompt
+    and past (the chunk's own K/V are left in the cache, not advanced); on_step is called after each step, before its
+    decision.
     """
-    sigmas = schedule.sigmas
     latents = torch.empty_like(x)
     confidence = x.new_empty(x.shape[:2], dtype=torch.float32) if head else None
     steps = [0] * len(x)
@@ -92,7 +92,7 @@ def denoise_chunk(
             return Denoised(latents, steps, confidence)
         if leave:
             keep = torch.tensor(stay, device=x.device)
-            x0, text_kv, rows = x0[keep], text_kv[:, :, keep], rows.select(keep)
+            x0, text_kv, rows = x0[keep], text_kv.select(keep), rows.select(keep)
             active = [active[i] for i in stay]
         before = x0
         x = ops.renoise(x0, renoise(step, active), level[: len(active)].fill_(sigmas[step]))
@@ -112,6 +112,6 @@ def _read(
     return [host[name][row] if name in host else None for row, name in enumerate(reads)]
 
 
-def commit_chunk(model: CausalDiT, latents: Tensor, text_kv: Tensor, rows: CacheRows) -> None:
+def commit_chunk(model: CausalDiT, latents: Tensor, text_kv: TextKV, rows: CacheRows) -> None:
     """Write the clean chunk's keys and values: one forward at timestep 0. Advances nothing."""
     model(latents, latents.new_zeros(latents.shape[:2], dtype=torch.float32), rows.frames, text_kv, rows)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
+
+from dsa_engine import ops
 
 Renoise = torch.Tensor | Callable[[int, int], torch.Tensor]
 
@@ -36,16 +39,39 @@ class SeededNoise:
         self.seeds, self.shape, self.device, self.dtype = [check_seed(s) for s in seeds], shape, device, dtype
 
     def initial(self, chunk: int) -> torch.Tensor:
-        """[B, F, C, H, W] to start chunk `chunk` from."""
         return self._draw(chunk, 0, range(len(self.seeds)))
 
     def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
-        """[len(rows), F, C, H, W] after `step` steps (1, 2, ...)."""
         return self._draw(chunk, step, rows)
 
     def _draw(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
         draws = [gaussian(self.seeds[row], chunk, step, self.shape) for row in rows]
         return torch.stack(draws).to(self.device, self.dtype)
+
+
+class Noise(Protocol):
+    """Where a rollout's noise comes from."""
+
+    def initial(self, chunk: int) -> torch.Tensor:
+        """[B, F, C, H, W] to start chunk `chunk` from."""
+
+    def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
+        """[len(rows), F, C, H, W] after `step` steps (1, 2, ...)."""
+
+
+class GuidedNoise:
+    """A start that is not pure noise but a video's latents [B, F_total, C, H, W], noised to level sigma."""
+
+    def __init__(self, noise: Noise, guide: torch.Tensor, sigma: float):
+        self.noise, self.guide, self.sigma = noise, guide, sigma
+        self.renoise = noise.renoise
+
+    def initial(self, chunk: int) -> torch.Tensor:
+        noise = self.noise.initial(chunk)
+        frames = noise.shape[1]
+        level = noise.new_full(noise.shape[:2], self.sigma, dtype=torch.float32)
+        clean = self.guide[:, chunk * frames : (chunk + 1) * frames].to(noise)
+        return ops.renoise(clean, noise, level)
 
 
 class GivenNoise:

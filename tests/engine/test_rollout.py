@@ -16,17 +16,18 @@ def engine(dit, **options) -> Engine:
     return Engine(dit, None, None, None, RolloutConfig(chunk_frames=FRAMES, shift=3.0, **options), max_sessions=2)
 
 
-def rollout(dit, noise, embeds, counts=(2,), given=None, **options):
+def rollout(dit, noise, embeds, counts=(2,), given=None, begun=None, guide=None, strength=1.0, **options):
     made = engine(dit, **options)
     return made.rollout(
         embeds, height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, policy=PerChunk(list(counts)),
-        seeds=range(len(noise)), config=made.config, initial=noise, renoise=given,
+        seeds=range(len(noise)), config=made.config, initial=noise, renoise=given, given=begun, guide=guide,
+        strength=strength,
     )  # fmt: skip
 
 
-def run(roll) -> torch.Tensor:
+def run(roll, chunks_wanted=CHUNKS) -> torch.Tensor:
     chunks = []
-    for _ in range(CHUNKS):
+    for _ in range(chunks_wanted):
         result = roll.denoise()
         roll.accept(result.latents)
         chunks.append(result.latents)
@@ -62,13 +63,20 @@ class Everything:
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values).flatten(2)
 
 
-def naive(dit, noise, embeds, counts, renoise, sigmas, window, sink, commit="clean"):
+def naive(dit, noise, embeds, counts, renoise, sigmas, window, sink, commit="clean", begun=()):
+    """begun: chunks of clean latents that are committed before anything is made."""
     config = dit.config
     memory = Everything(config.num_layers, config.num_heads, 4, window, sink)
-    text_kv, out = dit.text_kv(embeds), []
-    for c in range(CHUNKS):
+    text_kv, out, first = dit.text_kv(embeds), [], 0
+    memory.keep = True
+    for chunk in begun:
+        frames = torch.arange(first, first + chunk.shape[1]).expand(len(chunk), -1)
+        dit(chunk, torch.zeros(chunk.shape[:2]), frames, text_kv, memory)
+        first += chunk.shape[1]
+    for c in range(noise.shape[1] // FRAMES):
         x = noise[:, c * FRAMES : (c + 1) * FRAMES]
-        frames = torch.arange(c * FRAMES, (c + 1) * FRAMES).expand(len(x), -1)
+        frames = torch.arange(first + c * FRAMES, first + (c + 1) * FRAMES).expand(len(x), -1)
+        memory.keep = False
         count = counts[min(c, len(counts) - 1)]
         for step in range(count):
             memory.keep = commit == "exit_step" and step == count - 1
@@ -157,13 +165,13 @@ def test_positions_are_absolute(tiny_dit):
     noise, embeds = torch.randn(1, CHUNKS * FRAMES, 16, SIZE, SIZE), torch.randn(1, 5, 40)
     roll = rollout(tiny_dit, noise, embeds, window=4)
     run(roll)
-    frames = roll._rows().frames - FRAMES
+    frames = roll.cache.rows(roll.slot, FRAMES).frames - FRAMES
     assert frames.tolist() == [[(CHUNKS - 2) * FRAMES, (CHUNKS - 2) * FRAMES + 1]]  # the last chunk is not committed
 
 
 def test_too_few_slots_is_an_error_that_says_what_to_do(tiny_dit):
     made = engine(tiny_dit, window=4)
-    cache = made._cache(4, 0, 4, slots=1)
+    cache = made._cache(4, 0, 4, "absolute", slots=1)
     cache.acquire(1)
     with pytest.raises(RuntimeError, match="max_sessions"):
         cache.acquire(1)
@@ -175,3 +183,54 @@ def test_an_endless_rollout_needs_a_window(tiny_dit):
         made.rollout(
             torch.randn(1, 5, 40), height=SIZE, width=SIZE, frames=None, policy=Fixed(1), seeds=[0], config=made.config
         )
+
+
+@pytest.mark.parametrize("window, sink", [(None, 0), (6, 0), (7, 3)])
+@pytest.mark.parametrize("begun", [(1,), (2,), (1, 2), (2, 2)])
+def test_a_clip_goes_on_from_what_it_was_given(tiny_dit, close, begun, window, sink):
+    """A picture (one frame), a chunk, a picture and a chunk, two chunks: committed as they are, then as always."""
+    noise, given = torch.randn(2, 1, 4 * FRAMES, 16, SIZE, SIZE).unbind(0)
+    embeds, latents = torch.randn(1, 5, 40), torch.randn(1, sum(begun), 16, SIZE, SIZE)
+    roll = rollout(tiny_dit, noise, embeds, (2, 1), given, begun=latents, window=window, sink=sink)
+    expected = naive(
+        tiny_dit, noise, embeds, (2, 1), given, roll.schedule.sigmas, window or CHUNKS * FRAMES, sink,
+        begun=latents.split(list(begun), dim=1),
+    )  # fmt: skip
+    close(run(roll, 4), expected, 1e-4)
+    assert roll.position == sum(begun) + 4 * FRAMES
+    roll.restart()
+    close(run(roll, 4), expected, 1e-4)
+
+
+def test_of_a_long_video_only_the_window_is_committed(tiny_dit, close):
+    """The ring's keys come from the last frames given, at their places; a shorter replay, so only the first layer's
+    keys, which depend on nothing else, must be those of the whole."""
+    noise, embeds = torch.randn(1, 2, 16, SIZE, SIZE), torch.randn(1, 5, 40)
+    latents = torch.randn(1, 21, 16, SIZE, SIZE)
+    roll = rollout(tiny_dit, noise, embeds, begun=latents, window=7, sink=2)
+    roll.settle()
+    whole = rollout(tiny_dit, torch.randn(1, 24, 16, SIZE, SIZE), embeds, begun=latents[:, :1], window=7, sink=2)
+    for chunk in latents[:, 1:].split(FRAMES, dim=1):
+        whole.settle()
+        whole.accept(chunk)
+    whole.settle()
+
+    def kept(r):
+        keys = r.cache.k[0, r.slot].flatten(2)[0]
+        return keys[keys[:, 0].argsort()]
+
+    assert (roll.position, roll.cache.position.item()) == (21, 21)
+    assert len(roll.past) < 6
+    close(kept(roll), kept(whole), 1e-5)
+
+
+@pytest.mark.parametrize("strength, levels", [(1.0, 3), (0.7, 2), (0.5, 2), (0.34, 1), (0.01, 1)])
+def test_a_guide_is_noised_to_the_strength_and_denoised_from_there(tiny_dit, close, strength, levels):
+    noise, given, guide = torch.randn(3, 1, CHUNKS * FRAMES, 16, SIZE, SIZE).unbind(0)
+    embeds = torch.randn(1, 5, 40)
+    options = dict(guide=guide, strength=strength, steps=(1000.0, 600.0, 200.0))
+    roll = rollout(tiny_dit, noise, embeds, (levels,), given, **options)
+    sigmas = [3 * s / (1 + 2 * s) for s in (1.0, 0.6, 0.2)][-levels:]
+    start = (1 - sigmas[0]) * guide + sigmas[0] * noise
+    expected = naive(tiny_dit, start, embeds, (levels,), given, sigmas, CHUNKS * FRAMES, 0)
+    close(run(roll), expected, 1e-4)

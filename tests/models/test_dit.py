@@ -131,7 +131,7 @@ def test_rows_of_one_batch_may_be_at_different_chunks(close):
     text_kv, cache = ours.text_kv(text), empty_cache(config, (4, 6), window=6)
     slot, clean = cache.acquire(2), torch.zeros(1, 2)
     for chunk in (clip[:1, :2], clip[:1, 2:4]):
-        forward(ours, cache, slot[:1], chunk, clean, text_kv[:, :, :1])
+        forward(ours, cache, slot[:1], chunk, clean, text_kv.select(slice(1)))
         cache.advance(slot[:1], 2)
     x, t = torch.stack((clip[0, 4:], clip[1, :2])), torch.tensor([[625.0, 625.0], [937.5, 937.5]])
     velocity = forward(ours, cache, slot, x, t, text_kv)
@@ -147,6 +147,26 @@ def test_a_short_prompt_is_padded_with_zeros_that_are_attended(close):
     text[:, 5:] = 0
     expected = theirs(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
     close(one_chunk(ours, x, t[:, None].expand(1, 2), text[:, :5]), expected, REL)
+
+
+def test_one_key_stands_for_all_the_padding(tiny_dit, close):
+    """Prompts of 3 and 12 of 12 tokens and an empty one: the collapsed keys give what all of them give."""
+    text = torch.randn(3, 12, 40)
+    text[0, 3:], text[2] = 0, 0
+    text[0, 1] = 0  # a zero inside the prompt is no padding
+    whole, collapsed = tiny_dit.text_kv(text), tiny_dit.text_kv(text, collapse=True)
+    assert (collapsed.used.tolist(), collapsed.repeat.tolist()) == ([4, 12, 1], [9.0, 1.0, 12.0])
+    short = tiny_dit.text_kv(text[:1], collapse=True)
+    assert short.kv.shape[3] == 4
+    x, t = torch.randn(3, 2, 16, 4, 4), torch.full((3, 2), 500.0)
+
+    def velocity(x, kv):
+        cache = empty_cache(tiny_dit.config, (4, 4), window=2, slots=len(x))
+        return forward(tiny_dit, cache, cache.acquire(len(x)), x, t[: len(x)], kv)
+
+    expected = velocity(x, whole)
+    close(velocity(x, collapsed), expected, REL)
+    close(velocity(x[:1], short), expected[:1], REL)
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (1, 13, 40), (1, 12, 41)])

@@ -13,12 +13,13 @@ from dsa_engine.sampling.cache import KVCache
 
 TOKENS, HEADS, HEAD_DIM, EPS = 2, 2, 4, 1e-6
 WIDTH = HEADS * HEAD_DIM
+THETA = 6.25  # with two pairs, both of the time axis: 1 and 0.4 radians a frame
 GAINS = (torch.linspace(0.5, 1.5, WIDTH), torch.linspace(-1.0, 2.0, WIDTH))
 
 
 def angles(frames):
     """frames [B, F] -> [B, F * S, D / 2]: a rotation that tells positions and pairs apart."""
-    return (0.3 * frames[..., None] * torch.tensor([1.0, 0.4])).repeat_interleave(TOKENS, dim=1)
+    return (frames[..., None] * torch.tensor([1.0, 0.4])).repeat_interleave(TOKENS, dim=1)
 
 
 def attend(rows, qkv, layer=0):
@@ -60,8 +61,35 @@ class KeepsEverything:
         self.k, self.v = torch.cat((self.k, self.chunk_k)), torch.cat((self.v, self.chunk_v))
 
 
-def nan_cache(window, sink=0, slots=3, layers=1):
-    cache = KVCache(layers, HEADS, HEAD_DIM, TOKENS, window, sink, slots)
+class MovesTheSink(KeepsEverything):
+    """Keys as the model gives them, all turned anew for each chunk, with the sink just before the oldest ring frame."""
+
+    def normed(self, x, gain):
+        x = x.double()
+        return (x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * gain.double()).view(-1, TOKENS, HEADS, HEAD_DIM)
+
+    def visible(self, frames):
+        seen = super().visible(frames)
+        if frames is not self.keys:
+            return seen
+        oldest = len(frames) - len(seen)  # of what is seen, had the window no sink
+        position = torch.arange(oldest, len(frames))[None]
+        phase = angles(position)[0].double().view(-1, TOKENS, 1, HEAD_DIM // 2)
+        pairs = torch.view_as_complex(seen.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(phase), phase)).flatten(-2)
+
+    def attend(self, qkv):
+        self.chunk_k, self.chunk_v = self.normed(qkv[1], GAINS[1]), qkv[2].double().view(-1, TOKENS, HEADS, HEAD_DIM)
+        q = super().turn(qkv[0], GAINS[0])
+        self.keys = torch.cat((self.k, self.chunk_k))
+        k, v = self.visible(self.keys), self.visible(torch.cat((self.v, self.chunk_v)))
+        scores = torch.einsum("fshd,gthd->fshgt", q, k) / math.sqrt(HEAD_DIM)
+        weights = scores.flatten(-2).softmax(-1).view(scores.shape)
+        return torch.einsum("fshgt,gthd->fshd", weights, v).reshape(-1, WIDTH)
+
+
+def nan_cache(window, sink=0, slots=3, layers=1, rope="absolute"):
+    cache = KVCache(layers, HEADS, HEAD_DIM, TOKENS, window, sink, slots, rope=rope, theta=THETA)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
     return cache
@@ -87,15 +115,16 @@ def rollouts(draw):
     return window, sink, draw(st.lists(st.tuples(rows, frames, st.integers(1, 3)), min_size=1, max_size=12))
 
 
+@pytest.mark.parametrize("rope, kept", [("absolute", KeepsEverything), ("relative", MovesTheSink)])
 @settings(max_examples=80)
-@given(rollouts())
-def test_the_ring_equals_a_cache_that_keeps_every_frame(rollout):
+@given(rollout=rollouts())
+def test_the_ring_equals_a_cache_that_keeps_every_frame(rope, kept, rollout):
     """Any window, sink and chunk sizes, chunks rewritten before they are kept, sessions at different points."""
     window, sink, turns = rollout
     torch.manual_seed(0)
-    cache = nan_cache(window, sink)
+    cache = nan_cache(window, sink, rope=rope)
     slot = cache.acquire(3)[[2, 0, 1]]
-    naive = [KeepsEverything(window, sink) for _ in range(3)]
+    naive = [kept(window, sink) for _ in range(3)]
     for taking_part, frames, writes in turns:
         slots = slot[taking_part]
         for _ in range(writes):
@@ -243,3 +272,19 @@ def test_a_chunk_larger_than_the_ring_is_refused():
     cache = nan_cache(5, 2)
     with pytest.raises(ValueError, match="chunk of 4 frames: the ring holds 3 .*nearest is 3"):
         cache.rows(cache.acquire(1), 4)
+
+
+def test_a_moving_sink_does_not_wear_off():
+    """After a thousand chunks in bfloat16 the sink's keys are those of the first, turned once."""
+    cache = KVCache(1, HEADS, HEAD_DIM, TOKENS, 5, 2, dtype=torch.bfloat16, rope="relative", theta=THETA)
+    slot = cache.acquire(1)
+    made = torch.randn(1, 2, TOKENS, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    cache.k[0, slot, :2] = made
+    for _ in range(1000):
+        cache.rows(slot, 3)
+        cache.advance(slot, 3)
+    cache.rows(slot, 3)
+    phase = torch.tensor(3.0 * 1000 + 3 - 5, dtype=torch.float64) * torch.tensor([1.0, 0.4])
+    pairs = torch.view_as_complex(made.double().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones(2, dtype=torch.float64), phase)).flatten(-2)
+    torch.testing.assert_close(cache.k[0, slot, :2].double(), turned, rtol=2**-8, atol=2**-8)

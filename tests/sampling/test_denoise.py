@@ -7,7 +7,7 @@ import torch
 
 from dsa_engine import Change, Confidence, Fixed, PerChunk
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import DiTOutput
+from dsa_engine.models.dit import DiTOutput, TextKV
 from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.denoise import denoise_chunk
 from dsa_engine.sampling.schedule import Schedule
@@ -35,7 +35,7 @@ def naive(dit, head, x, counts, table, text_kv, rows):
         for step in range(count):
             sigma = SCHEDULE.sigmas[step]
             t = torch.full((1, SHAPE[0]), 1000 * sigma)
-            out = dit(sample, t, rows.frames[only], text_kv[:, :, only], rows.select(only))
+            out = dit(sample, t, rows.frames[only], text_kv.select(only), rows.select(only))
             x0 = sample - sigma * out.velocity
             if step + 1 < count:
                 after = SCHEDULE.sigmas[step + 1]
@@ -53,7 +53,7 @@ def test_rows_that_stop_at_different_steps_equal_the_naive_loop(tiny_dit, tiny_c
     text_kv = tiny_dit.text_kv(torch.randn(len(counts), 5, 40))
     rows = cache_rows(tiny_dit, len(counts))
     result = denoise_chunk(
-        tiny_dit, head, x, chunk=0, schedule=SCHEDULE, policies=[Fixed(n) for n in counts],
+        tiny_dit, head, x, chunk=0, sigmas=SCHEDULE.sigmas, policies=[Fixed(n) for n in counts],
         renoise=lambda step, which: table[step, which], text_kv=text_kv, rows=rows,
     )  # fmt: skip
     expected, certain = naive(tiny_dit, head, x, counts, table, text_kv, cache_rows(tiny_dit, len(counts)))
@@ -95,9 +95,9 @@ def test_a_perfect_model_needs_one_step_and_stopped_rows_cost_nothing():
     model = Oracle(target)
     seen = []
     result = denoise_chunk(
-        model, logits, torch.randn(4, *SHAPE), chunk=0, schedule=SCHEDULE,
+        model, logits, torch.randn(4, *SHAPE), chunk=0, sigmas=SCHEDULE.sigmas,
         policies=[PerChunk([n]) for n in (3, 1, 4, 2)], renoise=lambda step, which: torch.randn(len(which), *SHAPE),
-        text_kv=torch.zeros(1, 2, 4, 1, 1, 1), rows=Rows([0, 1, 2, 3]), on_step=seen.append,
+        text_kv=TextKV(torch.zeros(1, 2, 4, 1, 1, 1)), rows=Rows([0, 1, 2, 3]), on_step=seen.append,
     )  # fmt: skip
     torch.testing.assert_close(result.latents, target, rtol=0, atol=2e-6)
     assert model.sizes == [4, 3, 2, 1]
@@ -108,9 +108,9 @@ def test_a_perfect_model_needs_one_step_and_stopped_rows_cost_nothing():
 def test_the_confidence_of_each_row_decides_for_that_row_alone():
     model = Oracle(torch.zeros(3, *SHAPE))
     result = denoise_chunk(
-        model, logits, torch.randn(3, *SHAPE), chunk=0, schedule=SCHEDULE,
+        model, logits, torch.randn(3, *SHAPE), chunk=0, sigmas=SCHEDULE.sigmas,
         policies=[Confidence(0.6) for _ in range(3)],  # sigmoid(0) = .5 never passes, sigmoid(1) = .73 does at once
-        renoise=lambda step, which: torch.zeros(len(which), *SHAPE), text_kv=torch.zeros(1, 2, 3, 1, 1, 1),
+        renoise=lambda step, which: torch.zeros(len(which), *SHAPE), text_kv=TextKV(torch.zeros(1, 2, 3, 1, 1, 1)),
         rows=Rows([0, 1, 2]),
     )  # fmt: skip
     assert result.steps == [4, 1, 1]
@@ -142,8 +142,8 @@ ESTIMATES = torch.tensor(
 def known_chunk(policies, table=ESTIMATES, head=None):
     model = Known(table)
     return denoise_chunk(
-        model, head, torch.randn(4, *SHAPE), chunk=0, schedule=SCHEDULE, policies=policies,
-        renoise=lambda step, which: torch.randn(len(which), *SHAPE), text_kv=torch.zeros(1, 2, 4, 1, 1, 1),
+        model, head, torch.randn(4, *SHAPE), chunk=0, sigmas=SCHEDULE.sigmas, policies=policies,
+        renoise=lambda step, which: torch.randn(len(which), *SHAPE), text_kv=TextKV(torch.zeros(1, 2, 4, 1, 1, 1)),
         rows=Rows([0, 1, 2, 3]),
     )  # fmt: skip
 

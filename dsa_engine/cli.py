@@ -30,7 +30,7 @@ from dsa_engine.doctor import doctor, table
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Chunk
 from dsa_engine.models import convert as converting
-from dsa_engine.models import names, package
+from dsa_engine.models import memory, names, package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.found import inspect
@@ -248,9 +248,7 @@ def switches(at: Sequence[tuple[str, str]], starts: Sequence[int], fps: float) -
         frame = float(match[1]) * (fps if match[2] == "s" else 1)
         chunk = min(range(end + 1), key=lambda i: abs(starts[i] - frame))
         if not 0 < chunk < end:
-            where = (
-                "where the clip begins" if chunk == 0 else f"the clip's end at {starts[end]}f ({starts[end] / fps:g}s)"
-            )
+            where = "the clip's start" if chunk == 0 else f"the clip's end at {starts[end]}f ({starts[end] / fps:g}s)"
             legal = f"; the nearest possible is {starts[min(max(chunk, 1), end - 1)]}f" if end > 1 else ""
             raise ValueError(f"--at {when}: is at or nearest to {where}, where nothing can switch{legal}")
         if frame <= before:
@@ -330,7 +328,10 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         found = inspect(path, args.family)
         if found.kind != names.ENGINE:  # told by the headers alone: nothing is loaded
             facts = found.to_dict()
-            return facts, table(facts), 0
+            if found.config is not None:
+                facts["memory"] = memory.report(found.config, found.rollout, memory.Workload())
+            return facts, info_lines(facts), 0
+    before = memory.resident()
     pipe = without_weights(args.model) if bare else Pipeline.from_pretrained(args.model)
     engine, config, model = pipe.engine, pipe.config, pipe.engine.dit.config
     parts = {"generator": engine.dit, "confidence": engine.head, "codec": engine.decoder, "text": engine.text}
@@ -358,7 +359,19 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     }
     if isinstance(engine.text, SlotTextEncoder):
         facts |= {"prompts": GRAMMAR, "example": str(EXAMPLE)}
-    return facts, table(facts), 0
+    load = memory.Workload(pipe.height // stride, pipe.width // stride, frames, dtype=engine.dit.dtype)
+    parts["vae"] = parts.pop("codec")
+    facts["memory"] = memory.report(model, config, load, **({} if bare else memory.sizes_of(parts)))
+    if not bare:
+        measured, now = memory.measure(parts, engine.dit.device), memory.resident()
+        measured["loading"] = None if before is None or now is None else now - before
+        facts["memory"]["measured"] = measured
+    return facts, info_lines(facts), 0
+
+
+def info_lines(facts: dict[str, Any]) -> list[str]:
+    """Facts for people, with bytes of memory as GB."""
+    return table(facts | {name: memory.shown(value) for name, value in facts.items() if name == "memory"})
 
 
 def convert(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:

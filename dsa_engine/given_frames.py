@@ -64,7 +64,7 @@ def _tensor(name: str, given: Any) -> Tensor:
     else:
         raise ValueError(f"{name} of type {type(given).__name__}: must be {FORMS}")
     frames = frames.float() / 255 if whole else frames.float()
-    if not (frames.min() >= 0 and frames.max() <= 1):
+    if frames.numel() and not (frames.min() >= 0 and frames.max() <= 1):
         raise ValueError(
             f"{name}: values from {frames.min():.3g} to {frames.max():.3g}; floats must be within [0, 1], "
             "0 to 255 only as uint8"

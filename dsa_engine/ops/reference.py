@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -193,3 +194,15 @@ def epilogue(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps) 
         confidence = judge(features, head).sigmoid()
     state = torch.cat((confidence, decide(confidence, rule).float()[:, None]), dim=1)
     return Epilogue(x0, renoise(x0, noise, next_sigma), state)
+
+
+def gaussian(seed: Tensor, chunk: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = math.prod(shape)
+    rows = zip(seed.tolist(), chunk.tolist(), step.tolist())
+    counters = (np.random.Philox(key=key % 2**64, counter=[0, 0, s, c]) for key, c, s in rows)
+    words = torch.from_numpy(np.stack([bits.random_raw(-(-count // 2)).view(np.int64) for bits in counters]))
+    low, high = words & 0xFFFFFFFF, (words >> 32) & 0xFFFFFFFF
+    r = ((low >> 8).float().add_(0.5) * 2**-24).log_().mul_(-2).sqrt_()
+    angle = high.float() * (2 * math.pi * 2**-32)
+    pairs = torch.stack((r * angle.cos(), r * angle.sin()), dim=-1)
+    return pairs.flatten(1)[:, :count].reshape(-1, *shape).to(seed.device)

@@ -1,11 +1,11 @@
 """The KV cache: a preallocated ring of frames with an optional sink, one slot a session.
 
-Contract. A slot holds W frames: the first s are the sink, the other W - s a ring. Frames are written at `head`, which
-runs 0 .. W-1 and then wraps to s, so the sink stays for ever and the oldest ring frame is overwritten. The chunk being
-denoised is written at `head` too, over the frames it evicts; only `advance` moves the head, so every denoising step of
-a chunk, its commit, and a second try after a failure write the same frames (as long as the chunk's size stays). At any
-time exactly the first min(length + F, W) frames of a slot are valid for a chunk of F frames, whatever the head: no data
-ever moves.
+Contract. A slot holds a sink of s frames, which stay for ever, and a ring of R >= W - s: frame p of a clip lies at p if
+p < s, else at s + (p - s) mod R, so nothing ever moves. A chunk of F frames at position p sees the sink and the last
+W - s frames that end with itself. The chunk being denoised is written at its own place; only `advance` moves the
+position, so every denoising step of a chunk, its commit, and a second try after a failure write the same frames. With
+R = W - s these are the frames that the chunk evicts; with `spare` more, the chunk after next fits in as well, so that
+one forward can commit a chunk and denoise the next, each row seeing its own window.
 
 Keys are stored rotated at the absolute frame position they were made for (Self-Forcing's convention). RoPE makes a
 score depend on the distance of two frames alone, and within the ring no distance ever exceeds W, however long the clip.
@@ -23,23 +23,25 @@ from dsa_engine.models.rope import axis_pairs, rates
 
 
 class KVCache:
-    """K and V of all layers: two tensors [layers, N, W, S, H, D]; `head`, `length` and `position` [N] on the device.
+    """K and V of all layers: two tensors [layers, N, s + R, S, H, D]; per slot, on the device: `position` [N], the next
+    frame's, and `oldest` [N], the first frame of the ring that is there.
 
     window: W, frames, counting the chunk being denoised and holding the sink; tokens: S, per frame; slots: N sessions;
-    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE.
+    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE; spare: R - (W - s).
     """
 
     def __init__(
         self, layers: int, heads: int, head_dim: int, tokens: int, window: int, sink: int = 0, slots: int = 1,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, rope: str = "absolute",
-        theta: float = 10000.0,
+        theta: float = 10000.0, spare: int = 0,
     ):  # fmt: skip
         if not 0 <= sink < window:
             raise ValueError(f"sink={sink} with window={window}: the sink must be smaller; nearest is {window - 1}")
-        self.window, self.sink, self.slots = window, sink, slots
-        self.k = torch.empty(layers, slots, window, tokens, heads, head_dim, device=device, dtype=dtype)
+        self.window, self.sink, self.slots, self.spare = window, sink, slots, spare
+        self.ring = window - sink + spare
+        self.k = torch.empty(layers, slots, sink + self.ring, tokens, heads, head_dim, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
-        self.head, self.length, self.position = torch.zeros(3, slots, device=device, dtype=torch.long)
+        self.position, self.oldest = torch.zeros(2, slots, device=device, dtype=torch.long)
         self.theta = theta
         # Where the sink moves, its keys as they were made: turned anew from these each time, rounding never adds up.
         self.still = self.k[:, :, :sink].clone() if rope == "relative" and sink else None
@@ -73,40 +75,54 @@ class KVCache:
 
     def clear(self, slot: Tensor) -> None:
         """Forget the slots' frames; the next one has absolute position 0."""
-        self.head[slot], self.length[slot], self.position[slot] = 0, 0, 0
+        self.position[slot], self.oldest[slot] = 0, 0
 
     def seek(self, slot: Tensor, position: int) -> None:
-        """The next frame has absolute position `position`."""
+        """The next frame has absolute position `position`. After a gap what the ring held before is out of sight."""
+        self.oldest[slot] = torch.where(self.position[slot] == position, self.oldest[slot], position)
         self.position[slot] = position
 
-    def rows(self, slot: Tensor, frames: int) -> CacheRows:
+    def rows(self, slot: Tensor, frames: int, ahead: int = 0) -> CacheRows:
         """The view through which one forward over a chunk of `frames` frames reads and writes the slots [B].
 
-        With relative positions the sink's keys are turned to where this chunk sees them.
+        ahead: the chunk starts that many frames after the next position: what lies between is written in the same
+        forward. With relative positions the sink's keys are turned to where this chunk sees them.
         """
         if frames > self.window - self.sink:
             raise ValueError(
                 f"chunk of {frames} frames: the ring holds {self.window - self.sink} beside the sink; "
                 f"nearest is {self.window - self.sink}"
             )
+        if ahead > self.spare:
+            raise ValueError(f"ahead={ahead}: the ring has {self.spare} frames to spare; nearest is {self.spare}")
+        start = self.position[slot] + ahead
         if self.still is not None:
-            self._place_sink(slot, (self.position[slot] + frames - self.window).clamp(min=0))
-        ahead = torch.arange(frames, device=self.k.device)
+            self._place_sink(slot, (start + frames - self.window).clamp(min=0))
+        position = start[:, None] + torch.arange(frames, device=self.k.device)
         return CacheRows(
-            cache=self,
-            slot=slot,
-            write=self._wrap(self.head[slot, None] + ahead),
-            keys=_run(self.length[slot] + frames, self.window),
-            frames=self.position[slot, None] + ahead,
+            self, slot, write=self._place(position), keys=self._seen(slot, start + frames), frames=position
         )
+
+    def _place(self, position: Tensor) -> Tensor:
+        """Where in a slot frames lie."""
+        return torch.where(position < self.sink, position, self.sink + (position - self.sink) % self.ring)
+
+    def _seen(self, slot: Tensor, end: Tensor) -> Tensor:
+        """Runs of frames [B, 3, 2] that a chunk ending at `end` [B] sees: the sink, the ring, its part that wrapped."""
+        start = torch.maximum(self.oldest[slot], end - (self.window - self.sink)).clamp(min=self.sink)
+        count = (end - start).clamp(min=0)
+        first = torch.where(count == self.ring, self.sink, self._place(start))  # a full ring is one run
+        last, limit = first + count, self.sink + self.ring
+        zero = torch.zeros_like(end)
+        edges = (zero, end.clamp(max=self.sink), first, last.clamp(max=limit), zero + self.sink,
+                 self.sink + (last - limit).clamp(min=0))  # fmt: skip
+        return torch.stack(edges, dim=-1).unflatten(-1, (3, 2))
 
     def advance(self, slot: Tensor, frames: int) -> None:
         """Make the chunk that was written last part of the past."""
         if self.still is not None:
             filling = (self.position[slot] < self.sink)[:, None, None, None, None]
             self.still[:, slot] = torch.where(filling, self.k[:, slot, : self.sink], self.still[:, slot])
-        self.head[slot] = self._wrap(self.head[slot] + frames)
-        self.length[slot] = (self.length[slot] + frames).clamp(max=self.window)
         self.position[slot] += frames
 
     def _place_sink(self, slot: Tensor, shift: Tensor) -> None:
@@ -120,33 +136,23 @@ class KVCache:
         moves = (shift > 0)[:, None, None, None, None]  # until then the sink is still being made
         self.k[:, slot, : self.sink] = torch.where(moves, still, self.k[:, slot, : self.sink])
 
-    def _wrap(self, index: Tensor) -> Tensor:
-        ring = self.window - self.sink
-        return torch.where(index < self.window, index, self.sink + (index - self.sink) % ring)
-
     def save(self, slot: Tensor) -> dict[str, Tensor]:
         """A copy of the slots' whole state. `load` brings it back, also into other slots of an equal cache."""
         arrays = {"k": self.k[:, slot], "v": self.v[:, slot]}
         if self.still is not None:
             arrays["still"] = self.still[:, slot]
-        return arrays | {name: getattr(self, name)[slot].clone() for name in ("head", "length", "position")}
+        return arrays | {name: getattr(self, name)[slot].clone() for name in ("position", "oldest")}
 
     def load(self, slot: Tensor, state: dict[str, Tensor]) -> None:
         self.k[:, slot], self.v[:, slot] = state["k"].to(self.k.device), state["v"].to(self.v.device)
         if self.still is not None:
             self.still[:, slot] = state["still"].to(self.k.device)
-        for name in ("head", "length", "position"):
+        for name in ("position", "oldest"):
             getattr(self, name)[slot] = state[name].to(self.k.device)
 
     @property
     def nbytes(self) -> int:
         return 2 * self.k.nbytes + (0 if self.still is None else self.still.nbytes)
-
-
-def _run(length: Tensor, window: int) -> Tensor:
-    """The one run of frames that is valid: [B, 1, 2] holding (0, length), at most (0, window)."""
-    length = length.clamp(max=window)
-    return torch.stack((torch.zeros_like(length), length), dim=-1)[:, None]
 
 
 class CacheRows:
@@ -163,3 +169,9 @@ class CacheRows:
     def select(self, rows: Tensor) -> CacheRows:
         """The view of some of the rows: what is left of a batch after some of its chunks have stopped."""
         return CacheRows(self.cache, self.slot[rows], self.write[rows], self.keys[rows], self.frames[rows])
+
+    @staticmethod
+    def cat(first: CacheRows, second: CacheRows) -> CacheRows:
+        """The rows of both, of one cache and chunk size, for one forward."""
+        pairs = ((getattr(first, n), getattr(second, n)) for n in ("slot", "write", "keys", "frames"))
+        return CacheRows(first.cache, *map(torch.cat, pairs))

@@ -13,16 +13,6 @@ from dsa_engine import ops
 Renoise = torch.Tensor | Callable[[int, int], torch.Tensor]
 
 
-def gaussian(seed: int, chunk: int, step: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal float32 on the CPU from Philox 4x64 with key `seed` and counter (0, 0, step, chunk).
-
-    step 0 is the chunk's first noise, step k the re-noising after k steps. The two low counter words belong to the
-    draw itself, so no two (chunk, step) streams overlap.
-    """
-    bits = np.random.Philox(key=seed, counter=[0, 0, step, chunk])
-    return torch.from_numpy(np.random.Generator(bits).standard_normal(shape, dtype=np.float32))
-
-
 def check_seed(seed: int) -> int:
     """A seed is an integer in [0, 2^64). Raises ValueError with the nearest."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
@@ -33,20 +23,22 @@ def check_seed(seed: int) -> int:
 
 
 class SeededNoise:
-    """Each row's noise from its own seed: `gaussian(seed, chunk, step)`."""
+    """Each row's noise from its own seed (`ops.gaussian`): step 0 is a chunk's first, step k what follows k steps."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
-        self.seeds, self.shape, self.device, self.dtype = [check_seed(s) for s in seeds], shape, device, dtype
+        self.shape, self.device, self.dtype = shape, device, dtype
+        bits = [check_seed(seed) for seed in seeds]
+        self.seeds = torch.tensor([b - 2**64 if b >= 2**63 else b for b in bits], device=device)
 
     def initial(self, chunk: int) -> torch.Tensor:
-        return self._draw(chunk, 0, range(len(self.seeds)))
+        return self._draw(self.seeds, chunk, 0)
 
     def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
-        return self._draw(chunk, step, rows)
+        return self._draw(self.seeds if len(rows) == len(self.seeds) else self.seeds[list(rows)], chunk, step)
 
-    def _draw(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
-        draws = [gaussian(self.seeds[row], chunk, step, self.shape) for row in rows]
-        return torch.stack(draws).to(self.device, self.dtype)
+    def _draw(self, seeds: torch.Tensor, chunk: int, step: int) -> torch.Tensor:
+        chunk, step = (torch.full_like(seeds, value) for value in (chunk, step))
+        return ops.gaussian(seeds, chunk, step, self.shape).to(self.dtype)
 
 
 class Noise(Protocol):

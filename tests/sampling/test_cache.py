@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_engine.sampling.cache import KVCache
+from dsa_engine.sampling.cache import CacheRows, KVCache
 
 TOKENS, HEADS, HEAD_DIM, EPS = 2, 2, 4, 1e-6
 WIDTH = HEADS * HEAD_DIM
@@ -88,8 +88,8 @@ class MovesTheSink(KeepsEverything):
         return torch.einsum("fshgt,gthd->fshd", weights, v).reshape(-1, WIDTH)
 
 
-def nan_cache(window, sink=0, slots=3, layers=1, rope="absolute"):
-    cache = KVCache(layers, HEADS, HEAD_DIM, TOKENS, window, sink, slots, rope=rope, theta=THETA)
+def nan_cache(window, sink=0, slots=3, layers=1, rope="absolute", spare=0):
+    cache = KVCache(layers, HEADS, HEAD_DIM, TOKENS, window, sink, slots, rope=rope, theta=THETA, spare=spare)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
     return cache
@@ -105,14 +105,19 @@ def bits(x):
 
 @st.composite
 def rollouts(draw):
-    """(window, sink, turns); a turn is (rows that take part, frames of the chunk, how often it is written)."""
+    """(window, sink, spare, turns); a turn is (rows that take part, frames of the chunk, how often it is written)."""
     window = draw(st.integers(1, 9))
     sink = draw(st.integers(0, window - 1))
     frames = st.integers(1, window - sink)
     if draw(st.booleans()):  # mostly one chunk size a session, as in a rollout
         frames = st.just(draw(frames))
     rows = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
-    return window, sink, draw(st.lists(st.tuples(rows, frames, st.integers(1, 3)), min_size=1, max_size=12))
+    return (
+        window,
+        sink,
+        draw(st.integers(0, 4)),
+        draw(st.lists(st.tuples(rows, frames, st.integers(1, 3)), min_size=1, max_size=12)),
+    )
 
 
 @pytest.mark.parametrize("rope, kept", [("absolute", KeepsEverything), ("relative", MovesTheSink)])
@@ -120,9 +125,9 @@ def rollouts(draw):
 @given(rollout=rollouts())
 def test_the_ring_equals_a_cache_that_keeps_every_frame(rope, kept, rollout):
     """Any window, sink and chunk sizes, chunks rewritten before they are kept, sessions at different points."""
-    window, sink, turns = rollout
+    window, sink, spare, turns = rollout
     torch.manual_seed(0)
-    cache = nan_cache(window, sink, rope=rope)
+    cache = nan_cache(window, sink, rope=rope, spare=spare)
     slot = cache.acquire(3)[[2, 0, 1]]
     naive = [kept(window, sink) for _ in range(3)]
     for taking_part, frames, writes in turns:
@@ -130,7 +135,8 @@ def test_the_ring_equals_a_cache_that_keeps_every_frame(rope, kept, rollout):
         for _ in range(writes):
             qkv = chunk(len(taking_part), frames)
             rows = cache.rows(slots, frames)
-            assert rows.keys[:, 0, 1].tolist() == [min(len(naive[row].k) + frames, window) for row in taking_part]
+            seen = (rows.keys[..., 1] - rows.keys[..., 0]).sum(1).tolist()
+            assert seen == [min(len(naive[row].k) + frames, window) for row in taking_part]
             out = attend(rows, qkv)
             expected = torch.stack([naive[row].attend(qkv[:, i]) for i, row in enumerate(taking_part)])
             torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
@@ -138,7 +144,28 @@ def test_the_ring_equals_a_cache_that_keeps_every_frame(rope, kept, rollout):
         for row in taking_part:
             naive[row].advance()
     assert cache.position[slot].tolist() == [len(n.k) for n in naive]
-    assert cache.length[slot].tolist() == [min(len(n.k), window) for n in naive]
+
+
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 5), st.integers(0, 2), st.integers(0, 9))
+def test_one_forward_commits_a_chunk_and_starts_the_next(frames, sink, more, extra, before):
+    """Two rows of one slot: each sees its own window, also where the second has evicted what the first still sees."""
+    torch.manual_seed(0)
+    window = sink + frames + more
+    cache, naive = nan_cache(window, sink, spare=frames + extra), KeepsEverything(window, sink)
+    slot = cache.acquire(3)[1:2]
+    for _ in range(before):
+        qkv = chunk(1, frames)
+        attend(cache.rows(slot, frames), qkv)
+        naive.attend(qkv[:, 0])
+        naive.advance()
+        cache.advance(slot, frames)
+    both = chunk(2, frames)
+    out = attend(CacheRows.cat(cache.rows(slot, frames), cache.rows(slot, frames, ahead=frames)), both)
+    clean = naive.attend(both[:, 0])
+    naive.advance()
+    torch.testing.assert_close(out.double(), torch.stack((clean, naive.attend(both[:, 1]))), rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=f"ahead={cache.spare + 1}.*nearest is {cache.spare}"):
+        cache.rows(slot, frames, ahead=cache.spare + 1)
 
 
 @pytest.mark.parametrize("window, sink, frames", [(7, 0, 3), (8, 2, 3), (6, 3, 3), (5, 4, 1)])
@@ -160,23 +187,23 @@ def test_a_write_changes_its_own_frames_only(window, sink, frames):
 def test_rows_and_steps_leave_the_counters_alone():
     cache = nan_cache(5, 1)
     slot = cache.acquire(1)
-    before = [getattr(cache, name).clone() for name in ("head", "length", "position")]
+    before = [getattr(cache, name).clone() for name in ("position", "oldest")]
     for _ in range(3):
         attend(cache.rows(slot, 2), chunk(1, 2))
-    assert all(torch.equal(getattr(cache, n), b) for n, b in zip(("head", "length", "position"), before))
+    assert all(torch.equal(getattr(cache, n), b) for n, b in zip(("position", "oldest"), before))
 
 
 def test_counters_are_integer_tensors_that_are_never_read_back():
     """On the meta device nothing can be: taking, viewing, moving and clearing slots works without a value."""
     cache = KVCache(1, HEADS, HEAD_DIM, TOKENS, window=5, sink=1, slots=3, device="meta")
-    for counter in (cache.head, cache.length, cache.position):
+    for counter in (cache.position, cache.oldest):
         assert counter.shape == (3,) and counter.dtype == torch.long and counter.is_meta
     slot = cache.acquire(2)
     rows = cache.rows(slot, 2)
     cache.advance(slot, 2)
     cache.seek(slot, 7)
     cache.clear(slot)
-    assert [list(x.shape) for x in (rows.write, rows.keys, rows.frames)] == [[2, 2], [2, 1, 2], [2, 2]]
+    assert [list(x.shape) for x in (rows.write, rows.keys, rows.frames)] == [[2, 2], [2, 3, 2], [2, 2]]
 
 
 def test_a_slot_taken_again_shows_nothing_of_its_last_session():
@@ -199,7 +226,7 @@ def test_seek_moves_one_session_and_clear_starts_it_anew():
     assert cache.rows(slot, 2).frames.tolist() == [[2, 3], [5002, 5003]]
     cache.clear(slot[1:])
     assert cache.rows(slot, 2).frames.tolist() == [[2, 3], [0, 1]]
-    assert (cache.head[slot].tolist(), cache.length[slot].tolist()) == ([2, 0], [2, 0])
+    assert (cache.position[slot].tolist(), cache.oldest[slot].tolist()) == ([2, 0], [0, 0])
 
 
 def test_slots_run_out_with_an_error_and_come_back():

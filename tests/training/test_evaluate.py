@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline
-from dsa_engine.sampling.noise import gaussian
+from dsa_engine.sampling.noise import SeededNoise
 from dsa_engine.sampling.schedule import warp
 from dsa_engine.synthetic import Caption
 from dsa_engine.training import evaluate
@@ -97,7 +97,8 @@ def naive_teacher(pipe, captions, steps, shift, guidance, seed):
     sigmas = [warp(s, shift) for s in np.linspace(1, 0, steps + 1)]
     video = torch.zeros(clips, 0, frames, 16, 8, 8)
     for i in range(chunks):
-        x = torch.stack([gaussian(seed + b, i, 0, (frames, 16, 8, 8)) for b in range(clips)])
+        seeds = range(seed, seed + clips)
+        x = SeededNoise(seeds, (frames, 16, 8, 8), torch.device("cpu"), torch.float32).initial(i)
         told, null = text.encode([str(clip[i]) for clip in captions]), text.null(clips)
 
         def velocity(x, sigma, words, i=i, video=video):

@@ -1,0 +1,338 @@
+"""The ops as CUDA kernels (`csrc/`): functions of the names and arguments of `reference.py`.
+
+They check what the kernels take for granted, allocate results, and pass addresses, strides and the current stream on.
+The kernels read and write 16 bytes at a time: rows are contiguous and start at multiples of 16 bytes, C is a multiple
+of 8 and at most 16384. Wrong tensors raise ValueError; an error of CUDA raises RuntimeError with the op and its shape.
+Contracts stand in the public functions of `ops/`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsa_engine.structures import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
+
+try:
+    from dsa_engine import csrc
+except ImportError as error:  # a pure Python installation
+    csrc, _missing = None, str(error)
+
+OPS = (
+    "attention", "epilogue", "gate_residual", "gelu_bias", "modulate", "norm_rope", "norm_rope_append",
+    "residual_modulate", "rms_norm",
+)  # fmt: skip
+MOST_CHANNELS = 16384
+NO_ROWS, NO_FRAMES, NO_VECTOR = (0, 0, 0), (0, 0, 0, 0, 1), (0, 0)
+NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0, False, 1)
+NO_HEAD = (0, 0, 0, 0, 0, 0, NO_FRAMES)
+
+
+def unavailable(op: str | None = None) -> str | None:
+    """Why the kernels, or that of one op, cannot run on the current device; None if they can."""
+    if op is not None and op not in OPS:
+        return f"{op} has no CUDA kernel"
+    if csrc is None:
+        return f"the CUDA extension is not part of this installation ({_missing})"
+    if csrc.DEVICE == "cuda":
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) != (9, 0) and (major != 8 or op == "attention"):
+            needs = "9.0" if op == "attention" else "8.0 to 9.0"
+            return f"the device has compute capability {major}.{minor}, {op or 'the kernels'} need {needs}"
+    return None
+
+
+# ---- norm_rope ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    rows, out = _flat(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stream = (_rows("rms_norm", "x", rows), _vector("rms_norm", "gain", gain, x), False, _rows("", "", _flat(out)),
+              NO_CACHE)  # fmt: skip
+    _norm_rope("rms_norm", rows, 0, eps, (stream,), NO_ANGLES, NO_RING)
+    return out
+
+
+def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float):
+    op, head_dim = "norm_rope", 2 * cos.shape[-1]
+    angles = _angles(op, cos, sin, q)
+    streams, results = zip(*(_to_dense(op, x, gain, q) for x, gain in ((q, gain_q), (k, gain_k))))
+    _norm_rope(op, q, head_dim, eps, streams, angles, NO_RING)
+    return tuple(y.unflatten(-1, (-1, head_dim)) for y in results)
+
+
+def norm_rope_append(
+    q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales: CacheScales | None = None
+) -> Tensor:  # fmt: skip
+    op, head_dim = "norm_rope_append", 2 * cos.shape[-1]
+    angles = _angles(op, cos, sin, q)
+    for name, index in (("slot", slot), ("write", write)):
+        if index.dtype not in (torch.int32, torch.int64) or not index.is_contiguous():
+            raise ValueError(f"{op}: {name} of {index.dtype} must be contiguous int64 or int32")
+    ring = (slot.data_ptr(), slot.dtype == torch.int64, write.data_ptr(), write.dtype == torch.int64, k_cache.shape[2])
+    if scales is None:
+        k_scales = v_scales = (0, 0)
+    else:
+        _check_e4m3(op, q)
+        for name, x in zip(scales._fields, scales):
+            _check_plain(op, f"scales.{name}", x, torch.float32, step=16 if name == "shift" else 1)
+        k_scales, v_scales = (scales.k.data_ptr(), scales.shift.data_ptr()), (scales.v.data_ptr(), 0)
+    to_out, out = _to_dense(op, q, gain_q, q)
+    to_k = (
+        _rows(op, "k", k),
+        _vector(op, "gain_k", gain_k, q),
+        True,
+        NO_ROWS,
+        _cache(op, k_cache, head_dim) + k_scales,
+    )
+    to_v = (_rows(op, "v", v), NO_VECTOR, False, NO_ROWS, _cache(op, v_cache, head_dim) + v_scales)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{op}: q, k, v of {q.dtype}, {k.dtype}, {v.dtype} must have one dtype")
+    _norm_rope(op, q, head_dim, eps, (to_out, to_k, to_v), angles, ring)
+    return out.unflatten(-1, (-1, head_dim))
+
+
+def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, streams, angles, ring) -> None:
+    csrc.norm_rope(op=op, dtype=_code(op, "x", x), shape=_shape(op, x), head_dim=head_dim, eps=eps, streams=streams,
+                   angles=angles, ring=ring, stream=_stream(op, x))  # fmt: skip
+
+
+def _to_dense(op: str, x: Tensor, gain: Tensor, like: Tensor):
+    """The normed and rotated rows of x as a new tensor: what the launcher takes, and that tensor."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return (_rows(op, "x", x), _vector(op, "gain", gain, like), True, _rows(op, "out", out), NO_CACHE), out
+
+
+def _angles(op: str, cos: Tensor, sin: Tensor, x: Tensor):
+    head_dim = 2 * cos.shape[-1]
+    if head_dim % 8 or x.shape[-1] % head_dim:
+        raise ValueError(f"{op}: head dim {head_dim} must be a multiple of 8 that divides C = {x.shape[-1]}")
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.stride() != sin.stride():
+        raise ValueError(f"{op}: cos of {cos.dtype} and sin of {sin.dtype} must be float32 and lie alike")
+    _rows(op, "sin", sin)
+    address, batch, row = _rows(op, "cos", cos)
+    return address, sin.data_ptr(), batch, row
+
+
+def _cache(op: str, cache: Tensor, head_dim: int):
+    if cache.stride()[3:] != (head_dim, 1) or cache.shape[4] != head_dim:
+        raise ValueError(f"{op}: cache {list(cache.shape)} must have contiguous heads of {head_dim} channels")
+    _rows(op, "cache", cache.flatten(3).flatten(0, 1), step=8)
+    return cache.data_ptr(), _code(op, "cache", cache), *cache.stride()[:3]
+
+
+# ---- modulate -------------------------------------------------------------------------------------------------------
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | Rowwise:
+    return _modulate("modulate", x, None, None, shift, scale, eps, fp8)[1]
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return _modulate("gate_residual", x, y, gate, None, None, 0.0, False)[0]
+
+
+def residual_modulate(x, y, gate, shift, scale, eps, fp8=False) -> tuple[Tensor, Tensor | Rowwise]:
+    return _modulate("residual_modulate", x, y, gate, shift, scale, eps, fp8)
+
+
+def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
+    op, rows = "gelu_bias", _flat(x)
+    result, out, row_scale = _result(op, x, fp8)
+    csrc.gelu_bias(dtype=_code(op, "x", x), shape=_shape(op, rows), x=_rows(op, "x", rows), out=out,
+                   bias=_vector(op, "bias", bias, x), row_scale=row_scale, stream=_stream(op, x))  # fmt: skip
+    return result
+
+
+def _modulate(op: str, x: Tensor, y: Tensor | None, gate, shift, scale, eps: float, fp8: bool):
+    """(x + gate y, its modulated norm): the first without y, the second without shift are None."""
+    total = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    result, out, row_scale = (None, NO_ROWS, 0) if shift is None else _result(op, x, fp8)
+    if y is not None and y.dtype != x.dtype:
+        raise ValueError(f"{op}: y of {y.dtype} must be of x's dtype, {x.dtype}")
+    csrc.modulate(
+        op=op, dtype=_code(op, "x", x), shape=_shape(op, x), x=_rows(op, "x", x),
+        y=NO_ROWS if y is None else _rows(op, "y", y), sum=NO_ROWS if y is None else _rows(op, "sum", total), out=out,
+        gate=_per_frame(op, "gate", gate, x), shift=_per_frame(op, "shift", shift, x),
+        scale=_per_frame(op, "scale", scale, x), eps=eps, row_scale=row_scale, stream=_stream(op, x),
+    )  # fmt: skip
+    return total, result
+
+
+def _result(op: str, x: Tensor, fp8: bool):
+    """A new tensor like x, or a new `Rowwise`; its rows; the address of its scales."""
+    if not fp8:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return out, _rows(op, "out", _flat(out)), 0
+    _check_e4m3(op, x)
+    out = Rowwise(
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device),
+    )
+    return out, _rows(op, "out", _flat(out.values), step=8), out.scale.data_ptr()
+
+
+# ---- epilogue -------------------------------------------------------------------------------------------------------
+
+
+def epilogue(
+    hidden: Tensor, time: Tensor, x: Tensor, noise: Tensor, sigma: Tensor, next_sigma: Tensor, final: Projection,
+    head: HeadWeights | None, rule: StopRule, eps: float,
+) -> Epilogue:  # fmt: skip
+    op, (batch, frames, channels, height, width) = "epilogue", x.shape
+    tokens, outputs = hidden.shape[1] // frames, final.weight.shape[0]
+    _check_plain(op, "weight", final.weight, hidden.dtype, step=16)
+    for name, s in (("sigma", sigma), ("next_sigma", next_sigma)):
+        _check_plain(op, name, s, torch.float32)
+    for name, r in zip(rule._fields, rule):
+        _check_plain(op, name, r, torch.float32 if name == "threshold" else torch.int32)
+    if noise.dtype != x.dtype:
+        raise ValueError(f"{op}: noise of {noise.dtype} must be of x's dtype, {x.dtype}")
+    x0, after = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    state = torch.empty(batch, frames + 1, dtype=torch.float32, device=x.device)
+    units = 0 if head is None else head.weight1.shape[0]
+    size = csrc.epilogue_workspace(batch=batch, frames=frames, tokens=tokens, channels=hidden.shape[2], units=units)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    csrc.epilogue(
+        dtype=_code(op, "hidden", hidden), shape=(batch, frames, tokens, hidden.shape[2], outputs),
+        hidden=_rows(op, "hidden", hidden), shift=_per_frame(op, "shift", final.shift, hidden),
+        scale=_per_frame(op, "scale", final.scale, hidden), weight=final.weight.data_ptr(),
+        bias=_vector(op, "bias", final.bias, hidden), eps=eps,
+        latents=(_code(op, "x", x), channels, height, width, round((outputs / channels) ** 0.5)),
+        x=_latents(op, "x", x), noise=_latents(op, "noise", noise), x0=_latents(op, "x0", x0),
+        next=_latents(op, "next", after), sigma=sigma.data_ptr(), next_sigma=next_sigma.data_ptr(),
+        head=_head(op, head, time, hidden), rule=tuple(r.data_ptr() for r in rule), state=state.data_ptr(),
+        workspace=workspace.data_ptr(), stream=_stream(op, x),
+    )  # fmt: skip
+    return Epilogue(x0, after, state)
+
+
+def _head(op: str, head: HeadWeights | None, time: Tensor, hidden: Tensor):
+    if head is None:
+        return NO_HEAD
+    for name, x in zip(head._fields, head):
+        _check_plain(op, name, x, head.weight1.dtype, step=16 if name == "weight1" else 1)
+    time_of = time.data_ptr(), _code(op, "time", time), *_strides(time), hidden.shape[1] // time.shape[1]
+    if time.stride(2) != 1:
+        raise ValueError(f"{op}: time with strides {time.stride()} must have contiguous channels")
+    return _code(op, "weight1", head.weight1), head.weight1.shape[0], *(w.data_ptr() for w in head), time_of
+
+
+def _latents(op: str, name: str, x: Tensor):
+    if not x[0, 0].is_contiguous():
+        raise ValueError(f"{op}: {name} with strides {x.stride()} must have contiguous frames [c, H, W]")
+    return x.data_ptr(), *x.stride()[:2]
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales: CacheScales | None = None
+) -> Tensor:
+    op, (batch, tokens, heads, head_dim) = "attention", q.shape
+    if head_dim not in (64, 128):
+        raise ValueError(f"{op}: head dim {head_dim} must be 64 or 128; nearest is {64 if head_dim < 96 else 128}")
+    if scales is not None:
+        raise ValueError(f"{op}: a cache of {k_cache.dtype}: the CUDA kernel reads torch.bfloat16")
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_plain(op, name, x, torch.bfloat16, step=16)
+    slot, keys = slot.long().contiguous(), keys.long().contiguous()
+    out = torch.empty_like(q)
+    blocks = csrc.attention_blocks(multiprocessors=torch.cuda.get_device_properties(q.device).multi_processor_count)
+    size = csrc.attention_workspace(batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, blocks=blocks)
+    workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
+    csrc.attention(
+        shape=(batch, tokens, heads, head_dim, *k_cache.shape[:3], keys.shape[1]), q=q.data_ptr(), k=k_cache.data_ptr(),
+        v=v_cache.data_ptr(), out=out.data_ptr(), slot=slot.data_ptr(), keys=keys.data_ptr(),
+        workspace=workspace.data_ptr(), workspace_bytes=size, blocks=blocks, stream=_stream(op, q),
+    )  # fmt: skip
+    return out
+
+
+# ---- tensors as the launchers take them (csrc/views.h) --------------------------------------------------------------
+
+
+def _stream(op: str, x: Tensor) -> int:
+    """The current stream of x's device, which must be the current device."""
+    if x.device.type != csrc.DEVICE:
+        raise ValueError(f"{op}: tensors on {x.device} must be on {csrc.DEVICE}")
+    if x.device.type == "cpu":  # the kernels run on the host, in tests
+        return 0
+    if x.device.index != torch.cuda.current_device():
+        raise ValueError(f"{op}: tensors on {x.device}, the current device is cuda:{torch.cuda.current_device()}")
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _code(op: str, name: str, x: Tensor) -> int:
+    kind = str(x.dtype).removeprefix("torch.")
+    if kind not in csrc.DTYPES:
+        raise ValueError(f"{op}: {name} of {x.dtype} must be of one of {', '.join(csrc.DTYPES)}")
+    return csrc.DTYPES[kind]
+
+
+def _shape(op: str, x: Tensor) -> tuple[int, int, int]:
+    channels = x.shape[2]
+    if channels % 8 or not 8 <= channels <= MOST_CHANNELS:
+        nearest = min(max(1, round(channels / 8)), MOST_CHANNELS // 8) * 8
+        raise ValueError(f"{op}: C = {channels} must be a multiple of 8 and at most {MOST_CHANNELS}; "
+                         f"nearest is {nearest}")  # fmt: skip
+    return tuple(x.shape)
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """Of the first two dims; 0 for a dim of one, whatever torch says, so that it broadcasts."""
+    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[..., C] as [B, T, C]."""
+    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+
+
+def _rows(op: str, name: str, x: Tensor, step: int = 16):
+    """[B, T, C]: its address and strides; each row must start at a multiple of `step` bytes."""
+    strides = _strides(x)
+    if (x.stride(2) != 1 and x.shape[2] > 1) or any(
+        b % step for b in (x.data_ptr(), *(s * x.itemsize for s in strides))
+    ):
+        raise ValueError(
+            f"{op}: {name} {list(x.shape)} of {x.dtype} with strides {list(x.stride())}, {x.data_ptr() % step} bytes "
+            f"off: rows must be contiguous and start at multiples of {step} bytes"
+        )
+    return x.data_ptr(), *strides
+
+
+def _per_frame(op: str, name: str, m: Tensor | None, x: Tensor):
+    """[B or 1, F, C], float32 or of x's dtype, for x [B, F * S, C]."""
+    if m is None:
+        return NO_FRAMES
+    _check_parameter(op, name, m, x)
+    address, batch, frame = _rows(op, name, m)
+    return address, _code(op, name, m), batch, frame, x.shape[1] // m.shape[1]
+
+
+def _vector(op: str, name: str, v: Tensor, x: Tensor):
+    """[C], float32 or of x's dtype."""
+    _check_parameter(op, name, v, x)
+    return _rows(op, name, v[None, None])[0], _code(op, name, v)
+
+
+def _check_parameter(op: str, name: str, p: Tensor, x: Tensor) -> None:
+    if p.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"{op}: {name} of {p.dtype} must be float32 or {x.dtype}, as the activations")
+
+
+def _check_plain(op: str, name: str, x: Tensor, dtype: torch.dtype, step: int = 1) -> None:
+    if x.dtype != dtype or not x.is_contiguous() or x.data_ptr() % step:
+        raise ValueError(
+            f"{op}: {name} of {x.dtype} with strides {list(x.stride())}, {x.data_ptr() % step} bytes off: must be "
+            f"contiguous {dtype} at a multiple of {step} bytes"
+        )
+
+
+def _check_e4m3(op: str, x: Tensor) -> None:
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (9, 0):
+        raise ValueError(f"{op}: e4m3 on {torch.cuda.get_device_name(x.device)}: needs compute capability 9.0")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session
 from dsa_engine.models.codec import VideoCodec
@@ -20,6 +22,19 @@ from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import Schedule
 
 
+class PoolShape(NamedTuple):
+    """What sessions must have in common to share a pool: frames of window, sink and ring to spare, the RoPE mode,
+    latent size, frames of a chunk."""
+
+    window: int
+    sink: int
+    rope: str
+    spare: int
+    height: int
+    width: int
+    frames: int
+
+
 class Engine:
     """Opens rollouts and sessions of one model. Imports no server, sets no signal handler, keeps no global state.
 
@@ -28,13 +43,14 @@ class Engine:
 
     def __init__(
         self, dit: CausalDiT, head: ConfidenceHead | None, decoder: VideoCodec | None, text: TextEncoder | None,
-        config: RolloutConfig, max_sessions: int = 4,
+        config: RolloutConfig, max_sessions: int = 4, deterministic: bool = False,
     ):  # fmt: skip
+        """deterministic: a session's bits never depend on which others share its forwards (`StepInputs`)."""
         if max_sessions < 1:
             raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
-        self.config, self.max_sessions = config, max_sessions
-        self._pools: dict[tuple[int, int, int, str], KVCache] = {}  # by window, sink, tokens a frame and RoPE mode
+        self.config, self.max_sessions, self.deterministic = config, max_sessions, deterministic
+        self._pools: dict[PoolShape, StepInputs] = {}
 
     def session(
         self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
@@ -47,13 +63,14 @@ class Engine:
         """
         if self.decoder is None:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
-        key = (*self._cache_shape(height, width, frames, config), config.rope)
-        if key not in self._pools:  # pools of other shapes that nobody uses make room
-            self._pools = {shape: pool for shape, pool in self._pools.items() if pool.in_use}
-            self._pools[key] = self._cache(*key, slots=self.max_sessions)
+        shape = self._pool_shape(height, width, frames, config)
+        if shape not in self._pools:  # pools of other shapes that nobody uses make room
+            self._pools = {other: pool for other, pool in self._pools.items() if pool.cache.in_use}
+            self._pools[shape] = self._pool(shape, self.max_sessions)
         noise = guided(self._noise([seed], height, width, config), guide, strength, config)
+        inputs = self._pools[shape]
         rollout = Rollout(
-            self.dit, self.head, self._pools[key], config, noise, [policy], self.text_kv(embeds), given, strength
+            self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
         )
         return Session(rollout, self.decoder, lambda text: self.text_kv(self.encode([text])), fps, prompt, frames)
 
@@ -67,38 +84,36 @@ class Engine:
         given: clean latents [B, G, C, H, W] that the clips begin with, G <= frames; guide: latents [B, F, C, H, W] of a
         video that is noised to `strength` (Schedule) and made anew.
         """
-        cache = self._cache(*self._cache_shape(height, width, frames, config), config.rope, slots=len(seeds))
+        inputs = self._pool(self._pool_shape(height, width, frames, config), len(seeds))
         noise = GivenNoise(self._noise(seeds, height, width, config), initial, renoise)
         noise = guided(noise, guide, strength, config)
-        policies = [policy] * len(seeds)
-        return Rollout(self.dit, self.head, cache, config, noise, policies, self.text_kv(embeds), given, strength)
+        policies, text_kv = [policy] * len(seeds), self.text_kv(embeds)
+        return Rollout(self.dit, self.head, inputs.cache, config, noise, policies, text_kv, given, strength, inputs)
 
     def _noise(self, seeds: Sequence[int], height: int, width: int, config: RolloutConfig) -> SeededNoise:
         shape = (config.chunk_frames, self.dit.config.in_dim, height, width)
         return SeededNoise(seeds, shape, self.dit.device, self.dit.dtype)
 
-    def _cache_shape(self, height: int, width: int, frames: int | None, config: RolloutConfig) -> tuple[int, int, int]:
-        """(window, sink, tokens a frame). Global attention (window None) is a window of the whole clip."""
+    def _pool_shape(self, height: int, width: int, frames: int | None, config: RolloutConfig) -> PoolShape:
+        """Global attention (window None) is a window of the whole clip. A rolling one has room for a chunk more, so
+        that the commit can ride along with the next chunk's first step."""
         if config.window is None and frames is None:
             raise ValueError("an endless stream needs a rolling window: give window=..., or the number of frames")
-        window = config.window if config.window is not None else max(frames, config.sink + config.chunk_frames)
-        return window, config.sink, self.dit.config.tokens_per_frame(height, width)
+        self.dit.config.tokens_per_frame(height, width)
+        size = (height, width, config.chunk_frames)
+        if config.window is None:
+            return PoolShape(max(frames, config.sink + config.chunk_frames), config.sink, config.rope, 0, *size)
+        return PoolShape(config.window, config.sink, config.rope, config.chunk_frames, *size)
 
-    def _cache(self, window: int, sink: int, tokens: int, rope: str, slots: int) -> KVCache:
+    def _pool(self, shape: PoolShape, slots: int) -> StepInputs:
+        """A cache of `slots` slots and the step inputs of its sessions."""
         model = self.dit.config
-        return KVCache(
-            model.num_layers,
-            model.num_heads,
-            model.head_dim,
-            tokens,
-            window,
-            sink,
-            slots,
-            self.dit.device,
-            self.dit.dtype,
-            rope,
-            model.rope_theta,
-        )
+        cache = KVCache(
+            model.num_layers, model.num_heads, model.head_dim, model.tokens_per_frame(shape.height, shape.width),
+            shape.window, shape.sink, slots, self.dit.device, self.dit.dtype, shape.rope, model.rope_theta, shape.spare,
+        )  # fmt: skip
+        size, levels = (shape.height, shape.width), len(self.config.steps)
+        return StepInputs(self.dit, self.head, cache, shape.frames, size, levels, self.deterministic)
 
     @torch.inference_mode()
     def text_kv(self, embeds: Tensor) -> TextKV:
@@ -121,8 +136,8 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes held by the shared cache pools."""
-        return sum(pool.nbytes for pool in self._pools.values())
+        """Bytes held by the shared pools: KV caches and step inputs."""
+        return sum(pool.nbytes + pool.cache.nbytes for pool in self._pools.values())
 
     def close(self) -> None:
         """Drop the cache pools. Sessions still open keep theirs alive."""

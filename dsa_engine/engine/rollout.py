@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.inputs import StepInputs
+from dsa_engine.engine.plan import Node, chunk_plan, execute
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.sampling.cache import KVCache
-from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk
+from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk, read
 from dsa_engine.sampling.noise import Noise
-from dsa_engine.sampling.policy import Policy
+from dsa_engine.sampling.policy import Policy, Rule
 from dsa_engine.sampling.schedule import Schedule
 
 
@@ -32,19 +34,24 @@ class Rollout:
     def __init__(
         self, dit: CausalDiT, head: ConfidenceHead | None, cache: KVCache, config: RolloutConfig,
         noise: Noise, policies: Sequence[Policy], text_kv: TextKV, given: Tensor | None = None, strength: float = 1.0,
+        inputs: StepInputs | None = None,
     ):  # fmt: skip
-        """given: clean latents [B, G, C, H, W] that the clip begins with; strength: of the Schedule."""
+        """given: clean latents [B, G, C, H, W] that the clip begins with; strength: of the Schedule; inputs: the step
+        inputs of the cache's slots, with which the commit rides along with a chunk's first step. None: the plain loop.
+        """
         self.dit, self.head, self.cache, self.config, self.noise = dit, head, cache, config, noise
         self.schedule = Schedule(config.steps, config.shift, strength)
         self.given = given
         self.fresh = [policy.start(len(self.schedule)) for policy in policies]  # what `restart` goes back to
         self.policies = copy.deepcopy(self.fresh)
         self.slot: Tensor | None = cache.acquire(len(policies))
-        self.text_kv = text_kv
+        self.slots: list[int] = self.slot.tolist()
+        self.text_kv, self.inputs = text_kv, inputs
         self.commit_seconds = 0.0  # of the last `denoise`
         self._begin()
 
     def _begin(self) -> None:
+        self.told: TextKV | None = None  # the prompt that the inputs hold
         self.index = 0  # of the next chunk to be made
         self.position = 0  # of its first frame
         self.past: list[tuple[int, Tensor]] = []  # (first frame, latents) of the chunks that a recache would replay
@@ -54,12 +61,22 @@ class Rollout:
             for latents in self.given.split([short] * bool(short) + [size] * (self.given.shape[1] // size), dim=1):
                 self._remember(latents)
         self.committed = True
+        self.ahead = False  # the chunk before was committed by a forward of a chunk that is not accepted yet
         self.stale = bool(self.past)  # the cache has yet to be made, or was made under an earlier prompt
 
     @torch.inference_mode()
     def denoise(self, on_step: Callable[[Step], None] | None = None) -> Denoised:
-        """Commit the previous chunk, then denoise the next one. It counts only when it is taken with `accept`."""
+        """Commit the previous chunk and denoise the next one. It counts only when it is taken with `accept`.
+
+        on_step sees every step of the plain loop (`denoise_chunk`); without it the same is done on `inputs`.
+        """
         start = time.perf_counter()
+        if on_step is None and self.inputs is not None:
+            plan = self.begin()
+            self.commit_seconds = time.perf_counter() - start
+            for node, live in execute(plan, self.slots, self.inputs.forward, self.stopped):
+                self.took(node, live)
+            return self.denoised()
         self.settle()
         self.commit_seconds = time.perf_counter() - start
         return denoise_chunk(
@@ -75,8 +92,65 @@ class Rollout:
             on_step=on_step,
         )
 
+    def begin(self) -> tuple[Node, ...]:
+        """Make the inputs ready for the next chunk; returns the plan that makes it. `took` follows each forward."""
+        inputs = self.inputs
+        self._step_back()
+        commit = not self.committed and not self.stale and self.config.commit == "clean"
+        # A sink that moves lies elsewhere for the chunk before, and a ring needs room for what that one still sees.
+        room = self.config.window is None or self.cache.spare >= self.config.chunk_frames
+        merge = room and self.cache.still is None
+        if not (commit and merge):
+            self.settle()
+        else:
+            inputs.x0[self.slot] = self.past[-1][1]
+        if self.text_kv is not self.told:
+            inputs.prompt(self.slot, self.text_kv)
+            self.told = self.text_kv
+        limit = len(self.schedule)
+        rules = [policy.rule(self.index, limit) or Rule(1, limit) for policy in self.policies]
+        most = max(rule.most for rule in rules)
+        inputs.begin(self.slot, self.noise.ahead(self.index, most), self.schedule.sigmas, rules)
+        self.counts, self.before = dict.fromkeys(self.slots, 0), None
+        return chunk_plan(min(rule.least for rule in rules), most, commit and merge)
+
+    def _step_back(self) -> None:
+        """Forget a commit that rode along with a chunk that was never accepted: a second try then does the same."""
+        if self.ahead:
+            self.cache.position[self.slot] -= self.config.chunk_frames
+        self.ahead = False
+
+    def took(self, node: Node, live: Sequence[int]) -> None:
+        """A forward of the plan has succeeded."""
+        self.ahead = self.ahead or node.commit
+        for slot in live:
+            self.counts[slot] += node.step
+
+    def stopped(self, live: Sequence[int]) -> list[bool]:
+        """Which of the slots are done with their chunk: what the stop flags or, where a device cannot, policies say."""
+        rows = [self.slots.index(slot) for slot in live]
+        index = self.slot[rows]
+        policies = [self.policies[row] for row in rows]
+        flags = [bool(flag) for flag in self.inputs.state[index, -1].tolist()]
+        if all(policy.reads != "change" for policy in policies):
+            return flags
+        x0 = self.inputs.x0[self.slot]
+        values = read(["change"] * len(rows), None, x0[rows], None if self.before is None else self.before[rows])
+        self.before = x0
+        limit = len(self.schedule)
+        return [
+            policy.done(self.index, self.counts[slot], value, limit) if policy.reads == "change" else flag
+            for slot, policy, value, flag in zip(live, policies, values, flags)
+        ]
+
+    def denoised(self) -> Denoised:
+        """What the plan has made."""
+        state = self.inputs.state[self.slot, :-1].clone() if self.head else None
+        return Denoised(self.inputs.x0[self.slot].clone(), list(self.counts.values()), state)
+
     def accept(self, latents: Tensor) -> None:
         """Move on to the next chunk."""
+        self.ahead = False
         self._remember(latents)
         self.index, self.committed = self.index + 1, False
 
@@ -98,6 +172,7 @@ class Rollout:
     @torch.inference_mode()
     def settle(self) -> None:
         """Bring the cache up to date: commit what is not committed, or replay the whole window after a switch."""
+        self._step_back()
         if self.stale:
             self.cache.clear(self.slot)
             for position, latents in self.past:
@@ -115,6 +190,7 @@ class Rollout:
 
     def save(self) -> dict[str, Any]:
         """A copy of the whole state; `load` brings it back, here or in a rollout made alike."""
+        self._step_back()
         return {
             "cache": self.cache.save(self.slot),
             "policies": copy.deepcopy(self.policies),
@@ -125,7 +201,7 @@ class Rollout:
     def load(self, state: dict[str, Any]) -> None:
         self.cache.load(self.slot, state["cache"])
         self.policies = copy.deepcopy(state["policies"])
-        self.past = list(state["past"])
+        self.past, self.ahead = list(state["past"]), False
         for name in _PLAIN_STATE:
             setattr(self, name, state[name])
 

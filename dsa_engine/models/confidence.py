@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
+from dsa_engine.structures import HeadWeights
 
 
 class ConfidenceHead(nn.Module):
@@ -25,6 +26,11 @@ class ConfidenceHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(3 * config.dim, config.dim // 2), nn.SiLU(), nn.Linear(config.dim // 2, 1))
         nn.init.zeros_(self.mlp[2].weight)
         nn.init.zeros_(self.mlp[2].bias)
+
+    @property
+    def weights(self) -> HeadWeights:
+        """The MLP, as `ops.epilogue` takes it."""
+        return HeadWeights(self.mlp[0].weight, self.mlp[0].bias, self.mlp[2].weight, self.mlp[2].bias)
 
     def features(self, hidden: Tensor, time: Tensor) -> Tensor:
         """hidden [B, T, dim], time [B, F, dim] -> what the MLP reads, [B, F, 3 dim] float32."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.rope import rope_table
+from dsa_engine.structures import Projection
 
 
 class Memory(Protocol):
@@ -131,9 +132,14 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.head = nn.Linear(config.dim, config.patch_size[1] * config.patch_size[2] * config.out_dim)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def projection(self, time: Tensor) -> Projection:
+        """Everything `ops.epilogue` needs of this layer, for the timestep embeddings [B, F, dim]."""
         shift, scale = (self.modulation.float() + time.float()[:, :, None]).unbind(2)
-        return self.head(ops.modulate(x, shift, scale, self.eps))
+        return Projection(shift, scale, self.head.weight, self.head.bias)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale, weight, bias = self.projection(time)
+        return F.linear(ops.modulate(x, shift, scale, self.eps), weight, bias)
 
 
 class CausalDiT(nn.Module):
@@ -192,6 +198,16 @@ class CausalDiT(nn.Module):
         text_kv as `text_kv()` returns it; memory supplies the past and takes this chunk's keys and values.
         """
         batch, count, _, height, width = x.shape
+        p = self.config.patch_size[1]
+        tokens, time = self.trunk(x, t, frames, text_kv, memory)
+        out = self.head(tokens, time)
+        out = out.view(batch, count, height // p, width // p, p, p, self.config.out_dim)
+        velocity = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, count, self.config.out_dim, height, width)
+        return DiTOutput(velocity, tokens, time)
+
+    def trunk(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: Memory) -> tuple[Tensor, Tensor]:
+        """`forward` without its last layer: tokens [B, T, dim] of the last block and the time embedding [B, F, dim]."""
+        _, _, _, height, width = x.shape
         self.config.tokens_per_frame(height, width)  # raises for a size off the patch grid
         p = self.config.patch_size[1]
         tokens = self._patchify(x)
@@ -200,10 +216,7 @@ class CausalDiT(nn.Module):
         rope = rope_table(frames, height // p, width // p, self.config.head_dim, self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
             tokens = block(tokens, mod, layer, rope, text_kv, memory)
-        out = self.head(tokens, time)
-        out = out.view(batch, count, height // p, width // p, p, p, self.config.out_dim)
-        velocity = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, count, self.config.out_dim, height, width)
-        return DiTOutput(velocity, tokens, time)
+        return tokens, time
 
     def _patchify(self, x: Tensor) -> Tensor:
         """The strided convolution as one matrix product: [B, F, C, H, W] -> [B, F * H/p * W/p, dim]."""

@@ -82,18 +82,19 @@ class KVCache:
         self.oldest[slot] = torch.where(self.position[slot] == position, self.oldest[slot], position)
         self.position[slot] = position
 
-    def rows(self, slot: Tensor, frames: int, ahead: int = 0) -> CacheRows:
+    def rows(self, slot: Tensor, frames: int, ahead: int | Tensor = 0) -> CacheRows:
         """The view through which one forward over a chunk of `frames` frames reads and writes the slots [B].
 
-        ahead: the chunk starts that many frames after the next position: what lies between is written in the same
-        forward. With relative positions the sink's keys are turned to where this chunk sees them.
+        ahead: the chunk starts that many frames after the next position, [B] on the device or for all, at most `spare`
+        where frames are evicted: what lies between is written in the same forward.
+        With relative positions the sink's keys are turned to where this chunk sees them.
         """
         if frames > self.window - self.sink:
             raise ValueError(
                 f"chunk of {frames} frames: the ring holds {self.window - self.sink} beside the sink; "
                 f"nearest is {self.window - self.sink}"
             )
-        if ahead > self.spare:
+        if isinstance(ahead, int) and ahead > self.spare:
             raise ValueError(f"ahead={ahead}: the ring has {self.spare} frames to spare; nearest is {self.spare}")
         start = self.position[slot] + ahead
         if self.still is not None:

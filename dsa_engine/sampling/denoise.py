@@ -80,7 +80,7 @@ def denoise_chunk(
 
         stop = [True] * len(active)
         if step < len(sigmas):  # else nothing is left to decide, nor to read
-            values = _read([policies[row].reads for row in active], certain, x0, before)
+            values = read([policies[row].reads for row in active], certain, x0, before)
             stop = [policies[row].done(chunk, step, v, len(sigmas)) for row, v in zip(active, values)]
         leave = [i for i, s in enumerate(stop) if s]
         stay = [i for i, s in enumerate(stop) if not s]
@@ -99,7 +99,7 @@ def denoise_chunk(
     raise AssertionError("unreachable: every row stops at the last level")
 
 
-def _read(
+def read(
     reads: Sequence[str | None], confidence: Tensor | None, x0: Tensor, before: Tensor | None
 ) -> list[list[float] | None]:
     """What each row's policy reads, one value a frame, fetched from the device at once: the one read of a decision."""

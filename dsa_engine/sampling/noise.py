@@ -36,6 +36,12 @@ class SeededNoise:
     def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
         return self._draw(self.seeds if len(rows) == len(self.seeds) else self.seeds[list(rows)], chunk, step)
 
+    def ahead(self, chunk: int, count: int) -> torch.Tensor:
+        seeds = self.seeds.repeat_interleave(count)
+        step = torch.arange(count, device=self.device).repeat(len(self.seeds))
+        noise = ops.gaussian(seeds, torch.full_like(seeds, chunk), step, self.shape)
+        return noise.unflatten(0, (-1, count)).to(self.dtype)
+
     def _draw(self, seeds: torch.Tensor, chunk: int, step: int) -> torch.Tensor:
         chunk, step = (torch.full_like(seeds, value) for value in (chunk, step))
         return ops.gaussian(seeds, chunk, step, self.shape).to(self.dtype)
@@ -50,6 +56,9 @@ class Noise(Protocol):
     def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
         """[len(rows), F, C, H, W] after `step` steps (1, 2, ...)."""
 
+    def ahead(self, chunk: int, count: int) -> torch.Tensor:
+        """All that a chunk of at most `count` steps can need: [B, count, F, C, H, W], the initial noise first."""
+
 
 class GuidedNoise:
     """A start that is not pure noise but a video's latents [B, F_total, C, H, W], noised to level sigma."""
@@ -59,7 +68,13 @@ class GuidedNoise:
         self.renoise = noise.renoise
 
     def initial(self, chunk: int) -> torch.Tensor:
-        noise = self.noise.initial(chunk)
+        return self._mix(chunk, self.noise.initial(chunk))
+
+    def ahead(self, chunk: int, count: int) -> torch.Tensor:
+        noise = self.noise.ahead(chunk, count)
+        return torch.cat((self._mix(chunk, noise[:, 0])[:, None], noise[:, 1:]), dim=1)
+
+    def _mix(self, chunk: int, noise: torch.Tensor) -> torch.Tensor:
         frames = noise.shape[1]
         level = noise.new_full(noise.shape[:2], self.sigma, dtype=torch.float32)
         clean = self.guide[:, chunk * frames : (chunk + 1) * frames].to(noise)
@@ -94,6 +109,12 @@ class GivenNoise:
         else:
             noise = (self.given if self.given.ndim == 5 else self.given[step - 1])[:, self._span(chunk)]
         return self._place(noise[list(rows)])
+
+    def ahead(self, chunk: int, count: int) -> torch.Tensor:
+        if self.latents is None and self.given is None:
+            return self.fallback.ahead(chunk, count)
+        rows = range(len(self.fallback.seeds))
+        return torch.stack((self.initial(chunk), *(self.renoise(chunk, k, rows) for k in range(1, count))), dim=1)
 
     def _span(self, chunk: int) -> slice:
         return slice(chunk * self.frames, (chunk + 1) * self.frames)

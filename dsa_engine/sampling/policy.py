@@ -10,7 +10,16 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class Rule(NamedTuple):
+    """Stop after `most` steps, or after `least` or more once the reduced confidence reaches `threshold`."""
+
+    least: int
+    most: int
+    reduce: str = "min"
+    threshold: float = 2.0  # above every confidence
 
 
 class Policy(ABC):
@@ -39,6 +48,10 @@ class Policy(ABC):
         values: what the policy `reads`, one value a frame; None where it reads nothing, and for "change" after step 1,
         which has no step before it.
         """
+
+    def rule(self, chunk: int, limit: int) -> Rule | None:
+        """The same decisions for one chunk as numbers that a device can compare, None where that cannot be said."""
+        return None
 
     def observe(self, seconds: float, frames: int) -> None:  # noqa: B027 most policies have nothing to learn
         """A chunk of `frames` video frames took `seconds`, all its phases together."""
@@ -73,6 +86,9 @@ class Fixed(Policy):
     def done(self, chunk, step, values, limit) -> bool:
         return step >= self.n
 
+    def rule(self, chunk, limit) -> Rule:
+        return Rule(self.n, self.n)
+
 
 @dataclass
 class PerChunk(Policy):
@@ -88,6 +104,10 @@ class PerChunk(Policy):
 
     def done(self, chunk, step, values, limit) -> bool:
         return step >= self.counts[min(chunk, len(self.counts) - 1)]
+
+    def rule(self, chunk, limit) -> Rule:
+        count = self.counts[min(chunk, len(self.counts) - 1)]
+        return Rule(count, count)
 
 
 def _check_range(least: int, most: int | None, frame_reduce: str, limit: int) -> None:
@@ -126,6 +146,10 @@ class Confidence(Policy):
         if step >= (limit if self.max_steps is None else self.max_steps):
             return True
         return step >= self.min_steps and REDUCE[self.frame_reduce](values) >= self.threshold
+
+    def rule(self, chunk, limit) -> Rule:
+        most = limit if self.max_steps is None else self.max_steps
+        return Rule(self.min_steps, most, self.frame_reduce, self.threshold)
 
 
 @dataclass
@@ -195,6 +219,9 @@ class Budget(Policy):
 
     def done(self, chunk, step, values, limit) -> bool:
         return self._rule().done(chunk, step, values, limit)
+
+    def rule(self, chunk, limit) -> Rule:
+        return self._rule().rule(chunk, limit)
 
     def observe(self, seconds: float, frames: int) -> None:
         deadline = frames / self.target_fps

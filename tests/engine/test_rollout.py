@@ -170,7 +170,7 @@ def test_positions_are_absolute(tiny_dit):
 
 def test_too_few_slots_is_an_error_that_says_what_to_do(tiny_dit):
     made = engine(tiny_dit, window=4)
-    cache = made._cache(4, 0, 4, "absolute", slots=1)
+    cache = made._pool(made._pool_shape(SIZE, SIZE, None, made.config), 1).cache
     cache.acquire(1)
     with pytest.raises(RuntimeError, match="max_sessions"):
         cache.acquire(1)
@@ -215,8 +215,7 @@ def test_of_a_long_video_only_the_window_is_committed(tiny_dit, close):
     whole.settle()
 
     def kept(r):
-        keys = r.cache.k[0, r.slot].flatten(2)[0]
-        return keys[keys[:, 0].argsort()]
+        return r.cache.k[0, r.slot, r.cache._place(torch.tensor([0, 1, 16, 17, 18, 19, 20]))]
 
     assert (roll.position, roll.cache.position.item()) == (21, 21)
     assert len(roll.past) < 6

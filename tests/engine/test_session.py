@@ -209,7 +209,7 @@ def test_pools_that_nobody_uses_are_dropped(pipe):
         for window in range(10, 20):
             pipe.session(RED, window=window).close()
         one_more = pipe.session(RED, window=20)
-        rings = [pool.window for pool in pipe.engine._pools.values()]
+        rings = [pool.cache.window for pool in pipe.engine._pools.values()]
         one_more.close()
         kept.next_chunk()
     assert sorted(rings) == [9, 20]

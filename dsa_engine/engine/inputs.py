@@ -1,0 +1,145 @@
+"""The state of every session between two forwards, on the device, one entry a cache slot; and the forward itself.
+
+A forward is a function of nothing but which slots take part and how (`plan.Row`): noise level, positions, ring places,
+prompt, noise and stop rule are read on the device at the slot. So one captured graph serves every step of every chunk
+of every session, and sessions at different steps and positions share a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsa_engine import ops
+from dsa_engine.engine.plan import Row
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.sampling.cache import CacheRows, KVCache
+from dsa_engine.sampling.policy import Rule
+from dsa_engine.sampling.schedule import TIMESTEPS
+from dsa_engine.structures import REDUCE, StopRule
+
+
+class StepInputs:
+    """Static buffers for the N slots of a cache, and a scratch entry N that rows write to which have nothing to say.
+
+    x [N + 1, F, C, h, w]: what the next step denoises; x0: the last estimate, and so the chunk to commit next;
+    noise [N + 1, S, F, C, h, w]: entry k follows step k, entry 0 starts the chunk; sigmas [N + 1, S + 1]: the levels,
+    then zeros; step [N + 1]: steps taken; state [N + 1, F + 1]: confidences and stop flag (`ops.epilogue`).
+    deterministic: rows go through the model one by one, so that a session's bits do not depend on who else is there.
+    """
+
+    def __init__(
+        self, dit: CausalDiT, head: ConfidenceHead | None, cache: KVCache, frames: int, size: tuple[int, int],
+        levels: int, deterministic: bool = False,
+    ):  # fmt: skip
+        self.dit, self.head, self.cache, self.frames, self.deterministic = dit, head, cache, frames, deterministic
+        config, slots = dit.config, cache.slots
+        options = {"device": dit.device, "dtype": dit.dtype}
+        latents = (frames, config.in_dim, *size)
+        self.x = torch.zeros(slots + 1, *latents, **options)
+        self.x0 = torch.zeros_like(self.x)
+        self.noise = torch.zeros(slots + 1, levels, *latents, **options)
+        self.sigmas = torch.zeros(slots + 1, levels + 1, device=dit.device)
+        self.step = torch.zeros(slots + 1, dtype=torch.long, device=dit.device)
+        self.state = torch.zeros(slots + 1, frames + 1, device=dit.device)
+        counts = torch.zeros(3, slots + 1, dtype=torch.int32, device=dit.device)
+        self.least, self.most, self.reduce = counts
+        self.threshold = torch.zeros(slots + 1, device=dit.device)
+        heads = (config.num_heads, config.head_dim)
+        self.text = TextKV(
+            torch.zeros(config.num_layers, 2, slots + 1, config.text_len, *heads, **options),
+            torch.ones(slots + 1, dtype=torch.long, device=dit.device),
+            torch.ones(slots + 1, device=dit.device),
+        )
+        self.prompt_lengths = [config.text_len] * (slots + 1)  # `text.used` where the host can read it
+
+    @property
+    def nbytes(self) -> int:
+        own = (self.x, self.x0, self.noise, self.sigmas, self.step, self.state, self.threshold, *self.text)
+        return sum(t.nbytes for t in own) + 3 * self.least.nbytes
+
+    def prompt(self, slot: Tensor, text: TextKV) -> None:
+        """The slots' prompts from now on."""
+        length = text.kv.shape[3]
+        self.text.kv[:, :, slot, :length] = text.kv
+        self.text.used[slot] = length if text.used is None else text.used
+        self.text.repeat[slot] = 1.0 if text.repeat is None else text.repeat
+        for s, used in zip(slot.tolist(), self.text.used[slot].tolist()):
+            self.prompt_lengths[s] = used
+
+    def begin(self, slot: Tensor, noise: Tensor, sigmas: Sequence[float], rules: Sequence[Rule]) -> None:
+        """Start a chunk in the slots [B]: noise [B, K, F, C, h, w], entry 0 at level sigmas[0]; one rule a slot."""
+        self.x[slot] = noise[:, 0]
+        self.noise[slot, : noise.shape[1]] = noise
+        self.sigmas[slot] = 0.0
+        self.sigmas[slot, : len(sigmas)] = torch.tensor(sigmas, device=slot.device)
+        self.step[slot] = 0
+        self.state[slot] = 0.0
+        counts = [(rule.least, rule.most, REDUCE.index(rule.reduce)) for rule in rules]
+        counts = torch.tensor(counts, dtype=torch.int32, device=slot.device)
+        self.least[slot], self.most[slot], self.reduce[slot] = counts.unbind(1)
+        self.threshold[slot] = torch.tensor([_at_least(rule.threshold) for rule in rules], device=slot.device)
+
+    def rows(self, rows: Sequence[Row]) -> Tensor:
+        """Rows as the device reads them: [3, R] slot, commit, frames ahead."""
+        columns = [(row.slot, row.commit, self.frames * row.ahead) for row in rows]
+        return torch.tensor(columns, device=self.x.device).T
+
+    def forward(self, rows: Sequence[Row]) -> None:
+        """One forward over some rows, commits first (a step may see a chunk that is committed in the same forward)."""
+        lengths = [self.prompt_lengths[row.slot] for row in rows]
+        self.run(self.rows(rows), lengths, any(not row.commit for row in rows))
+
+    def run(self, rows: Tensor, lengths: Sequence[int], steps: bool = True) -> None:
+        """`forward` without the host: rows [3, R] as `rows()` makes them; lengths: keys of their prompts, at least;
+        steps: whether any row is a step. Everything is written at the slots, positions last."""
+        slot, commit, ahead = rows
+        commit = commit.bool()
+        memory = self.cache.rows(slot, self.frames, ahead)
+        if self.deterministic:
+            parts = [(slice(i, i + 1), length) for i, length in enumerate(lengths)]
+        else:
+            parts = [(slice(None), max(lengths))]
+        for part, longest in parts:
+            self._rows(slot[part], commit[part], memory.select(part), longest, steps)
+        self.cache.position.index_add_(0, slot, commit * self.frames)
+
+    def _rows(self, slot: Tensor, commit: Tensor, memory: CacheRows, longest: int, steps: bool) -> None:
+        step = self.step[slot]
+        level = torch.where(commit, 0.0, self.sigmas[slot, step])[:, None].expand(-1, self.frames)
+        x = torch.where(commit[:, None, None, None, None], self.x0[slot], self.x[slot])
+        tokens, time = self.dit.trunk(x, TIMESTEPS * level, memory.frames, self._text(slot, longest), memory)
+        if not steps:
+            return
+        levels = self.noise.shape[1]  # nothing follows the last step, whose next level is 0
+        noise = self.noise[slot, (step + 1).clamp(max=levels - 1)]
+        after = self.sigmas[slot, (step + 1).clamp(max=levels)][:, None].expand_as(level)
+        end = ops.epilogue(
+            tokens, time, x, noise, level, after,
+            self.dit.head.projection(time), None if self.head is None else self.head.weights, self._rule(slot, step),
+            self.dit.config.eps,
+        )  # fmt: skip
+        idle = commit | (self.state[slot, -1] > 0)  # a device-side loop runs on until all of its rows have stopped
+        target = torch.where(idle, len(self.x) - 1, slot)
+        self.x0[target], self.x[target], self.state[target] = end.x0, end.x, end.state
+        self.step[target] = step + 1
+
+    def _rule(self, slot: Tensor, step: Tensor) -> StopRule:
+        taken = (step + 1).to(torch.int32)
+        return StopRule(taken, self.least[slot], self.most[slot], self.reduce[slot], self.threshold[slot])
+
+    def _text(self, slot: Tensor, longest: int) -> TextKV:
+        kv = self.text.kv[:, :, slot, :longest]
+        full = self.text.kv.shape[3]
+        if slot.device.type == "cpu" and longest == full and self.text.used[slot].eq(full).all():
+            return TextKV(kv)  # nothing to mask and nothing that counts more than once
+        return TextKV(kv, self.text.used[slot], self.text.repeat[slot])
+
+
+def _at_least(threshold: float) -> float:
+    """The smallest float32 that is no less, so that the device's comparison is the host's."""
+    rounded = torch.tensor(threshold, dtype=torch.float32)
+    return (rounded if rounded.item() >= threshold else torch.nextafter(rounded, torch.tensor(float("inf")))).item()

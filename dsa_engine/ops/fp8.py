@@ -1,1 +1,0 @@
-from dsa_engine.structures import CacheScales, Rowwise  # noqa: F401

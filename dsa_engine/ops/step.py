@@ -1,1 +1,0 @@
-from dsa_engine.structures import REDUCE, Epilogue, HeadWeights, Projection, StopRule  # noqa: F401

@@ -57,7 +57,7 @@ def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "ok": not fails,
         "versions": {"python": platform.python_version()} | required,
         "device": device_facts() | {"cudnn": cudnn},
-        "ops": dispatch.choice()._asdict(),
+        "ops": backends("cuda" if cuda else "cpu"),
         "optional": optional,
         "models": package.shipped(),
         "works": works,
@@ -66,6 +66,12 @@ def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     }
     verdict = "the engine runs here" if not fails else f"the engine does not run here: {', '.join(fails)}"
     return facts, [*table({k: v for k, v in facts.items() if k != "ok"}), verdict], int(bool(fails))
+
+
+def backends(device: str) -> dict[str, str]:
+    """For each op, which implementation runs on a kind of device, and why."""
+    chosen = {op: dispatch.choice(op, device) for op in dispatch.STEM_OF}
+    return {op: f"{backend}: {why}" for op, (backend, why) in chosen.items()}
 
 
 def version(name: str) -> str | None:

@@ -1,0 +1,92 @@
+"""Attention over the cache through libraries that may be installed, behind the signature of `ops.attention`.
+
+    cudnn      torch's scaled_dot_product_attention with cuDNN's kernel forced
+    flash2     flash-attn 2, `flash_attn.flash_attn_with_kvcache`
+    flash3     flash-attn 3 for Hopper, `flash_attn_interface.flash_attn_with_kvcache`
+    flash4     flash-attn 4, `flash_attn.cute.flash_attn_varlen_func`
+
+None of them knows runs of frames. To flash3 a frame of the ring is a page of its paged cache, so nothing is copied; the
+others get the frames that count gathered in front, and how many there are: the ring is copied once a call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MODULES = {"cudnn": "torch", "flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+NAMES = tuple(MODULES)
+
+
+def unavailable(name: str) -> str | None:
+    """Why a library cannot be used here; None if it can. Nothing is imported to find out."""
+    package = MODULES[name].partition(".")[0]
+    if importlib.util.find_spec(package) is None or importlib.util.find_spec(MODULES[name]) is None:
+        return f"{MODULES[name]} is not installed"
+    major, _ = torch.cuda.get_device_capability()
+    least = 9 if name in ("flash3", "flash4") else 8
+    return None if major >= least else f"{name} needs compute capability {least}.0"
+
+
+def order_frames(keys: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """keys [B, R, 2] -> frame indices [B, W], those that count in front, and how many they are [B] int32."""
+    frame = torch.arange(window, device=keys.device)[:, None]
+    valid = ((keys[:, None, :, 0] <= frame) & (frame < keys[:, None, :, 1])).any(-1)
+    return (~valid).to(torch.uint8).argsort(dim=1, stable=True), valid.sum(1, dtype=torch.int32)
+
+
+def _gather(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales) -> tuple[Tensor, ...]:
+    """k and v [B, W * S, H, D] with what counts in front, and how many keys that are [B] int32."""
+    _no_scales(scales)
+    order, count = order_frames(keys, k_cache.shape[1])
+    k, v = (cache[slot[:, None], order].flatten(1, 2) for cache in (k_cache, v_cache))
+    return k, v, count * k_cache.shape[2]
+
+
+def _no_scales(scales) -> None:
+    if scales is not None:
+        raise ValueError("an FP8 cache: attention through libraries takes bfloat16 and float16 ones")
+
+
+def cudnn(q, k_cache, v_cache, slot, keys, scales=None) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    k, v, length = _gather(q, k_cache, v_cache, slot, keys, scales)
+    valid = torch.arange(k.shape[1], device=k.device) < length[:, None]
+    v = torch.where(valid[:, :, None, None], v, 0)  # 0 * NaN is NaN
+    k = torch.where(valid[:, :, None, None], k, 0)
+    bias = torch.zeros(valid.shape, dtype=q.dtype, device=q.device).masked_fill(~valid, float("-inf"))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias[:, None, None])
+    return _empty_to_zero(out.transpose(1, 2), length)
+
+
+def flash2(q, k_cache, v_cache, slot, keys, scales=None) -> Tensor:
+    k, v, length = _gather(q, k_cache, v_cache, slot, keys, scales)
+    attend = importlib.import_module(MODULES["flash2"]).flash_attn_with_kvcache
+    return _empty_to_zero(attend(q, k, v, cache_seqlens=length, causal=False), length)
+
+
+def flash3(q, k_cache, v_cache, slot, keys, scales=None) -> Tensor:
+    _no_scales(scales)
+    slots, window, tokens = k_cache.shape[:3]
+    order, count = order_frames(keys, window)
+    pages = (slot[:, None] * window + order).to(torch.int32)
+    attend = importlib.import_module(MODULES["flash3"]).flash_attn_with_kvcache
+    k, v = (cache.view(slots * window, *cache.shape[2:]) for cache in (k_cache, v_cache))
+    out = attend(q, k, v, cache_seqlens=count * tokens, page_table=pages, causal=False)
+    return _empty_to_zero(out, count)
+
+
+def flash4(q, k_cache, v_cache, slot, keys, scales=None) -> Tensor:
+    k, v, length = _gather(q, k_cache, v_cache, slot, keys, scales)
+    out = importlib.import_module(MODULES["flash4"]).flash_attn_varlen_func(q, k, v, seqused_k=length, causal=False)
+    return _empty_to_zero(out[0] if isinstance(out, tuple) else out, length)
+
+
+def _empty_to_zero(out: Tensor, length: Tensor) -> Tensor:
+    return torch.where((length > 0)[:, None, None, None], out, 0)

@@ -78,6 +78,7 @@ class Pipeline:
         steps: Sequence[float] | None = None,
         chunk_frames: int | None = None,
         max_sessions: int = 4,
+        deterministic: bool = False,
     ) -> Pipeline:
         """Load a model.
 
@@ -93,7 +94,8 @@ class Pipeline:
         device: default "cuda" where there is one, else "cpu". dtype (or torch_dtype): default bfloat16 on CUDA, float32
         elsewhere. window, sink: latent frames of the KV cache (RolloutConfig), window=-1 for global attention; rope:
         where the sink is seen, "absolute" or "relative"; shift, steps: the noise schedule. None leaves what the model's
-        config says. max_sessions: cache slots of a pool.
+        config says. max_sessions: cache slots of a pool. deterministic: a session's bits never depend on which others
+        run beside it, at the price of batching.
         Raises FileNotFoundError or ValueError naming the file and what was expected of it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -108,7 +110,7 @@ class Pipeline:
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
         )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
-        engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions)
+        engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic)
         return cls(
             engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps,
             calibration=parts.calibration, found=parts.found,

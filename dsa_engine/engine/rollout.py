@@ -47,7 +47,7 @@ class Rollout:
         self.slot: Tensor | None = cache.acquire(len(policies))
         self.slots: list[int] = self.slot.tolist()
         self.text_kv, self.inputs = text_kv, inputs
-        self.commit_seconds = 0.0  # of the last `denoise`
+        self.commit_seconds = 0.0  # of the last chunk, where its commit was a forward of its own
         self._begin()
 
     def _begin(self) -> None:
@@ -70,15 +70,11 @@ class Rollout:
 
         on_step sees every step of the plain loop (`denoise_chunk`); without it the same is done on `inputs`.
         """
-        start = time.perf_counter()
         if on_step is None and self.inputs is not None:
-            plan = self.begin()
-            self.commit_seconds = time.perf_counter() - start
-            for node, live in execute(plan, self.slots, self.inputs.forward, self.stopped):
+            for node, live in execute(self.begin(), self.slots, self.inputs.forward, self.stopped):
                 self.took(node, live)
             return self.denoised()
-        self.settle()
-        self.commit_seconds = time.perf_counter() - start
+        self._settle_timed()
         return denoise_chunk(
             self.dit,
             self.head,
@@ -92,6 +88,12 @@ class Rollout:
             on_step=on_step,
         )
 
+    def _settle_timed(self) -> None:
+        start = time.perf_counter()
+        self.settle()
+        self.commit_seconds = time.perf_counter() - start
+
+    @torch.inference_mode()
     def begin(self) -> tuple[Node, ...]:
         """Make the inputs ready for the next chunk; returns the plan that makes it. `took` follows each forward."""
         inputs = self.inputs
@@ -100,10 +102,11 @@ class Rollout:
         # A sink that moves lies elsewhere for the chunk before, and a ring needs room for what that one still sees.
         room = self.config.window is None or self.cache.spare >= self.config.chunk_frames
         merge = room and self.cache.still is None
-        if not (commit and merge):
-            self.settle()
-        else:
+        self.commit_seconds = 0.0
+        if commit and merge:
             inputs.x0[self.slot] = self.past[-1][1]
+        else:
+            self._settle_timed()
         if self.text_kv is not self.told:
             inputs.prompt(self.slot, self.text_kv)
             self.told = self.text_kv

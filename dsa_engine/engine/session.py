@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsa_engine.engine.plan import Node
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.models.codec import VideoCodec
-from dsa_engine.sampling.denoise import Step
+from dsa_engine.sampling.denoise import Denoised, Step
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Chunk:
 
     frames: uint8 [T, H, W, 3]; latents [F, C, h, w]; steps: denoising steps taken; confidence: one value in (0, 1) per
     latent frame, None without a head; pts: seconds of the first frame from the clip's start;
-    timings: milliseconds of `commit` (the previous chunk's), `denoise`, `decode` and `total`; prompt: the one in force.
+    timings: milliseconds of `commit` (the previous chunk's, where it is a forward of its own and does not ride along
+    with the first step), `denoise`, `decode` and `total`; prompt: the one in force.
     """
 
     index: int
@@ -58,47 +60,65 @@ class Session:
         self, rollout: Rollout, decoder: VideoCodec, embed: Callable[[str], Tensor], fps: float, prompt: str | None,
         limit: int | None,
     ):  # fmt: skip
-        self._rollout, self._decoder, self._embed = rollout, decoder, embed
+        self.rollout, self._decoder, self._embed = rollout, decoder, embed
         self._limit = limit
+        self._start = 0.0  # of the chunk that is being made
         self._begin()
         self.fps, self.prompt = fps, prompt
 
     def _begin(self) -> None:
-        given = self._rollout.given
+        given = self.rollout.given
         self._decoder_state: Any = None  # after the frames that were given too: made when the first chunk is decoded
         self._frames = 0 if given is None else self._decoder.frames_of(given.shape[1], True)
 
     @property
     def index(self) -> int:
         """Index of the chunk that comes next."""
-        return self._rollout.index
+        return self.rollout.index
 
     @property
     def closed(self) -> bool:
-        return self._rollout.slot is None
+        return self.rollout.slot is None
 
     @property
     def exhausted(self) -> bool:
         """True when the clip has all the frames it was made for."""
-        return self._limit is not None and self._rollout.position + self._rollout.config.chunk_frames > self._limit
+        return self._limit is not None and self.rollout.position + self.rollout.config.chunk_frames > self._limit
 
     def next_chunk(self, on_step: Callable[[Step], None] | None = None) -> Chunk:
         """Denoise and decode the next chunk. An exception on the way leaves the session as it was.
 
-        Raises RuntimeError when the session is closed or has made all its frames.
+        on_step: called after each denoising step, of the plain loop then (`Rollout.denoise`). Raises RuntimeError when
+        the session is closed or has made all its frames.
         """
+        self._check_ready()
+        self._start = time.perf_counter()
+        return self._finish(self.rollout.denoise(on_step))
+
+    def begin(self) -> tuple[Node, ...]:
+        """The first half of `next_chunk` for a `Runner`: everything is ready for the forwards of the plan returned."""
+        self._check_ready()
+        self._start = time.perf_counter()
+        return self.rollout.begin()
+
+    def finish(self) -> Chunk:
+        """The second half: decode what the forwards have made."""
+        return self._finish(self.rollout.denoised())
+
+    def _check_ready(self) -> None:
         self._check_open()
         if self.exhausted:
             raise RuntimeError(f"the clip is complete: all {self._limit} latent frames that were asked for are there")
-        start = time.perf_counter()
-        result = self._rollout.denoise(on_step)
+
+    def _finish(self, result: Denoised) -> Chunk:
+        start, rollout = self._start, self.rollout
         confidence = None if result.confidence is None else result.confidence[0].tolist()
         denoised = time.perf_counter()
         with torch.inference_mode():
             pixels, decoder_state = self._decoder.decode(result.latents, self._past_state())
             frames = to_uint8(pixels[0])
         end = time.perf_counter()
-        commit = self._rollout.commit_seconds
+        commit = rollout.commit_seconds
         chunk = Chunk(
             index=self.index,
             frames=frames,
@@ -115,8 +135,8 @@ class Session:
             prompt=self.prompt,
         )
         # From here on nothing can fail: the session moves on as a whole or not at all.
-        self._rollout.accept(result.latents)
-        for policy in self._rollout.policies:
+        rollout.accept(result.latents)
+        for policy in rollout.policies:
             policy.observe(end - start, len(frames))
         self._decoder_state = decoder_state
         self._frames += len(frames)
@@ -124,10 +144,10 @@ class Session:
 
     def opening(self) -> np.ndarray | None:
         """The frames that the clip was given to begin with, as the decoder gives them back: uint8 [T, H, W, 3]."""
-        if self._rollout.given is None:
+        if self.rollout.given is None:
             return None
         with torch.inference_mode():
-            return to_uint8(self._decoder.decode(self._rollout.given, None)[0][0])
+            return to_uint8(self._decoder.decode(self.rollout.given, None)[0][0])
 
     def update(self, prompt: str, recache: bool = True) -> None:
         """Another prompt from the next chunk on.
@@ -136,15 +156,13 @@ class Session:
         Raises ValueError for a prompt that cannot be encoded; the session then goes on as before.
         """
         self._check_open()
-        self._rollout.switch(self._embed(prompt), recache)
+        self.rollout.switch(self._embed(prompt), recache)
         self.prompt = prompt
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state. It stays good whatever the session does next."""
         self._check_open()
-        return Snapshot(
-            self._rollout.save(), copy.deepcopy(self._decoder_state), self._frames, self.prompt, self._shape
-        )
+        return Snapshot(self.rollout.save(), copy.deepcopy(self._decoder_state), self._frames, self.prompt, self._shape)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this session, or of one of the same model, size and window."""
@@ -154,25 +172,25 @@ class Session:
                 f"snapshot of a cache {list(snapshot.shape)}: this session's is {list(self._shape)}; "
                 "restore into a session of the same model, size and window"
             )
-        self._rollout.load(snapshot.rollout)
+        self.rollout.load(snapshot.rollout)
         self._decoder_state = copy.deepcopy(snapshot.decoder)
         self._frames, self.prompt = snapshot.frames, snapshot.prompt
 
     def reset(self) -> None:
         """Back to the first chunk, under the prompt in force: the same seed gives the same frames again."""
         self._check_open()
-        self._rollout.restart()
+        self.rollout.restart()
         self._begin()
 
     def _past_state(self) -> Any:
         """The decoder's state before the next chunk."""
-        if self.index == 0 and self._rollout.given is not None:
-            return self._decoder.decode(self._rollout.given, None)[1]
+        if self.index == 0 and self.rollout.given is not None:
+            return self._decoder.decode(self.rollout.given, None)[1]
         return self._decoder_state
 
     def close(self) -> None:
         """Give the cache slot back; harmless when done twice."""
-        self._rollout.close()
+        self.rollout.close()
 
     def __enter__(self) -> Session:
         return self
@@ -182,7 +200,7 @@ class Session:
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return tuple(self._rollout.cache.k[:, 0].shape)
+        return tuple(self.rollout.cache.k[:, 0].shape)
 
     def _check_open(self) -> None:
         if self.closed:

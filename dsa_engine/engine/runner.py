@@ -1,0 +1,91 @@
+"""The runner: the next chunks of several sessions, made together, a forward at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dsa_engine.engine.batcher import Batcher
+from dsa_engine.engine.inputs import StepInputs
+from dsa_engine.engine.plan import Node, Row
+from dsa_engine.engine.session import Session
+
+
+@dataclass
+class Turn:
+    """A session whose chunk is being made, and what is left of the chunk's plan."""
+
+    session: Session
+    plan: list[Node]
+
+
+class Runner:
+    """Batches at the level of steps: sessions at different steps and positions share a forward.
+
+        runner.add(session)               wants its next chunk
+        for session in runner.forward():  one forward; these are done denoising
+            chunk = session.finish()
+
+    A session that stops early leaves at once, one that is added comes into the very next forward with room (`Batcher`
+    says how fair that is). All sessions of a runner are of one pool: one engine, size and window. capacity: rows of a
+    forward; a session takes one a step, and two where its chunk before is committed along with the first.
+    """
+
+    def __init__(self, capacity: int = 8):
+        self.batcher = Batcher(capacity)
+        self._turns: dict[int, Turn] = {}  # by cache slot
+
+    @property
+    def inputs(self) -> StepInputs | None:
+        return next((turn.session.rollout.inputs for turn in self._turns.values()), None)
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def add(self, session: Session, deadline: float | None = None) -> None:
+        """Begin the session's next chunk. deadline: any number, only compared with those of other sessions.
+
+        Raises ValueError for a session of another pool or one that is here already, RuntimeError for one that is closed
+        or complete.
+        """
+        rollout = session.rollout
+        if self.inputs is not None and rollout.inputs is not self.inputs:
+            raise ValueError("a session of another engine, size or window: give each such pool a runner of its own")
+        if session.closed or rollout.slots[0] not in self._turns:
+            plan = list(session.begin())
+            self._turns[rollout.slots[0]] = Turn(session, plan)
+            self.batcher.add(rollout.slots[0], plan[0].commit, deadline)
+        else:
+            raise ValueError(f"the session in slot {rollout.slots[0]} already waits or runs: finish its chunk first")
+
+    def remove(self, session: Session) -> None:
+        """Forget a session, before it is closed or when its chunk is not wanted any more."""
+        slot = session.rollout.slots[0]
+        if self._turns.pop(slot, None) is not None:
+            self.batcher.remove(slot)
+
+    @torch.inference_mode()
+    def forward(self) -> list[Session]:
+        """One forward over as many rows as fit; returns the sessions whose chunk is denoised, to be finished."""
+        rows = self.batcher.next()
+        if not rows:
+            return []
+        alone = {row.key for row in rows if row.commit} - {row.key for row in rows if not row.commit}
+        together = {row.key for row in rows if row.commit} - alone
+        inputs = self.inputs
+        inputs.forward([Row(row.key, row.commit, ahead=not row.commit and row.key in together) for row in rows])
+        done = []
+        for row in rows:
+            turn = self._turns[row.key]
+            rollout = turn.session.rollout
+            if row.key in alone:
+                rollout.took(Node(commit=True, step=False), rollout.slots)
+                turn.plan[0] = turn.plan[0]._replace(commit=False)
+            elif not row.commit:
+                node = turn.plan.pop(0)
+                rollout.took(node, rollout.slots)
+                if not turn.plan or (node.decide and rollout.stopped(rollout.slots)[0]):
+                    done.append(row.key)
+        self.batcher.report(done)
+        return [self._turns.pop(key).session for key in done]

@@ -37,7 +37,6 @@ from dsa_engine.models.found import inspect
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.policy import POLICY_FORMS
 from dsa_engine.sampling.schedule import Schedule
 from dsa_engine.synthetic import EXAMPLE, GRAMMAR
@@ -107,8 +106,9 @@ def parser() -> argparse.ArgumentParser:
     family = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(names.FAMILIES)
     add("--family", choices=tuple(names.FAMILIES), help=family)
     add("--lora", metavar="FILE", help="an adapter to merge into a checkpoint")
-    add("--vae", metavar="PATH", help="video VAE of a checkpoint, Wan's or TAEHV (default: what lies in its folder)")
+    add("--vae", metavar="PATH", help="video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)")
     add("--text", metavar="PATH", help="text encoder of a checkpoint, or prompts encoded before")
+    add("--offload", metavar="PARTS", help="auto, or of text,vae: they live on the CPU and visit the device")
     add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
     add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
     add("--family", choices=tuple(names.FAMILIES), help=family)
@@ -160,8 +160,8 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     for path, suffix in ((args.output, ".mp4"), (args.report, ".png")):
         if path is not None:
             video.check_target(path, suffix)
-    parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text")}
-    with Pipeline.from_pretrained(args.model, device=args.device, **parts) as pipe:
+    parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text", "offload")}
+    with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=1, **parts) as pipe:
         options = {name: getattr(args, name) for name in SESSION_OPTIONS}
         options |= {"step_policy": args.steps, **given_pixels(args)}
         plan = plan_clip(pipe, args, options)
@@ -179,8 +179,9 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         facts, chunks = make_clip(pipe, plan, options, writer, not args.no_recache, keep=args.report is not None)
     policy = args.steps or default_policy(pipe)
     facts |= {name: getattr(args, name) for name in ("scale", "output", "report", "model", "seed")}
+    backend = dispatch.choice("attention", pipe.engine.dit.device.type).backend
     facts |= {"policy": policy, "warmup_ms": round(1e3 * warmup, 1)}
-    facts |= {"device": str(pipe.engine.dit.device), "backend": dispatch.choice().backend}
+    facts |= {"device": str(pipe.engine.dit.device), "backend": backend}
     facts |= {"threads": torch.get_num_threads()}
     title = (
         f"{facts['frames']} frames in {len(chunks)} chunks, {facts['mean_steps']:.2f} steps a chunk ({policy}), "
@@ -338,11 +339,7 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     stride = 8 if engine.decoder is None else engine.decoder.spatial_stride  # without one: the sizes of Wan's VAE
     frames = (pipe.frames - 1) // 4 + 1 if engine.decoder is None else engine.decoder.latent_frames_of(pipe.frames)
-    tokens = model.tokens_per_frame(pipe.height // stride, pipe.width // stride)
-    cache = KVCache(
-        model.num_layers, model.num_heads, model.head_dim, tokens, config.window or frames, config.sink,
-        device="meta", dtype=engine.dit.dtype,
-    )  # fmt: skip
+    load = memory.Workload(pipe.height // stride, pipe.width // stride, frames, dtype=engine.dit.dtype)
     facts = {
         "name": pipe.name,
         "weights": None if bare else args.model,
@@ -351,7 +348,7 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "model": model.to_dict(),
         **config.to_dict(),
         "sigmas": [round(sigma, 4) for sigma in Schedule(config.steps, config.shift).sigmas],
-        "cache_bytes": cache.nbytes,
+        "cache_bytes": memory.cache_bytes(model, config, load),
         "dtype": str(engine.dit.dtype).removeprefix("torch."),
         "size": f"{pipe.width}x{pipe.height}",
         "frames": pipe.frames,
@@ -359,7 +356,6 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     }
     if isinstance(engine.text, SlotTextEncoder):
         facts |= {"prompts": GRAMMAR, "example": str(EXAMPLE)}
-    load = memory.Workload(pipe.height // stride, pipe.width // stride, frames, dtype=engine.dit.dtype)
     parts["vae"] = parts.pop("codec")
     facts["memory"] = memory.report(model, config, load, **({} if bare else memory.sizes_of(parts)))
     if not bare:

@@ -79,6 +79,7 @@ class Pipeline:
         chunk_frames: int | None = None,
         max_sessions: int = 4,
         deterministic: bool = False,
+        offload: str | Sequence[str] | None = None,
     ) -> Pipeline:
         """Load a model.
 
@@ -87,7 +88,7 @@ class Pipeline:
         was recognised as is in `pipe.found`.
         Of a checkpoint: family, such as "self-forcing" or "longlive", says whose chunks, window and schedule it gets
         where its config and name do not; lora: an adapter to merge; vae, text: the file or folder of a video VAE (Wan's
-        or TAEHV) and of a text encoder (umT5, or prompts encoded before), or the modules themselves. None takes what
+        or TAEHV; or "wan", "taehv", the kind to look for near the model) and of a text encoder (umT5, or prompts encoded before), or the modules themselves. None takes what
         lies in the model's own folder, False nothing. Without a VAE and a text encoder it serves `generate_latents`.
         head: a confidence head's file, as `dsa-engine train --recipe head` writes it; it takes the place of the model's
         own, and its threshold, presets and calibration that of the model's.
@@ -95,7 +96,8 @@ class Pipeline:
         elsewhere. window, sink: latent frames of the KV cache (RolloutConfig), window=-1 for global attention; rope:
         where the sink is seen, "absolute" or "relative"; shift, steps: the noise schedule. None leaves what the model's
         config says. max_sessions: cache slots of a pool. deterministic: a session's bits never depend on which others
-        run beside it, at the price of batching.
+        run beside it, at the price of batching. offload: parts of "text" and "vae" that live on the CPU and are on the
+        device only where they are at work, or "auto": as few as the device's free memory asks for (`models.memory`).
         Raises FileNotFoundError or ValueError naming the file and what was expected of it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -110,6 +112,7 @@ class Pipeline:
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
         )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
+        parts = package.place(parts, offload, config, max_sessions)
         engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic)
         return cls(
             engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps,

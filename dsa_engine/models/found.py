@@ -8,6 +8,7 @@ what it was told.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from dsa_engine.models.lora import lora_of
 from dsa_engine.models.tensor_files import (
     INDEX,
     NESTED_KEYS,
+    SUFFIXES,
     Entry,
     TensorFile,
     find_weights,
@@ -39,6 +41,12 @@ SIZES = {
     "ffn_dim": ("blocks.0.ffn.0.weight", 0),
     "text_dim": ("text_embedding.0.weight", 1),
     "freq_dim": ("time_embedding.0.weight", 1),
+}
+
+# What a name of a VAE means: (kinds of `names.VAES`, the stems of its usual files)
+VAE_FILES = {
+    "wan": ((names.vae_names.WAN, names.vae_names.DIFFUSERS), ("Wan2.1_VAE", "wan_2.1_vae")),
+    "taehv": ((names.vae_names.TINY,), ("taew2_1",)),
 }
 
 
@@ -186,6 +194,43 @@ def companions(folder: Path) -> dict[str, Path]:
         if there:
             found[part] = there[0]
     return found
+
+
+def find_vae(model: Path, kind: str) -> Path:
+    """The VAE that a name of VAE_FILES means: its file, or a folder vae, in the folder of `model` (a file or a folder),
+    in the folder above, or in a folder in either. What a candidate holds is told by its tensors.
+
+    Raises FileNotFoundError that says where it was looked for and which file is expected, ValueError for a candidate
+    that is broken.
+    """
+    kinds, stems = VAE_FILES[kind]
+    folder = (model if model.is_dir() else model.parent).absolute()
+    folder = folder.parent if folder.name == "transformer" else folder
+    inside, beside = (sorted(place.glob("*")) for place in (folder, folder.parent))
+    others = []
+    # Self-Forcing has its checkpoints/ beside wan_models/Wan2.1-T2V-1.3B/.
+    for place in (folder, *inside, folder.parent, *beside, *sorted(folder.parent.glob("*/Wan2.1*"))):
+        files = [place / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+        for path in (*files, place / "vae"):
+            weights = _only_weights(path) if os.path.isdir(path) else path
+            if weights is None or not os.path.isfile(weights):  # also where others' folders cannot be looked into
+                continue
+            held = names.kind_of(open_tensors(weights).entries)
+            if held in kinds:
+                return weights
+            others.append(f"{weights} holds {held or 'no model that is known here'}")
+    raise FileNotFoundError(
+        f"vae={kind!r}: no {stems[0]}.pth or .safetensors, nor a folder vae with {kinds[0]}, in {folder}, in "
+        f"{folder.parent} or in a folder in either; put it there, or give its path as vae="
+        + "".join(f"; {other}" for other in dict.fromkeys(others))
+    )
+
+
+def _only_weights(folder: Path) -> Path | None:
+    try:
+        return find_weights(folder)
+    except (FileNotFoundError, ValueError):  # none, or several: those are looked for by their names
+        return None
 
 
 def _weights_of(path: Path) -> Path:

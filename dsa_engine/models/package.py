@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,17 +20,17 @@ import torch
 from torch import nn
 
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.models import names
+from dsa_engine.models import memory, names
 from dsa_engine.models.checkpoint import build_dit, fill, load_strict, open_dit, read_tensors
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.found import ENGINE_FORMAT, Found, companions
+from dsa_engine.models.found import ENGINE_FORMAT, VAE_FILES, Found, companions, find_vae
 from dsa_engine.models.lora import Lora
 from dsa_engine.models.pixel_codec import PixelCodec
 from dsa_engine.models.tensor_files import INDEX, SUFFIXES, find_weights, open_tensors, read_json, write_tensors
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.models.tiny_vae import load_tiny_vae
-from dsa_engine.models.umt5 import load_text
+from dsa_engine.models.umt5 import UMT5, load_text
 from dsa_engine.models.vae import load_vae
 from dsa_engine.video import check_target, replacing
 
@@ -65,6 +65,11 @@ class Parts:
     calibration: Calibration = ()
     found: Found | None = None
 
+    @property
+    def modules(self) -> dict[str, nn.Module | None]:
+        """The parts that take memory, as `memory` calls them."""
+        return {"generator": self.dit, "confidence": self.head, "vae": self.decoder, "text": self.text}
+
 
 def shipped() -> list[str]:
     """Names of the models that come with the package."""
@@ -81,7 +86,8 @@ def load(
     Of a public checkpoint: family, one of `names.FAMILIES`, says whose rollout it gets where its config and name do
     not, or instead of them; lora: an adapter to merge; vae, text: files of a video VAE and of a text encoder (or of
     prompts that are encoded already), folders of Wan's or diffusers' layout that hold them, or the modules themselves
-    (`load_decoder`, `load_text`). None takes what lies in the model's own folder, False nothing.
+    (`load_decoder`, `load_text`). None takes what lies in the model's own folder, False nothing. vae="wan" and "taehv"
+    mean that kind of VAE, under its usual name in the model's folder or near it (`find_vae`).
     """
     path = ASSETS / model if model in shipped() else Path(model)
     if path.is_dir() and "format" in _config(path):
@@ -137,6 +143,8 @@ def _part(part: str, given: Any, found: Found) -> Any:
     """A part as given, or where it lies: there, inside the folder that is given, or inside the model's own folder."""
     if given is None:
         return found.parts.get(part)
+    if part == "vae" and given in VAE_FILES:
+        return find_vae(found.path, given)
     if not isinstance(given, (str, Path)):
         return given or None
     given = Path(given)
@@ -146,11 +154,58 @@ def _part(part: str, given: Any, found: Found) -> Any:
 def load_decoder(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The Wan VAE or its tiny twin, whichever a file holds, or the only one in a folder.
 
-    Raises FileNotFoundError, or ValueError that says what else the file holds.
+    Raises FileNotFoundError, or ValueError that says what else the file holds, before any of it is read.
     """
     path = find_weights(path) if path.is_dir() else path
     kind = names.kind_of(open_tensors(path).entries)
+    if kind not in names.VAES:
+        use = f": {names.USES[kind]}" if kind in names.USES else ""
+        raise ValueError(
+            f"{path}: holds {kind or 'no model that is known here'}{use}; expected {' or '.join(names.VAES)}"
+        )
+    if path.stem.startswith("lighttae"):  # nothing in the file tells, and its colours would be wrong
+        raise ValueError(
+            f"{path}: LightTAE, whose latents have Wan's mean and deviation in them, which is not done here; expected "
+            f"is TAEHV's taew2_1.pth, or the Wan VAE"
+        )
     return (load_tiny_vae if kind == names.vae_names.TINY else load_vae)(path, device, dtype)
+
+
+def place(
+    parts: Parts, offload: str | Sequence[str] | None, rollout: RolloutConfig | None = None, sessions: int = 1
+) -> Parts:
+    """The same model with the parts that `offload` names on the CPU, on the device only while they are used.
+
+    "text": umT5, a layer at a time for a new prompt (any other text encoder is small, or its maker's business);
+    "vae": the decoder's weights and the states of its streams, a latent frame at a time. "auto": the first of
+    `memory.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's own video
+    size, which is logged; nothing where the device is not CUDA. None: nothing. The DiT and its cache always stay.
+    """
+    device = parts.dit.device
+    chosen = _fitting(parts, rollout or parts.rollout, sessions) if offload == "auto" else memory.placement_of(offload)
+    if "text" in chosen and isinstance(parts.text, UMT5):
+        parts.text.send_home()
+    if "vae" in chosen and parts.decoder is not None and not isinstance(parts.decoder, memory.Offloaded):
+        parts = replace(parts, decoder=memory.Offloaded(parts.decoder, device))
+    return parts
+
+
+def _fitting(parts: Parts, rollout: RolloutConfig, sessions: int) -> tuple[str, ...]:
+    device, stride = parts.dit.device, getattr(parts.decoder, "spatial_stride", 8)
+    if device.type != "cuda":
+        logger.info("offload nothing: %s is where it would go", device)
+        return ()
+    frames = parts.decoder.latent_frames_of(parts.frames) if parts.decoder else (parts.frames - 1) // 4 + 1
+    load = memory.Workload(
+        (parts.height or 480) // stride, (parts.width or 832) // stride, frames, sessions, parts.dit.dtype
+    )
+    sizes = memory.sizes_of(parts.modules)
+    needs = {
+        name: memory.predict(parts.dit.config, rollout, load, offload=name, **sizes).peak - memory.CONTEXT
+        for name in memory.PLACEMENTS
+    }
+    there = memory.measure(parts.modules)["weights"].values()
+    return memory.choose(needs, memory.room(device) + sum(part.get(str(device), 0) for part in there))
 
 
 def _load_folder(folder: Path, device, dtype) -> Parts:

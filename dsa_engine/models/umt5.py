@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dsa_engine.models import names
 from dsa_engine.models.checkpoint import check_fit, dequantised, fill
+from dsa_engine.models.memory import TextSize, lend
 from dsa_engine.models.tensor_files import Entry, find_weights, open_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,17 @@ def clean_prompt(text: str) -> str:
 class UMT5(nn.Module):
     """A `TextEncoder`: transformers' `UMT5EncoderModel` with Wan's cleaning and padding, and a cache of prompts.
 
-    model: may be on the meta device, then `load` puts its weights in place when the first prompt is encoded.
-    tokenizer: of transformers. length: tokens of an embedding, the DiT's text_len. cache: prompts kept, the least
-    recently used goes first. device: where prompts are encoded; offload: whether the model goes back to the CPU
-    afterwards, since it is the largest part of a Wan model (11.4 GB in bfloat16).
+    model: may be on the meta device, then `load(model, device)` puts its weights in place there when the first prompt
+    is encoded. tokenizer: of transformers. length: tokens of an embedding, the DiT's text_len. cache: prompts kept, the
+    least recently used goes first. device: where prompts are encoded; offload: whether the weights, the largest part of
+    a Wan model (11.4 GB in bfloat16), live on the CPU and a layer is on the device for its turn only (0.4 GB).
     Raises ValueError for a model whose two token embeddings are not one.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Callable[..., Any], *, length: int = LENGTH, cache: int = CACHED,
-        device: torch.device | str = "cpu", offload: bool = False, load: Callable[[nn.Module], None] | None = None,
+        device: torch.device | str = "cpu", offload: bool = False,
+        load: Callable[[nn.Module, torch.device | str], None] | None = None,
     ):  # fmt: skip
         super().__init__()
         if length < 1 or cache < 0:
@@ -82,7 +84,7 @@ class UMT5(nn.Module):
         check_tied(model)
         self.model, self.tokenizer = model, tokenizer
         self.length, self.device, self.offload = length, torch.device(device), offload
-        self._load, self._size = load, cache
+        self._load, self._kept, self._placed = load, cache, False
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -92,8 +94,6 @@ class UMT5(nn.Module):
             result = found[0].new_zeros(len(found), self.length, found[0].shape[1])
             for row, embedding in zip(result, found):
                 row[: len(embedding)] = embedding
-        if self.offload and self._load is None:  # before that there is nothing to move
-            self.model.to("cpu")
         return result
 
     @property
@@ -101,26 +101,50 @@ class UMT5(nn.Module):
         """Width of the embeddings."""
         return self.model.shared.embedding_dim
 
+    @property
+    def size(self) -> TextSize:
+        """Parameters of all and of a layer."""
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in self._layers()]
+        return TextSize("umT5", sum(p.numel() for p in self.model.parameters()), max(layers))
+
+    def send_home(self) -> None:
+        """From the next prompt on as with `offload=True`."""
+        if not self.offload:
+            self.offload, self._placed = True, False
+
+    def _layers(self) -> list[nn.Module]:
+        return [*self.model.encoder.block, self.model.encoder.final_layer_norm]
+
+    def _place(self) -> None:
+        """Weights to where they are to be; the token embedding, a table of 2.1 GB, is looked up there."""
+        home = "cpu" if self.offload else self.device
+        if self._load is not None:
+            self._load(self.model, home)
+            self._load = None
+        self.model.to(home)
+        if self.offload:
+            for layer in self._layers():
+                lend(layer, self.device)
+        self._placed = True
+
     def _find(self, prompt: str) -> Tensor:
         """The embedding [L, d_model] of a clean prompt."""
         embedding = self._cache.pop(prompt, None)
         if embedding is None:
             embedding = self._encode(prompt)
         self._cache[prompt] = embedding
-        while len(self._cache) > self._size:
+        while len(self._cache) > self._kept:
             self._cache.popitem(last=False)
         return embedding
 
     def _encode(self, prompt: str) -> Tensor:
-        if self._load is not None:
-            self._load(self.model)
-            self._load = None
-        self.model.to(self.device)
+        if not self._placed:
+            self._place()
         tokens = self.tokenizer(prompt).input_ids
         if len(tokens) > self.length:
             logger.warning("prompt of %d tokens: only %d of them are used: %r", len(tokens), self.length, prompt)
             tokens = self.tokenizer(prompt, truncation=True, max_length=self.length).input_ids
-        ids = torch.tensor([tokens], device=self.device)
+        ids = torch.tensor([tokens], device="cpu" if self.offload else self.device)
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
 
 
@@ -213,14 +237,14 @@ def load_umt5(
         raise ValueError(f"{weights}: holds {kind or 'no model that is known here'}{use}; expected {names.TEXT}")
     entries = dequantised(transformers_names(file.entries), weights)
     with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**sizes_of(entries, weights))).requires_grad_(False).eval()
+        model = UMT5EncoderModel(UMT5Config(**sizes_of(entries, weights))).to(dtype).requires_grad_(False).eval()
     tie(model)
     fits = {name: tensor for name, tensor in model.state_dict().items() if name != EMBEDDING}
     check_fit(fits, entries, weights)
 
-    def load(model: nn.Module) -> None:
+    def load(model: nn.Module, place: torch.device | str) -> None:
         model.encoder.embed_tokens = None  # one embedding is read, not two
-        fill(model, entries, weights, "cpu" if offload else device, dtype)
+        fill(model, entries, weights, place, dtype)
         tie(model)
         check_tied(model)
 

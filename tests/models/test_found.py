@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from safetensors.torch import save_file
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models import names
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.found import inspect
+from dsa_engine.models.found import find_vae, inspect
+from dsa_engine.models.tiny_vae import TinyVAE
 from dsa_engine.models.vae import WanVAE
+from dsa_engine.models.vae_names import to_diffusers
 
 SMALL = ModelConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=1, text_dim=16, freq_dim=32)  # heads of 128
 
@@ -167,3 +171,74 @@ def test_what_was_found_is_plain_values_for_json(tmp_path, weights):
     values = json.loads(json.dumps(inspect(tmp_path / "longlive_base.safetensors").to_dict()))
     assert values["family"] == "longlive" and values["rollout"]["window"] == 12 and values["config"]["dim"] == 256
     assert values["path"] == values["weights"] == str(tmp_path / "longlive_base.safetensors")
+
+
+# ---- a VAE that is asked for by its name
+
+
+@pytest.fixture
+def near(tmp_path, weights):
+    """models/mine/w.safetensors, for VAEs to be put near it."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    save_file(weights, tmp_path / "models" / "mine" / "w.safetensors")
+    return tmp_path / "models" / "mine"
+
+
+WAN_FILES = WanVAE(dim=2).state_dict()
+NAMED = {"wan": (WAN_FILES, to_diffusers(WAN_FILES)), "taehv": (TinyVAE(widths=(4, 4, 4, 4)).state_dict(),)}
+
+
+@pytest.mark.parametrize(
+    "kind, place, content",
+    [
+        ("wan", "mine/Wan2.1_VAE.pth", 0),
+        ("wan", "mine/vae/diffusion_pytorch_model.safetensors", 1),
+        ("wan", "Wan2.1_VAE.safetensors", 0),
+        ("wan", "Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", 0),
+        ("wan", "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", 0),
+        ("wan", "mine/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", 0),
+        ("wan", "vae/wan_2.1_vae.safetensors", 0),
+        ("wan", "SFWan/vae/diffusion_pytorch_model.safetensors", 1),
+        ("taehv", "mine/taew2_1.pth", 0),
+        ("taehv", "mine/vae/taew2_1.safetensors", 0),
+        ("taehv", "other/taew2_1.pth", 0),
+    ],
+)
+def test_a_vae_is_found_near_the_model(near, kind, place, content):
+    path = near.parent / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (torch.save if path.suffix == ".pth" else save_file)(NAMED[kind][content], path)
+    (near / "transformer").mkdir()
+    for model in (near, near / "w.safetensors", near / "transformer" / "diffusion_pytorch_model.safetensors"):
+        assert find_vae(model, kind) == path
+    other = "wan" if kind == "taehv" else "taehv"
+    with pytest.raises(FileNotFoundError, match=f"vae='{other}': no "):
+        find_vae(near, other)
+
+
+def test_the_nearest_vae_is_taken_and_told_by_its_tensors(near):
+    """A tiny VAE under Wan's name is none; the next candidate is."""
+    torch.save(NAMED["taehv"][0], near / "Wan2.1_VAE.pth")
+    torch.save(NAMED["wan"][0], near.parent / "Wan2.1_VAE.pth")
+    assert find_vae(near, "wan") == near.parent / "Wan2.1_VAE.pth"
+    (near.parent / "Wan2.1_VAE.pth").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        find_vae(near / "w.safetensors", "wan")
+    said = str(error.value)
+    assert "no Wan2.1_VAE.pth or .safetensors, nor a folder vae with the Wan 2.1 VAE" in said
+    assert f"{near / 'Wan2.1_VAE.pth'} holds a tiny VAE (TAEHV)" in said and str(near.parent) in said
+
+
+def test_a_candidate_that_is_broken_is_named(near):
+    (near / "taew2_1.pth").write_text("<!DOCTYPE html><html></html>")
+    with pytest.raises(ValueError, match=f"{re.escape(str(near / 'taew2_1.pth'))}: a web page"):
+        find_vae(near, "taehv")
+
+
+def test_a_folder_of_several_vaes_is_searched_by_their_names(near, monkeypatch):
+    (near.parent / "vae").mkdir()
+    torch.save(NAMED["taehv"][0], near.parent / "vae" / "taew2_1.pth")
+    torch.save(NAMED["wan"][0], near.parent / "vae" / "Wan2.1_VAE.pth")
+    monkeypatch.chdir(near)
+    assert find_vae(Path("w.safetensors"), "wan") == near.parent / "vae" / "Wan2.1_VAE.pth"
+    assert find_vae(Path("."), "taehv") == near.parent / "vae" / "taew2_1.pth"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import re
 import stat
 import sys
+import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -19,8 +23,11 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dsa_engine import Pipeline
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.models import package
+from dsa_engine.engine.engine import Engine
+from dsa_engine.models import memory, package
 from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.memory import Offloaded
 from dsa_engine.models.tiny_vae import TinyVAE
 from dsa_engine.models.umt5 import save_prompts
 from dsa_engine.models.vae import WanVAE
@@ -245,3 +252,141 @@ def test_the_choice_of_a_rollout_is_said(wan, tmp_path, caplog):
         assert caplog.records[-1].levelname == "WARNING" and "a base model" in caplog.text
         package.load(unknown, family="longlive")
         assert caplog.records[-1].levelname == "WARNING" and "needs its LoRA" in caplog.text
+
+
+# ---- a VAE by its name, files that are none of what they should be, and parts that live on the CPU
+
+
+@pytest.fixture
+def checkpoint(wan, tmp_path):
+    """A DiT alone, under the name of Self-Forcing's file."""
+    path = tmp_path / "checkpoints" / "self_forcing_dmd.safetensors"
+    path.parent.mkdir()
+    save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), path)
+    return path
+
+
+def test_a_vae_can_be_asked_for_by_its_name(wan, checkpoint):
+    assert isinstance(package.load(wan, vae="wan", text=False).decoder, WanVAE)
+    with pytest.raises(FileNotFoundError, match="vae='taehv': no taew2_1.pth or .safetensors"):
+        package.load(wan, vae="taehv", text=False)
+    (checkpoint.parent / "Wan2.1-T2V-1.3B").mkdir()
+    torch.save(WanVAE(dim=8).state_dict(), checkpoint.parent / "Wan2.1-T2V-1.3B" / "Wan2.1_VAE.pth")
+    torch.save(TinyVAE().state_dict(), checkpoint.parent / "taew2_1.pth")
+    for name, kind in (("wan", WanVAE), ("taehv", TinyVAE)):
+        with Pipeline.from_pretrained(checkpoint, vae=name, device="cpu") as pipe:
+            assert isinstance(pipe.engine.decoder, kind)
+    assert package.load(checkpoint).decoder is None  # nothing is taken from elsewhere unasked
+
+
+def test_light_tae_is_refused_for_its_name(wan, tmp_path):
+    torch.save(TinyVAE().state_dict(), tmp_path / "lighttaew2_1.pth")
+    with pytest.raises(ValueError, match="lighttaew2_1.pth: LightTAE, whose latents have Wan's mean.*taew2_1.pth"):
+        package.load(wan, vae=tmp_path / "lighttaew2_1.pth", text=False)
+
+
+class RunsCode:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def soon(kind, path, call) -> str:
+    """The message of a call that fails in under 5 seconds and names the file."""
+    start = time.perf_counter()
+    with pytest.raises(kind, match=re.escape(str(path))) as error:
+        call()
+    assert time.perf_counter() - start < 5
+    return str(error.value)
+
+
+WAYS_IN = {
+    "model": lambda path, model: package.load(path),
+    "vae": lambda path, model: package.load(model, vae=path, text=False),
+    "text": lambda path, model: package.load(model, text=path),
+    "lora": lambda path, model: package.load(model, lora=path),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_what_is_no_checkpoint_is_refused_wherever_it_is_given(checkpoint, tmp_path, way, suffix):
+    path, proof = tmp_path / f"file{suffix}", tmp_path / "code_was_run"
+    path.write_text("<!DOCTYPE html><html><body>404: Not Found</body></html>" * 20)
+    assert "a web page" in soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    torch.save({"model": {"a": torch.zeros(1)}, "payload": RunsCode(proof)}, path)
+    said = soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    assert ("weights_only=True" if suffix == ".pth" else "should end in .pt") in said and not proof.exists()
+    (save_file if suffix == ".safetensors" else torch.save)({"a": torch.zeros(999)}, path)
+    os.truncate(path, path.stat().st_size // 2)
+    soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    path.unlink()
+    soon(FileNotFoundError, path, lambda: WAYS_IN[way](path, checkpoint))
+
+
+@pytest.mark.parametrize("way", ["vae", "text", "lora"])
+def test_a_whole_model_in_place_of_a_part_is_told_before_it_is_read(checkpoint, tmp_path, way):
+    """28 GB of it: a header, and a hole in the file."""
+    path = tmp_path / "Wan2.1-T2V-14B.safetensors"
+    with torch.device("meta"):
+        tensors = CausalDiT(ModelConfig.preset("wan2.1-t2v-14b")).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert "expected" in soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+
+
+def test_offloaded_parts_make_the_same_clip(wan):
+    options = {"height": 32, "width": 32, "num_frames": 21, "step_policy": "fixed:1", "seed": 3}
+    clips = []
+    for offload in (None, ("text", "vae")):
+        parts = package.place(package.load(wan), offload)
+        engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, parts.rollout)
+        pipe = Pipeline(engine, name="x", height=32, width=32, frames=21, fps=16.0)
+        clips.append(torch.from_numpy(pipe("a red panda", **options).frames))
+        with pipe.session("a red panda", num_frames=21, seed=3, step_policy="fixed:1") as session:
+            chunks = [session.next_chunk().frames, session.next_chunk().frames]
+        assert torch.equal(torch.from_numpy(np.concatenate(chunks)), (clips[-1][0] * 255).round().to(torch.uint8))
+    torch.testing.assert_close(*clips, rtol=0, atol=1e-5)
+    assert isinstance(parts.decoder, Offloaded) and parts.text.offload
+    assert package.place(parts, "text,vae").decoder is parts.decoder  # it is there already
+
+
+def test_what_is_not_there_or_not_movable_is_passed_over(untrained, checkpoint):
+    bare = package.load(checkpoint)
+    assert package.place(bare, "text,vae") == bare
+    small = package.load(untrained)
+    placed = package.place(small, ("text", "vae"))
+    assert placed.text is small.text and placed.decoder.codec is small.decoder
+    with pytest.raises(ValueError, match="offload=dit: must be 'auto'"):
+        package.place(small, "dit")
+
+
+def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
+    parts = package.load(wan)
+    assert package.place(parts, "auto") is parts and package.place(parts, None) is parts  # a CPU has nothing to spare
+    there, on_device = memory.measure(parts.modules), 1000
+    there["weights"]["vae"] = {"cpu": 7, "cuda": on_device}
+    monkeypatch.setattr(CausalDiT, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(memory, "measure", lambda parts: there)
+    monkeypatch.setattr(memory, "Loan", lambda *args, **options: None)
+    load, sizes = memory.Workload(sessions=2, dtype=torch.float32), memory.sizes_of(parts.modules)
+    rollout = RolloutConfig(window=12)
+    peaks = [memory.predict(SMALL, rollout, load, offload=name, **sizes).peak for name in memory.PLACEMENTS]
+    assert peaks[0] > peaks[1] > peaks[2]
+    for short, expected in ((0, (False, False)), (1, (True, False)), (1 + peaks[0] - peaks[1], (True, True))):
+        parts = replace(parts, text=copy.copy(parts.text))
+        monkeypatch.setattr(memory, "room", lambda d, short=short: peaks[0] - memory.CONTEXT - on_device - short)
+        with caplog.at_level(logging.INFO, logger=memory.__name__):
+            placed = package.place(parts, "auto", rollout, sessions=2)
+        assert (placed.text.offload, isinstance(placed.decoder, Offloaded)) == expected
+        assert caplog.records[-1].levelname == "INFO" and caplog.records[-1].message.startswith("offload ")

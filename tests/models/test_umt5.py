@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from dsa_engine.models import umt5
+from dsa_engine.models import memory, umt5
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.umt5 import UMT5, EncodedPrompts, clean_prompt, load_text, load_umt5, save_prompts
 from dsa_engine.training.prompts import read_prompts
@@ -169,20 +169,16 @@ def test_embeddings_that_are_not_tied_are_refused(theirs):
 
 
 class Counted(torch.nn.Module):
-    """Counts the prompts that are really encoded, and where."""
+    """Counts the prompts that are really encoded."""
 
     def __init__(self, model):
         super().__init__()
         self.inner, self.shared, self.encoder = model, model.shared, model.encoder
-        self.calls, self.moves = 0, []
+        self.calls = 0
 
     def forward(self, **inputs):
         self.calls += 1
         return self.inner(**inputs)
-
-    def to(self, device):
-        self.moves.append(str(device))
-        return self
 
 
 def test_prompts_are_encoded_once_and_the_oldest_is_forgotten_first(folder, theirs):
@@ -213,16 +209,65 @@ def test_what_is_kept_is_not_changed_from_outside(folder):
     assert encoder.encode(["the sea"]).equal(kept)
 
 
-def test_offload_moves_the_model_for_new_prompts_only(folder, theirs):
+def test_offloaded_layers_are_on_the_device_for_their_turn_only(folder, theirs):
+    """The meta device stands for one that is far away: only the layers and what they are given go there."""
     tokenizer = load(folder / "text_encoder", folder).tokenizer
-    model = Counted(theirs)
-    encoder = UMT5(model, tokenizer, length=LENGTH, offload=True, device="cpu")
-    encoder.encode(["the sea", "a tree"])
-    assert model.moves[0] == "cpu" and model.moves[-1] == "cpu"
-    waiting = load(folder / "text_encoder", folder, offload=True)
-    assert all(p.is_meta for p in waiting.parameters())
-    waiting.encode(["the sea"])
-    assert not any(p.is_meta for p in waiting.parameters())
+    model, seen = copy.deepcopy(theirs), []
+    encoder = UMT5(model, tokenizer, length=LENGTH, offload=True, device="meta")
+    layers = [*model.encoder.block, model.encoder.final_layer_norm]
+    for layer in layers:
+        inner = layer.layer[0].SelfAttention.q if hasattr(layer, "layer") else layer
+        layer.register_forward_hook(
+            lambda layer, args, out, inner=inner: seen.append((inner.weight.device.type, args[0].device.type))
+        )
+    assert encoder.encode(["the sea", "a tree"]).is_meta
+    assert seen == [("meta", "meta")] * 2 * len(layers)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    encoder.encode(["the sea"])
+    assert len(seen) == 2 * len(layers)  # it is known by now
+    assert all(p.equal(q) for p, q in zip(model.parameters(), theirs.parameters()))
+
+
+def test_an_offloaded_encoder_gives_the_same(folder, theirs, close, monkeypatch):
+    entered = []
+    monkeypatch.setattr(
+        memory.Loan, "__enter__", lambda self, own=memory.Loan.__enter__: entered.append(1) or own(self)
+    )
+    for encoder in (load(folder / "text_encoder", folder, offload=True), load(folder / "text_encoder", folder)):
+        assert all(p.is_meta for p in encoder.parameters())  # its weights are read for the first prompt
+        encoder.send_home()
+        close(encoder.encode(PROMPTS), reference(theirs), 1e-4)
+        assert len(entered) == (3 + 1) * len(PROMPTS)
+        entered.clear()
+    used = load(folder / "text_encoder", folder)
+    before = used.encode(["the sea"])
+    used.send_home()
+    used.send_home()
+    assert used.encode(["the sea", "a tree"])[0].equal(before[0]) and len(entered) == 3 + 1
+    assert used.model.shared.weight is used.model.encoder.embed_tokens.weight
+
+
+def test_the_size_is_that_of_the_weights_it_will_have(folder, theirs):
+    encoder = load_umt5(folder / "text_encoder", length=LENGTH)
+    assert encoder.size.parameters == sum(p.numel() for p in theirs.parameters())
+    assert encoder.size.block == sum(p.numel() for p in theirs.encoder.block[0].parameters())
+    assert memory.part_bytes(encoder) == 2 * encoder.size.parameters  # bfloat16, although nothing is read yet
+    encoder.encode(["the sea"])
+    assert memory.part_bytes(encoder) == 2 * encoder.size.parameters
+
+
+@pytest.mark.parametrize("naming, dtype", [("transformers", torch.float16), ("wan", torch.float8_e4m3fn)])
+def test_comfys_other_files(folder, theirs, close, tmp_path, naming, dtype):
+    """`umt5_xxl_fp16.safetensors` in transformers' names, `umt5-xxl-enc-fp8_e4m3fn.safetensors` in Wan's, no scales."""
+    plain = {name: tensor for name, tensor in theirs.state_dict().items() if "embed_tokens" not in name}
+    low = {name: tensor.to(dtype if tensor.ndim == 2 else torch.float16) for name, tensor in plain.items()}
+    rounded = UMT5EncoderModel(theirs.config).requires_grad_(False).eval()
+    values = {name: tensor.float() for name, tensor in low.items()}
+    rounded.load_state_dict(values | {"encoder.embed_tokens.weight": values["shared.weight"]})
+    for old, new in TO_WAN if naming == "wan" else ():
+        low = {name.replace(old, new): tensor for name, tensor in low.items()}
+    save_file(low, tmp_path / "umt5.safetensors")
+    close(load(tmp_path / "umt5.safetensors", folder).encode(PROMPTS), reference(rounded), 1e-4)
 
 
 def test_nothing_is_read_before_the_first_prompt(folder, tmp_path):

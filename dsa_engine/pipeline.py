@@ -88,8 +88,9 @@ class Pipeline:
         was recognised as is in `pipe.found`.
         Of a checkpoint: family, such as "self-forcing" or "longlive", says whose chunks, window and schedule it gets
         where its config and name do not; lora: an adapter to merge; vae, text: the file or folder of a video VAE (Wan's
-        or TAEHV; or "wan", "taehv", the kind to look for near the model) and of a text encoder (umT5, or prompts encoded before), or the modules themselves. None takes what
-        lies in the model's own folder, False nothing. Without a VAE and a text encoder it serves `generate_latents`.
+        or TAEHV; or "wan", "taehv", the kind to look for near the model) and of a text encoder (umT5, or prompts
+        encoded before), or the modules themselves. None takes what lies in the model's own folder, False nothing.
+        Without a VAE and a text encoder it serves `generate_latents`.
         head: a confidence head's file, as `dsa-engine train --recipe head` writes it; it takes the place of the model's
         own, and its threshold, presets and calibration that of the model's.
         device: default "cuda" where there is one, else "cpu". dtype (or torch_dtype): default bfloat16 on CUDA, float32

@@ -83,10 +83,17 @@ class StepInputs:
         self.least[slot], self.most[slot], self.reduce[slot] = counts.unbind(1)
         self.threshold[slot] = torch.tensor([_at_least(rule.threshold) for rule in rules], device=slot.device)
 
-    def rows(self, rows: Sequence[Row]) -> Tensor:
-        """Rows as the device reads them: [3, R] slot, commit, frames ahead."""
-        columns = [(row.slot, row.commit, self.frames * row.ahead) for row in rows]
-        return torch.tensor(columns, device=self.x.device).T
+    def rows(self, rows: Sequence[Row], size: int = 0) -> Tensor:
+        """Rows as the device reads them: [4, R] slot, commit, frames ahead, counts.
+
+        size: R at least, where a batch is to be filled up. What fills it repeats the first row and does not count: it
+        leaves nothing behind but the keys and values that the first row writes too. It comes before that row, for after
+        it, in deterministic mode, the slot has moved on.
+        """
+        columns = [(row.slot, row.commit, self.frames * row.ahead, True) for row in rows]
+        columns = [(*columns[0][:3], False)] * (size - len(rows)) + columns
+        host = torch.tensor(list(zip(*columns)))
+        return (host.pin_memory() if self.x.is_cuda else host).to(self.x.device, non_blocking=True)
 
     def forward(self, rows: Sequence[Row]) -> None:
         """One forward over some rows, commits first (a step may see a chunk that is committed in the same forward)."""
@@ -94,21 +101,24 @@ class StepInputs:
         self.run(self.rows(rows), lengths, any(not row.commit for row in rows))
 
     def run(self, rows: Tensor, lengths: Sequence[int], steps: bool = True) -> None:
-        """`forward` without the host: rows [3, R] as `rows()` makes them; lengths: keys of their prompts, at least;
+        """`forward` without the host: rows [4, R] as `rows()` makes them; lengths: keys of their prompts, at least;
         steps: whether any row is a step. Everything is written at the slots, positions last."""
-        slot, commit, ahead = rows
-        commit = commit.bool()
+        slot, commit, ahead, counts = rows
+        commit, counts = commit.bool(), counts.bool()
         memory = self.cache.rows(slot, self.frames, ahead)
         if self.deterministic:
             parts = [(slice(i, i + 1), length) for i, length in enumerate(lengths)]
         else:
             parts = [(slice(None), max(lengths))]
         for part, longest in parts:
-            self._rows(slot[part], commit[part], memory.select(part), longest, steps)
-        self.cache.position.index_add_(0, slot, commit * self.frames)
+            self._rows(slot[part], commit[part], counts[part], memory.select(part), longest, steps)
+        self.cache.position.index_add_(0, slot, (commit & counts) * self.frames)
 
-    def _rows(self, slot: Tensor, commit: Tensor, memory: CacheRows, longest: int, steps: bool) -> None:
-        step = self.step[slot]
+    def _rows(
+        self, slot: Tensor, commit: Tensor, counts: Tensor, memory: CacheRows, longest: int, steps: bool
+    ) -> None:  # fmt: skip
+        stopped = self.state[slot, -1] > 0  # a device-side loop runs on until all of its rows have stopped:
+        step = self.step[slot] - stopped.long()  # one that has takes its last step again, and writes the same keys
         level = torch.where(commit, 0.0, self.sigmas[slot, step])[:, None].expand(-1, self.frames)
         x = torch.where(commit[:, None, None, None, None], self.x0[slot], self.x[slot])
         tokens, time = self.dit.trunk(x, TIMESTEPS * level, memory.frames, self._text(slot, longest), memory)
@@ -122,9 +132,10 @@ class StepInputs:
             self.dit.head.projection(time), None if self.head is None else self.head.weights, self._rule(slot, step),
             self.dit.config.eps,
         )  # fmt: skip
-        idle = commit | (self.state[slot, -1] > 0)  # a device-side loop runs on until all of its rows have stopped
-        target = torch.where(idle, len(self.x) - 1, slot)
-        self.x0[target], self.x[target], self.state[target] = end.x0, end.x, end.state
+        scratch = len(self.x) - 1
+        target = torch.where(commit | stopped | ~counts, scratch, slot)
+        self.x0[target], self.state[target] = end.x0, end.state
+        self.x[torch.where(end.state[:, -1] > 0, scratch, target)] = end.x  # the last step's stays, to be taken again
         self.step[target] = step + 1
 
     def _rule(self, slot: Tensor, step: Tensor) -> StopRule:

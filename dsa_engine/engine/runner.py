@@ -67,14 +67,24 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self) -> list[Session]:
-        """One forward over as many rows as fit; returns the sessions whose chunk is denoised, to be finished."""
+        """One forward over as many rows as fit; returns the sessions whose chunk is denoised, to be finished.
+
+        After an exception everything is as before, and the next call tries the same forward again.
+        """
         rows = self.batcher.next()
         if not rows:
             return []
         alone = {row.key for row in rows if row.commit} - {row.key for row in rows if not row.commit}
         together = {row.key for row in rows if row.commit} - alone
-        inputs = self.inputs
-        inputs.forward([Row(row.key, row.commit, ahead=not row.commit and row.key in together) for row in rows])
+        try:
+            ahead = {row: not row.commit and row.key in together for row in rows}
+            self.inputs.forward([Row(row.key, row.commit, ahead[row]) for row in rows])
+        except BaseException:
+            self.batcher.report(())
+            for key in dict.fromkeys(row.key for row in rows):
+                self.batcher.remove(key)
+                self.batcher.add(key, self._turns[key].plan[0].commit)
+            raise
         done = []
         for row in rows:
             turn = self._turns[row.key]

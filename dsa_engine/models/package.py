@@ -26,6 +26,7 @@ from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.found import ENGINE_FORMAT, VAE_FILES, Found, companions, find_vae
 from dsa_engine.models.lora import Lora
+from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.pixel_codec import PixelCodec
 from dsa_engine.models.tensor_files import INDEX, SUFFIXES, find_weights, open_tensors, read_json, write_tensors
 from dsa_engine.models.text import SlotTextEncoder
@@ -185,8 +186,8 @@ def place(
     chosen = _fitting(parts, rollout or parts.rollout, sessions) if offload == "auto" else memory.placement_of(offload)
     if "text" in chosen and isinstance(parts.text, UMT5):
         parts.text.send_home()
-    if "vae" in chosen and parts.decoder is not None and not isinstance(parts.decoder, memory.Offloaded):
-        parts = replace(parts, decoder=memory.Offloaded(parts.decoder, device))
+    if "vae" in chosen and parts.decoder is not None and not isinstance(parts.decoder, Offloaded):
+        parts = replace(parts, decoder=Offloaded(parts.decoder, device))
     return parts
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from dsa_engine.models import names
 from dsa_engine.models.checkpoint import check_fit, dequantised, fill
-from dsa_engine.models.memory import TextSize, lend
+from dsa_engine.models.memory import TextSize
+from dsa_engine.models.offload import lend
 from dsa_engine.models.tensor_files import Entry, find_weights, open_tensors, write_tensors
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.models import memory
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.memory import HomeStream, Loan, Offloaded, Workload, lend, predict
+from dsa_engine.models.memory import Workload, predict
+from dsa_engine.models.offload import HomeStream, Loan, Offloaded, lend
 from dsa_engine.models.pixel_codec import PixelCodec
 from dsa_engine.models.tiny_vae import TinyVAE
 from dsa_engine.models.vae import Stream, WanVAE

@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from dsa_engine import Pipeline
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
-from dsa_engine.models import memory, package
+from dsa_engine.models import memory, offload, package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.memory import Offloaded
+from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.tiny_vae import TinyVAE
 from dsa_engine.models.umt5 import save_prompts
 from dsa_engine.models.vae import WanVAE
@@ -378,7 +378,7 @@ def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
     there["weights"]["vae"] = {"cpu": 7, "cuda": on_device}
     monkeypatch.setattr(CausalDiT, "device", property(lambda self: torch.device("cuda")))
     monkeypatch.setattr(memory, "measure", lambda parts: there)
-    monkeypatch.setattr(memory, "Loan", lambda *args, **options: None)
+    monkeypatch.setattr(offload, "Loan", lambda *args, **options: None)
     load, sizes = memory.Workload(sessions=2, dtype=torch.float32), memory.sizes_of(parts.modules)
     rollout = RolloutConfig(window=12)
     peaks = [memory.predict(SMALL, rollout, load, offload=name, **sizes).peak for name in memory.PLACEMENTS]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from dsa_engine.models import memory, umt5
+from dsa_engine.models import memory, offload, umt5
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.umt5 import UMT5, EncodedPrompts, clean_prompt, load_text, load_umt5, save_prompts
 from dsa_engine.training.prompts import read_prompts
@@ -231,7 +231,7 @@ def test_offloaded_layers_are_on_the_device_for_their_turn_only(folder, theirs):
 def test_an_offloaded_encoder_gives_the_same(folder, theirs, close, monkeypatch):
     entered = []
     monkeypatch.setattr(
-        memory.Loan, "__enter__", lambda self, own=memory.Loan.__enter__: entered.append(1) or own(self)
+        offload.Loan, "__enter__", lambda self, own=offload.Loan.__enter__: entered.append(1) or own(self)
     )
     for encoder in (load(folder / "text_encoder", folder, offload=True), load(folder / "text_encoder", folder)):
         assert all(p.is_meta for p in encoder.parameters())  # its weights are read for the first prompt

@@ -348,8 +348,8 @@ def test_a_whole_model_in_place_of_a_part_is_told_before_it_is_read(checkpoint, 
 def test_offloaded_parts_make_the_same_clip(wan):
     options = {"height": 32, "width": 32, "num_frames": 21, "step_policy": "fixed:1", "seed": 3}
     clips = []
-    for offload in (None, ("text", "vae")):
-        parts = package.place(package.load(wan), offload)
+    for placement in (None, ("text", "vae")):
+        parts = package.place(package.load(wan), placement)
         engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, parts.rollout)
         pipe = Pipeline(engine, name="x", height=32, width=32, frames=21, fps=16.0)
         clips.append(torch.from_numpy(pipe("a red panda", **options).frames))

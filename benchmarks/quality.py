@@ -33,8 +33,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +47,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
+
+from benchmarks.record import aligned, commit, machine, save
 from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, arguments
 from dsa_engine.config import ModelConfig
 from dsa_engine.models import package
@@ -76,35 +77,6 @@ EXITS = (0.8, 0.6, 0.45, 0.3, 0.15)  # of `random`, after each step
 BY_INDEX = ([2, 1], [4, 1], [4, 2, 1], [4, 2], [4, 3])  # the last count holds
 WAN = "wan2.1-t2v-1.3b"
 OTHER = "other "  # before the names of the rows of --compare
-
-
-def commit() -> str:
-    """The repository's commit, with a + when it has uncommitted changes."""
-    root = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-def machine() -> dict[str, str | int]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = f"{len(names)} x {names[0]}" if names else cpu
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 @dataclass(frozen=True)
@@ -340,11 +312,6 @@ def labelled(result: dict) -> Iterator[tuple[str, dict]]:
     yield from ((name, result[name]) for name in ("teacher", "ground_truth") if result[name])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
-
-
 PANELS = {"valid": "valid frames", "motion": "chunks that move as told"}
 STYLE = {"random": ("#9a6fb0", "^"), "by_index": ("#c98b2b", "s"), "x0_change": ("#3b8f5a", "D")}
 
@@ -499,8 +466,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a small model's products are over before a second thread has woken up
     result = evaluate(args)
     if args.save:
-        with replacing(args.save) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, args.save)
     sys.stdout.write("\n".join(report(result)) + "\n")
     if args.plot:
         draw(result, args.plot)

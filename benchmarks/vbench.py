@@ -50,7 +50,8 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.quality import aligned, commit, count, machine  # noqa: E402
+from benchmarks.quality import count  # noqa: E402
+from benchmarks.record import aligned, commit, machine  # noqa: E402
 from dsa_engine import Pipeline, arguments  # noqa: E402
 from dsa_engine.training.figures import rounded  # noqa: E402
 from dsa_engine.video import Mp4Writer, replacing  # noqa: E402

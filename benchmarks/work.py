@@ -1,0 +1,254 @@
+"""What a chunk's forward must do: FLOP and bytes of every op, how often it runs, and the time no version can beat.
+
+FLOP are those of the matrix products, 2 a multiply-add. Bytes: each input read once, each output written once, nothing
+kept in cache between ops. An op's floor is the larger of FLOP / rate and bytes / bandwidth. Vector arithmetic is left
+out: the heaviest, GELU, is a tenth of its bytes' time. At D = 128 the exponentials of attention (16 a clock and
+multiprocessor, of 8,192 FLOP in FP8) take as long as its FP8 products: that floor is reached only if the two overlap.
+
+The forward is that of the op contracts with one product for q, k and v. The end of each sub-layer is fused with the
+norm of the next, also across blocks, so `modulate` runs once, before the first, and `gate_residual` once, after the
+last. Left out: patch embedding (0.01 % of the FLOP), and the embeddings of text and time, made once a prompt or level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dsa_engine.config import ModelConfig
+
+TEXT_KEYS = 60  # of a usual prompt with its padding collapsed into the last
+CHUNK = 3  # latent frames
+PIXEL_FRAMES = 12  # of a chunk after the first
+KEY_FRAMES = (CHUNK, 12, 21)  # the first chunk, the mean of a 5-second clip, a full window
+STEPS = (1, 2, 3, 4)
+BF16, FP32 = 2, 4
+INDEX = 8
+PRECISIONS = ("bf16", "fp8")
+STEP_OPS = ("epilogue", "gaussian")  # run once in a denoising step, not in a forward; a commit has none
+NOT_TIMED = {
+    "norm_rope": "`norm_rope_append` does the same and stores K and V; without a cache only training calls it",
+    "velocity_to_x0": "a part of `epilogue`",
+    "renoise": "a part of `epilogue`",
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP a second of products and of attention, by precision, and bytes a second."""
+
+    product: dict[str, float]
+    attention: dict[str, float]
+    memory: float
+
+
+HOPPER = {"bf16": 989e12, "fp8": 1979e12}  # dense, by the datasheet; the two cards share the chip
+GPUS = {"H100 SXM": Rates(HOPPER, HOPPER, 3.35e12), "H200": Rates(HOPPER, HOPPER, 4.8e12)}
+# What good kernels reach: published figures, and 85 to 90 % of the bandwidth for a copy.
+PRACTICAL = {
+    name: Rates({"bf16": 620e12, "fp8": 1000e12}, {"bf16": 560e12, "fp8": 820e12}, 0.875 * rates.memory)
+    for name, rates in GPUS.items()
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One row's chunk, in the letters of `ops`. height and width in pixels; a latent pixel is 8 x 8 of them."""
+
+    config: ModelConfig
+    height: int
+    width: int
+    F: int = CHUNK
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        if self.height % 8 or self.width % 8:
+            raise ValueError(f"size {self.height}x{self.width}: both must be multiples of 8 pixels")
+        return self.height // 8, self.width // 8
+
+    @property
+    def S(self) -> int:
+        return self.config.tokens_per_frame(*self.latent)
+
+    @property
+    def T(self) -> int:
+        return self.F * self.S
+
+    @property
+    def C(self) -> int:
+        return self.config.dim
+
+    @property
+    def H(self) -> int:
+        return self.config.num_heads
+
+    @property
+    def patch(self) -> int:
+        """Numbers of a patch, P of the last layer."""
+        return self.config.patch_size[1] ** 2 * self.config.out_dim
+
+    @property
+    def products(self) -> dict[str, tuple[int, int, int, bool]]:
+        """The forward's linear layers: N, K, how many a block, and whether the product adds the bias (`gelu_bias` adds
+        that of `up`). o is the shape of the output projections and of the queries of cross-attention."""
+        c, ffn = self.C, self.config.ffn_dim
+        return {"qkv": (3 * c, c, 1, True), "o": (c, c, 3, True), "up": (ffn, c, 1, False), "down": (c, ffn, 1, True)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op at one shape. calls: in a forward of each precision at a KV length; of `STEP_OPS`, in a step."""
+
+    op: str  # a public function of `ops`, or linear: a bfloat16 product
+    what: str
+    precision: str
+    flop: int
+    read: int
+    written: int
+    calls: dict[str, int]
+    frames: int | None = None  # of keys, for attention
+    keys: int | None = None  # for cross_attention
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.op, self.what, "fp8" if self.precision == "fp8" else "")))
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+    def microseconds(self, rates: Rates) -> tuple[float, float]:
+        """(of the products, of the bytes)"""
+        kind = rates.attention if "attention" in self.op else rates.product
+        return 1e6 * self.flop / kind[self.precision], 1e6 * self.bytes / rates.memory
+
+    def floor(self, rates: Rates) -> float:
+        return max(self.microseconds(rates))
+
+    def bound(self, rates: Rates) -> str:
+        products, memory = self.microseconds(rates)
+        return "products" if products > memory else "bytes"
+
+
+def once(bf16: int, fp8: int | None = None) -> dict[str, int]:
+    return {"bf16": bf16, "fp8": bf16 if fp8 is None else fp8}
+
+
+def elementwise(s: Sizes) -> list[Row]:
+    """The ops that only move bytes, in both precisions where they have two."""
+    layers, tokens, vector, wide = s.config.num_layers, s.T * s.C, s.F * s.C * FP32, s.T * s.config.ffn_dim
+    gain, table, index = s.C * BF16, s.T * s.config.head_dim * FP32, (1 + s.F) * INDEX
+    scales = 2 * s.H * FP32 + s.C * FP32
+    rows = [Row("rms_norm", "", "bf16", 0, tokens * BF16 + gain, tokens * BF16, once(layers))]
+    for precision in PRECISIONS:
+        fp8 = precision == "fp8"
+        only = {p: int(p == precision) for p in PRECISIONS}
+        size, per_row = (1, s.T * FP32) if fp8 else (BF16, 0)  # of what a product or the cache takes
+
+        def row(op: str, read: int, written: int, calls: int, precision=precision, only=only) -> Row:
+            return Row(op, "", precision, 0, read, written, {p: calls * n for p, n in only.items()})
+
+        qkv = 3 * tokens * BF16 + 2 * gain + table + index + (scales if fp8 else 0)
+        rows += [
+            row("norm_rope_append", qkv, tokens * BF16 + 2 * tokens * size, layers),
+            row("modulate", tokens * BF16 + 2 * vector, tokens * size + per_row, 1),
+            row("residual_modulate", 2 * tokens * BF16 + 3 * vector, tokens * (BF16 + size) + per_row, 3 * layers - 1),
+            row("gelu_bias", (wide + s.config.ffn_dim) * BF16, wide * size + per_row, layers),
+        ]
+    rows += [
+        Row("gate_residual", "", "bf16", 0, 2 * tokens * BF16 + vector, tokens * BF16, once(1)),
+        # of the two attentions' outputs, which no op before them quantises
+        Row("quantise", "", "fp8", 0, tokens * BF16, tokens + s.T * FP32, once(0, 2 * layers)),
+    ]
+    return rows
+
+
+def attentions(s: Sizes) -> list[Row]:
+    layers, queries, rows = s.config.num_layers, s.T * s.C * BF16, []
+    for frames in KEY_FRAMES:
+        keys, index = frames * s.S, 3 * INDEX
+        for precision, size, scales in (("bf16", BF16, 0), ("fp8", 1, 2 * s.H * FP32)):
+            read = queries + 2 * keys * s.C * size + index + scales
+            calls = {p: layers * (p == precision) for p in PRECISIONS}
+            row = Row("attention", f"kv {keys}", precision, 4 * s.T * keys * s.C, read, queries, calls, frames=frames)
+            rows.append(row)
+    whole, part = s.config.text_len, min(TEXT_KEYS, s.config.text_len)
+    for what, keys, index, calls in ((f"keys {whole}", whole, 0, layers), (f"used {part}", part, INDEX + FP32, 0)):
+        read, flop = queries + 2 * keys * s.C * BF16 + index, 4 * s.T * keys * s.C
+        rows.append(Row("cross_attention", what, "bf16", flop, read, queries, once(calls), keys=keys))
+    return rows
+
+
+def products(s: Sizes) -> list[Row]:
+    rows = []
+    for what, (n, k, count, bias) in s.products.items():
+        calls, flop, extra = count * s.config.num_layers, 2 * s.T * n * k, n * BF16 * bias
+        read = (s.T * k + n * k) * BF16 + extra
+        rows.append(Row("linear", what, "bf16", flop, read, s.T * n * BF16, once(calls, 0)))
+        read = s.T * k + n * k + (s.T + n) * FP32 + extra
+        rows.append(Row("fp8_linear", what, "fp8", flop, read, s.T * n * BF16, once(0, calls)))
+    return rows
+
+
+def ends(s: Sizes) -> list[Row]:
+    """What a denoising step does besides its forward; `epilogue` pools by itself."""
+    tokens, per_frame, latents = s.T * s.C * BF16, s.F * s.C, s.F * s.config.in_dim * s.latent[0] * s.latent[1] * BF16
+    hidden = s.C // 2
+    weights = (s.patch * s.C + s.patch + hidden * 3 * s.C + hidden + hidden + 1) * BF16
+    modulation, rule = 2 * per_frame * FP32, 5 * FP32
+    read = tokens + per_frame * BF16 + 2 * latents + 2 * s.F * FP32 + modulation + weights + rule
+    flop = 2 * s.T * s.patch * s.C + 2 * s.F * hidden * (3 * s.C + 1)
+    return [
+        Row("pool_frames", "", "bf16", 0, tokens, 2 * per_frame * FP32, once(0)),
+        Row("epilogue", "", "bf16", flop, read, 2 * latents + (s.F + 1) * FP32, once(1)),
+        Row("gaussian", "", "bf16", 0, 3 * INDEX, latents // BF16 * FP32, once(1)),
+    ]
+
+
+def rows(s: Sizes) -> list[Row]:
+    return [*products(s), *attentions(s), *elementwise(s), *ends(s)]
+
+
+def forward(all_rows: Sequence[Row], precision: str, frames: int) -> list[Row]:
+    """The rows that run in a forward over `frames` frames of keys."""
+    return [r for r in all_rows if r.calls[precision] and r.op not in STEP_OPS and r.frames in (None, frames)]
+
+
+def kind(row: Row) -> str:
+    if row.op in ("linear", "fp8_linear"):
+        return "products"
+    return row.op if row.flop else "elementwise"
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sums over the rows of a forward: FLOP by kind, bytes of the elementwise ops, and microseconds by GPU."""
+
+    flop: dict[str, int]
+    elementwise: int
+    us: dict[str, float]
+
+
+def total(some: Sequence[Row], precision: str, gpus: dict[str, Rates]) -> Total:
+    flop = dict.fromkeys(("products", "attention", "cross_attention"), 0)
+    for r in some:
+        if r.flop:
+            flop[kind(r)] += r.calls[precision] * r.flop
+    times = {name: sum(r.calls[precision] * r.floor(rates) for r in some) for name, rates in gpus.items()}
+    return Total(flop, elementwise_bytes(some, precision), times)
+
+
+def elementwise_bytes(some: Sequence[Row], precision: str) -> int:
+    return sum(r.calls[precision] * r.bytes for r in some if not r.flop)
+
+
+def in_epilogues(some: Sequence[Row], s: Sizes) -> list[Row]:
+    """The rows as they were if the products' epilogues did more: GELU there moves nothing, and with bias, gate and
+    residual there the stream is written by the product itself, which takes one read of it."""
+    tokens = s.T * s.C * BF16
+    saved = {"residual_modulate": (0, tokens), "gate_residual": (tokens, tokens)}
+    rows = []
+    for r in (r for r in some if r.op != "gelu_bias"):
+        read, written = saved.get(r.op, (0, 0))
+        rows.append(replace(r, read=r.read - read, written=r.written - written))
+    return rows

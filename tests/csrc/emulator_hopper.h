@@ -1,0 +1,490 @@
+// csrc/hopper.cuh for the fibers of emulator.h: mbarriers, TMA tile loads and wgmma as the PTX manual defines them.
+//
+// Everything asynchronous happens as late as it may. A TMA load fills its destination with NaN at once and lands when a
+// thread waits on its barrier and no thread can go on without it; a wgmma fills its accumulators with NaN at once,
+// reads shared memory and delivers when a thread waits for its group and no other thread can go on. Shared memory
+// exists twice: as threads see it and as TMA and wgmma see it; an ordinary store crosses over at async_proxy_fence().
+// So a forgotten wait, fence or release gives NaN or wrong numbers. Addresses of shared memory start at 1024, like on
+// the device, so that an offset is not mistaken for an address.
+//
+// Not modelled: the precision of the tensor cores, which keep fewer bits of e4m3 sums than the float32 used here, and
+// who among several threads executed a proxy fence.
+#pragma once
+
+#include <cuda.h>
+
+#include <deque>
+
+#include "emulator.h"
+
+namespace emulate {
+
+constexpr uint32_t shared_base = 1024, shared_size = 256 << 10;
+
+// What cuTensorMapEncodeTiled would hide in the 128 bytes of a CUtensorMap.
+struct TensorMap {
+    const char* data;
+    uint64_t dim[5], stride[5];  // stride in bytes
+    uint16_t box[5];
+    uint8_t rank, element, swizzle;
+    uint8_t magic;
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "a tensor map is 128 bytes");
+
+// The checks are those of the driver's manual.
+inline CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
+                             const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
+                             const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+    TensorMap m{};
+    m.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+    const bool supported = (m.element != 2 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) &&
+                           interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
+                           (swizzle == CU_TENSOR_MAP_SWIZZLE_128B || swizzle == CU_TENSOR_MAP_SWIZZLE_NONE);
+    if (!supported || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+    if (reinterpret_cast<uintptr_t>(data) % 16) return CUDA_ERROR_INVALID_VALUE;
+    m.data = static_cast<const char*>(data);
+    m.rank = rank;
+    m.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+    m.magic = 0x5a;
+    for (unsigned i = 0; i < rank; ++i) {
+        m.dim[i] = dims[i];
+        m.box[i] = box[i];
+        m.stride[i] = i == 0 ? m.element : strides[i - 1];
+        if (dims[i] == 0 || dims[i] > uint64_t(1) << 32 || box[i] == 0 || box[i] > 256 || steps[i] != 1) {
+            return CUDA_ERROR_INVALID_VALUE;
+        }
+        if (i > 0 && (m.stride[i] % 16 || m.stride[i] >= uint64_t(1) << 40 || m.stride[i] < m.stride[i - 1])) {
+            return CUDA_ERROR_INVALID_VALUE;
+        }
+    }
+    if (box[0] * m.element % 16 || (m.swizzle && box[0] * m.element > 128)) return CUDA_ERROR_INVALID_VALUE;
+    memset(static_cast<void*>(map), 0, sizeof(*map));
+    memcpy(static_cast<void*>(map), &m, sizeof(m));
+    return CUDA_SUCCESS;
+}
+
+struct Load {
+    TensorMap map;
+    uint32_t to;
+    int64_t at[5];
+};
+
+struct Mbarrier {
+    int64_t arrivals = 0, pending = 0, bytes = 0;
+    uint32_t phase = 0;
+    std::vector<Load> loads;
+};
+
+struct Multiply {
+    int n, bytes = 2;  // of an element of A and B: bf16 or e4m3
+    bool a_in_shared, b_mn_major, accumulate;
+    uint64_t a, b;
+    unsigned issued = 0;  // threads so far
+    const uint32_t* a_registers[128];
+    uint32_t a_values[128][4];
+    float* d[128];
+};
+
+struct Warpgroup {
+    std::deque<Multiply> multiplies;  // in order of issue
+    size_t executed = 0;
+    struct Thread {
+        size_t issued = 0, delivered = 0;
+        bool fenced = false;
+        std::deque<size_t> groups;  // number of multiplies issued when each uncompleted group was committed
+        size_t committed = 0;
+        std::map<float*, std::vector<float>> flying;  // accumulators of unfinished multiplies
+    } threads[128];
+};
+
+struct Hopper {
+    std::map<uint32_t, Mbarrier> mbarriers;
+    std::deque<Warpgroup> warpgroups;
+    std::vector<unsigned char> asynchronous = std::vector<unsigned char>(shared_size);
+};
+
+inline Hopper& hopper() {
+    static Hopper* h = [] {
+        auto* fresh = new Hopper;
+        state().at_start.push_back([fresh] {
+            fresh->mbarriers.clear();
+            fresh->warpgroups.clear();
+            fresh->warpgroups.resize((state().threads + 127) / 128);
+            std::fill(fresh->asynchronous.begin(), fresh->asynchronous.end(), 0xff);
+        });
+        state().at_start.back()();
+        state().at_end.push_back([fresh] {
+            for (const auto& [address, barrier] : fresh->mbarriers) {
+                if (!barrier.loads.empty()) state().failure = "a block ended while a TMA load was under way";
+            }
+        });
+        return fresh;
+    }();
+    return *h;
+}
+
+inline uint32_t address_of(const void* pointer) {
+    const int64_t offset = static_cast<const char*>(pointer) - state().shared;
+    if (offset < 0 || offset >= int64_t(state().shared_bytes)) fail("the address is not in the block's shared memory");
+    return uint32_t(offset) + shared_base;
+}
+
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline void check_range(uint32_t address, uint32_t bytes, const char* who) {
+    if (address < shared_base || address - shared_base + bytes > state().shared_bytes) {
+        fail(std::string(who) + ": outside of the block's shared memory");
+    }
+}
+
+inline uint32_t box_bytes(const TensorMap& map) {
+    uint32_t bytes = map.element;
+    for (int i = 0; i < map.rank; ++i) bytes *= map.box[i];
+    return bytes;
+}
+
+inline void end_phase_if_complete(Mbarrier& barrier) {
+    if (barrier.pending != 0 || barrier.bytes != 0) return;
+    barrier.pending = barrier.arrivals;
+    barrier.phase ^= 1;
+    progress();
+}
+
+inline Mbarrier& barrier_at(const uint64_t* pointer) {
+    auto found = hopper().mbarriers.find(address_of(pointer));
+    if (found == hopper().mbarriers.end()) fail("an mbarrier is used before its initialisation");
+    return found->second;
+}
+
+inline void arrive(Mbarrier& barrier, int64_t bytes) {
+    if (barrier.pending == 0) fail("more arrivals at an mbarrier than it was initialised for");
+    barrier.bytes += bytes;
+    --barrier.pending;
+    progress();
+    end_phase_if_complete(barrier);
+    give_way();
+}
+
+// Copies the box, element after element, zero beyond the tensor's edge.
+inline void land(const Load& load) {
+    const TensorMap& m = load.map;
+    const uint32_t bytes = box_bytes(m);
+    for (uint32_t byte = 0; byte < bytes; byte += m.element) {
+        uint32_t rest = byte / m.element;
+        const char* from = m.data;
+        bool inside = true;
+        for (int i = 0; i < m.rank; ++i) {
+            const int64_t at = load.at[i] + rest % m.box[i];
+            rest /= m.box[i];
+            inside = inside && at >= 0 && uint64_t(at) < m.dim[i];
+            if (inside) from += at * m.stride[i];
+        }
+        uint32_t to = load.to + byte;
+        if (m.swizzle) to = swizzled(to);
+        static const char zero[8] = {};
+        memcpy(state().shared + (to - shared_base), inside ? from : zero, m.element);
+        memcpy(&hopper().asynchronous[to - shared_base], inside ? from : zero, m.element);
+    }
+}
+
+inline void land_all(Mbarrier& barrier) {
+    std::vector<Load> loads;
+    loads.swap(barrier.loads);
+    for (const Load& load : loads) {
+        land(load);
+        barrier.bytes -= box_bytes(load.map);
+        progress();
+    }
+    if (!loads.empty()) end_phase_if_complete(barrier);
+}
+
+inline void load_tile(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at) {
+    Load load;
+    memcpy(&load.map, map, sizeof(TensorMap));
+    if (load.map.magic != 0x5a) fail("TMA: the tensor map was not encoded");
+    if (load.map.rank != at.size()) fail("TMA: the tensor map has another rank than the load");
+    load.to = address_of(to);
+    check_range(load.to, box_bytes(load.map), "TMA");
+    if (load.to % (load.map.swizzle ? 1024 : 128)) fail("TMA: the destination is not aligned to the swizzle pattern");
+    std::copy(at.begin(), at.end(), load.at);
+    memset(state().shared + (load.to - shared_base), 0xff, box_bytes(load.map));
+    memset(&hopper().asynchronous[load.to - shared_base], 0xff, box_bytes(load.map));
+    barrier_at(barrier).loads.push_back(load);
+    progress();
+    give_way();
+}
+
+inline float value_of(const unsigned char* at, int bytes) {
+    static const std::vector<float> e4m3 = [] {
+        std::vector<float> table(256);
+        for (int i = 0; i < 256; ++i) {
+            table[i] = __half2float(__nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t(i), __NV_E4M3));
+        }
+        return table;
+    }();
+    if (bytes == 1) return e4m3[*at];
+    const uint32_t bits = uint32_t(at[0] | at[1] << 8) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+// One operand of a multiply in shared memory: element (row, k), row being m of A or n of B.
+struct Operand {
+    uint32_t start, leading, stride;
+    bool mn_major;
+    int bytes;
+
+    Operand(uint64_t descriptor, bool mn_major, int bytes) : mn_major(mn_major), bytes(bytes) {
+        start = (descriptor & 0x3fff) << 4;
+        leading = (descriptor >> 16 & 0x3fff) << 4;
+        stride = (descriptor >> 32 & 0x3fff) << 4;
+        if (descriptor >> 62 != 1) fail("wgmma: only the 128-byte swizzle is emulated");
+        if (descriptor >> 49 & 7 || (start >> 7 & 7)) fail("wgmma: the operand is not aligned to its swizzle pattern");
+    }
+
+    float operator()(int row, int k) const {
+        uint32_t address = start;
+        if (mn_major) {  // ((8 values, 8, m), (8, k)) : ((1, 8 values, leading), (128 bytes, stride))
+            address += row % 64 * 2 + row / 64 * leading + k % 8 * 128 + k / 8 * stride;
+        } else {  // ((8, m), (8 values, 2)) : ((128 bytes, stride), (1, 8 values))
+            address += row % 8 * 128 + row / 8 * stride + k * bytes;
+        }
+        const uint32_t at = swizzled(address) - shared_base;
+        if (at + bytes > state().shared_bytes) fail("wgmma: an operand outside of the block's shared memory");
+        return value_of(&hopper().asynchronous[at], bytes);
+    }
+};
+
+__attribute__((optimize("O3"))) inline void multiply_tile(const float (*a)[32], const float (*b)[256], float (*c)[256],
+                                                          int n, int depth) {
+    for (int i = 0; i < 64; ++i) {
+        for (int j = 0; j < n; ++j) c[i][j] = 0;
+        for (int k = 0; k < depth; ++k) {
+            const float factor = a[i][k];
+            for (int j = 0; j < n; ++j) c[i][j] += factor * b[k][j];
+        }
+    }
+}
+
+// Thread t of the warpgroup holds rows 16 (t / 32) + t % 32 / 4 and 8 below; of the result columns 8 j + 2 (t % 4) and
+// the next; of operand A, 32 bits of one row in each register: k from 4 (t % 4) bytes on, and from 16 bytes further on.
+inline void execute(Warpgroup& group, const Multiply& op) {
+    static float a[64][32], b[32][256], c[64][256];
+    const int depth = 32 / op.bytes;
+    if (op.a_in_shared) {
+        const Operand operand(op.a, false, op.bytes);
+        for (int i = 0; i < 64; ++i)
+            for (int k = 0; k < depth; ++k) a[i][k] = operand(i, k);
+    } else {
+        for (int t = 0; t < 128; ++t)
+            for (int r = 0; r < 4; ++r)
+                for (int e = 0; e < 4 / op.bytes; ++e) {
+                    const int row = 16 * (t / 32) + t % 32 / 4 + 8 * (r & 1),
+                              k = (4 * (t % 4) + 16 * (r >> 1)) / op.bytes + e;
+                    a[row][k] =
+                        value_of(reinterpret_cast<const unsigned char*>(&op.a_values[t][r]) + e * op.bytes, op.bytes);
+                }
+    }
+    const Operand operand(op.b, op.b_mn_major, op.bytes);
+    for (int k = 0; k < depth; ++k)
+        for (int j = 0; j < op.n; ++j) b[k][j] = operand(j, k);
+    multiply_tile(a, b, c, op.n, depth);
+    for (int t = 0; t < 128; ++t) {
+        std::vector<float>& d = group.threads[t].flying[op.d[t]];
+        for (int i = 0; i < op.n / 2; ++i) {
+            const float product =
+                c[16 * (t / 32) + t % 32 / 4 + 8 * (i >> 1 & 1)][8 * (i >> 2) + 2 * (t % 4) + (i & 1)];
+            d[i] = op.accumulate ? d[i] + product : product;
+        }
+    }
+}
+
+inline Warpgroup& my_warpgroup() { return hopper().warpgroups[thread() / 128]; }
+
+inline void issue(float* d, int n, const Multiply& wanted, const uint32_t* a_registers) {
+    Warpgroup& group = my_warpgroup();
+    const unsigned t = thread() % 128;
+    Warpgroup::Thread& mine = group.threads[t];
+    if (!mine.fenced) fail("wgmma without a wgmma.fence since the last wait");
+    if (mine.issued == group.multiplies.size()) group.multiplies.push_back(wanted);
+    Multiply& op = group.multiplies[mine.issued++];
+    if (op.n != wanted.n || op.bytes != wanted.bytes || op.a != wanted.a || op.b != wanted.b ||
+        op.a_in_shared != wanted.a_in_shared || op.b_mn_major != wanted.b_mn_major ||
+        op.accumulate != wanted.accumulate) {
+        fail("wgmma: the threads of a warpgroup disagree about the operands");
+    }
+    ++op.issued;
+    op.a_registers[t] = a_registers;
+    if (a_registers) memcpy(op.a_values[t], a_registers, sizeof(op.a_values[t]));
+    op.d[t] = d;
+    if (!mine.flying.count(d)) mine.flying.emplace(d, std::vector<float>(d, d + n / 2));
+    std::fill(d, d + n / 2, NAN);
+    progress();
+}
+
+inline void commit() {
+    Warpgroup::Thread& mine = my_warpgroup().threads[thread() % 128];
+    mine.groups.push_back(mine.issued);
+    mine.committed = mine.issued;
+}
+
+inline void wait_for_groups(size_t pending) {
+    Warpgroup& group = my_warpgroup();
+    const unsigned t = thread() % 128;
+    Warpgroup::Thread& mine = group.threads[t];
+    size_t target = mine.delivered;
+    while (mine.groups.size() > pending) {
+        target = mine.groups.front();
+        mine.groups.pop_front();
+    }
+    if (target > mine.delivered) wait_until_stuck("wgmma.wait_group");
+    while (group.executed < target) {
+        const size_t next = group.executed;
+        wait_until("wgmma that not all of its warpgroup issues", [&] { return group.multiplies[next].issued == 128; });
+        if (group.executed != next) continue;  // another thread did it meanwhile
+        execute(group, group.multiplies[next]);
+        ++group.executed;
+    }
+    std::map<float*, bool> unfinished;
+    for (size_t i = target; i < mine.issued; ++i) unfinished[group.multiplies[i].d[t]] = true;
+    for (size_t i = mine.delivered; i < target; ++i) {
+        const Multiply& op = group.multiplies[i];
+        if (op.a_registers[t] && memcmp(op.a_registers[t], op.a_values[t], sizeof(op.a_values[t]))) {
+            fail("wgmma: registers of operand A changed before the wait");
+        }
+        float* d = op.d[t];
+        auto found = mine.flying.find(d);
+        if (unfinished.count(d) || found == mine.flying.end()) continue;
+        std::copy(found->second.begin(), found->second.end(), d);
+        mine.flying.erase(found);
+    }
+    mine.delivered = target;
+    mine.fenced = false;
+}
+
+}  // namespace emulate
+
+namespace dsa {
+
+inline uint32_t shared_address(const void* pointer) { return emulate::address_of(pointer); }
+
+DSA_LOCKSTEP void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+    if (emulate::address_of(barrier) % 8 || arrivals == 0)
+        emulate::fail("mbarrier.init: alignment 8, at least one arrival");
+    emulate::Mbarrier fresh;
+    fresh.arrivals = fresh.pending = arrivals;
+    emulate::hopper().mbarriers[emulate::address_of(barrier)] = fresh;
+}
+inline void mbarrier_init_fence() {}
+DSA_LOCKSTEP void mbarrier_arrive(uint64_t* barrier) { emulate::arrive(emulate::barrier_at(barrier), 0); }
+DSA_LOCKSTEP void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+    emulate::arrive(emulate::barrier_at(barrier), bytes);
+}
+DSA_LOCKSTEP void mbarrier_wait(uint64_t* pointer, uint32_t parity) {
+    emulate::Mbarrier& barrier = emulate::barrier_at(pointer);
+    static std::map<std::pair<uint32_t, uint32_t>, std::string> reasons;  // outlive the waits
+    std::string& reason = reasons[{emulate::address_of(pointer), parity}];
+    if (reason.empty())
+        reason = "mbarrier at " + std::to_string(emulate::address_of(pointer)) + ", parity " + std::to_string(parity);
+    emulate::wait_until(reason.c_str(), [&] {
+        const bool stuck = emulate::state().idle > emulate::state().alive;
+        if (stuck && barrier.phase == (parity & 1)) emulate::land_all(barrier);
+        return barrier.phase != (parity & 1);
+    });
+}
+
+inline void tma_prefetch(const CUtensorMap*) {}
+DSA_LOCKSTEP void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z) {
+    emulate::load_tile(to, map, barrier, {x, y, z});
+}
+DSA_LOCKSTEP void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y, int z, int w) {
+    emulate::load_tile(to, map, barrier, {x, y, z, w});
+}
+DSA_LOCKSTEP void async_proxy_fence() {
+    memcpy(emulate::hopper().asynchronous.data(), emulate::state().shared, emulate::state().shared_bytes);
+}
+
+DSA_LOCKSTEP void named_barrier_sync(int id, int threads) { emulate::sync_at(id, threads); }
+DSA_LOCKSTEP void named_barrier_arrive(int id, int threads) { emulate::arrive_at(id, threads); }
+template <int count>
+void give_registers() {
+    static_assert(count >= 24 && count <= 256 && count % 8 == 0, "setmaxnreg: 24..256 by 8");
+}
+template <int count>
+void take_registers() {
+    static_assert(count >= 24 && count <= 256 && count % 8 == 0, "setmaxnreg: 24..256 by 8");
+}
+
+inline void wgmma_fence() { emulate::my_warpgroup().threads[emulate::thread() % 128].fenced = true; }
+DSA_LOCKSTEP void wgmma_commit() { emulate::commit(); }
+template <int pending>
+DSA_LOCKSTEP void wgmma_wait() {
+    emulate::wait_for_groups(pending);
+}
+template <int count>
+void wgmma_results(float (&)[count]) {}
+
+template <int N>
+struct Wgmma {
+    static_assert(N >= 8 && N <= 256 && N % 8 == 0, "wgmma: N is a multiple of 8 up to 256");
+    static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+        emulate::Multiply op{};
+        op.n = N;
+        op.a_in_shared = true;
+        op.accumulate = accumulate;
+        op.a = a;
+        op.b = b;
+        emulate::issue(d, N, op, nullptr);
+    }
+    static void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
+        emulate::Multiply op{};
+        op.n = N;
+        op.b_mn_major = op.accumulate = true;
+        op.b = b;
+        emulate::issue(d, N, op, a);
+    }
+};
+
+template <int N>
+struct WgmmaE4m3 {
+    static void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate) {
+        emulate::Multiply op{};
+        op.n = N;
+        op.bytes = 1;
+        op.accumulate = accumulate;
+        op.b = b;
+        emulate::issue(d, N, op, a);
+    }
+};
+
+// Every lane learns the addresses of all 32 rows.
+inline void exchange_rows(const void* row, char* (&rows)[32]) {
+    if (emulate::address_of(row) % 16) emulate::fail("ldmatrix, stmatrix: a row is not aligned to 16 bytes");
+    unsigned set;
+    emulate::Meeting& m = emulate::meet(0xffffffffu, reinterpret_cast<uintptr_t>(row), false, set);
+    for (int i = 0; i < 32; ++i) rows[i] = reinterpret_cast<char*>(m.value[set][i]);
+}
+DSA_LOCKSTEP void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+    char* rows[32];
+    exchange_rows(row, rows);
+    const int lane = emulate::lane();
+    for (int i = 0; i < 4; ++i) {
+        uint16_t pair[2];
+        for (int e = 0; e < 2; ++e) memcpy(&pair[e], rows[8 * i + lane % 4 * 2 + e] + lane / 4 * 2, 2);
+        memcpy(&x[i], pair, 4);
+    }
+    __syncwarp();
+}
+DSA_LOCKSTEP void store_matrices(void* row, const uint32_t (&x)[4]) {
+    char* rows[32];
+    exchange_rows(row, rows);
+    const int lane = emulate::lane();
+    for (int i = 0; i < 4; ++i) memcpy(rows[8 * i + lane / 4] + lane % 4 * 4, &x[i], 4);
+    __syncwarp();
+}
+
+inline float exp2_approximate(float x) { return exp2f(x); }
+
+}  // namespace dsa

@@ -1,4 +1,5 @@
-"""Statistics of a frame's tokens, against loops in float64."""
+"""Statistics of a frame's tokens: the reference against loops in float64, the Triton kernels against float64 beside the
+reference."""
 
 from __future__ import annotations
 
@@ -6,8 +7,14 @@ import math
 
 import pytest
 import torch
+from dsa_engine.triton_kernels import pooling as kernel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import DEVICE, DTYPES, compare, poisoned_memory
+from test_fp8_linear import needs_gpu, surrounded
 
 from dsa_engine import ops
+from dsa_engine.ops import reference
 
 EPS = 1e-6
 
@@ -57,3 +64,68 @@ def test_half_precision_is_pooled_in_float32(close):
     pooled = ops.pool_frames(hidden, 2, EPS)
     assert pooled.dtype == torch.float32
     close(pooled, naive(hidden, 2), rel=1e-5)
+
+
+def test_frames_that_do_not_divide_the_tokens_are_named():
+    with pytest.raises(ValueError, match=r"\[1, 7, 4\].*F = 2"):
+        ops.pool_frames(torch.randn(1, 7, 4), 2, EPS)
+
+
+# From here on the Triton kernels, against float64 and beside the reference.
+
+
+def exact(hidden, frames):
+    """`naive` without its loops, in float64."""
+    h = hidden.double() - hidden.double().mean(-1, keepdim=True)
+    h = (h / (h.square().mean(-1, keepdim=True) + EPS).sqrt()).unflatten(1, (frames, -1))
+    return torch.cat((h.mean(2), (h.var(2, correction=0) + EPS).sqrt()), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=8)
+@given(
+    batch=st.integers(1, 2), frames=st.integers(1, 3), tokens=st.integers(1, 40), channels=st.integers(2, 200),
+    offset=st.sampled_from((0.0, 20.0)),
+)  # fmt: skip
+def test_the_kernels(dtype, batch, frames, tokens, channels, offset):
+    hidden = surrounded(batch, frames * tokens, channels, dtype=dtype, scale=5.0, offset=offset)
+    with poisoned_memory():
+        pooled = kernel.pool_frames(hidden, frames, EPS)
+    compare(pooled, reference.pool_frames(hidden, frames, EPS), exact(hidden, frames))
+
+
+@pytest.mark.parametrize("tokens, channels", [(16, 128), (21, 1536), (150, 96)])
+def test_the_kernels_at_the_widths_of_real_models(tokens, channels):
+    """One tile, a tile and a part of one, and many."""
+    hidden = surrounded(1, tokens, channels, dtype=torch.bfloat16, scale=3.0)
+    with poisoned_memory():
+        pooled = kernel.pool_frames(hidden, 1, EPS)
+    compare(pooled, reference.pool_frames(hidden, 1, EPS), exact(hidden, 1))
+
+
+def test_tokens_that_agree_but_for_a_little(close):
+    """Deviations of 1e-3 about means of 1: E[y^2] - E[y]^2 in float32 would be off by a tenth."""
+    hidden = torch.randn(1, 1, 64, device=DEVICE) + 1e-3 * torch.randn(1, 50, 64, device=DEVICE)
+    pooled = kernel.pool_frames(hidden, 1, EPS)
+    close(pooled[..., 64:].cpu(), exact(hidden, 1)[..., 64:].cpu(), rel=1e-4)
+
+
+def test_frames_and_rows_do_not_mix():
+    """NaN in one frame stays there, though tiles reach beyond the end of a frame."""
+    hidden = torch.randn(2, 3 * 5, 40, device=DEVICE)
+    hidden[1, 5:10] = float("nan")
+    spoilt = torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
+    spoilt[1, 1] = True
+    pooled = kernel.pool_frames(hidden, 3, EPS)
+    assert torch.equal(pooled.isnan().any(-1), spoilt) and torch.equal(pooled.isnan().all(-1), spoilt)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_wan_on_a_gpu():
+    """Real shapes, and the same result every time: nothing is added up in the order of arrival."""
+    hidden = surrounded(2, 4680, 1536, dtype=torch.bfloat16, scale=5.0, offset=2.0)
+    with poisoned_memory():
+        pooled = [kernel.pool_frames(hidden, 3, EPS) for _ in range(5)]
+    compare(pooled[0], reference.pool_frames(hidden, 3, EPS), exact(hidden, 3))
+    assert all(torch.equal(pooled[0], again) for again in pooled[1:])

@@ -1,0 +1,65 @@
+"""The Triton kernels compiled for sm_80 and sm_90 at the models' shapes with no GPU: registers, memory, SASS."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_compile import ARCHES, SHARED_LIMIT, Kernel, all_cases, blocks_per_sm, missing, table
+
+CASES = all_cases()
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    """Compiled in a process of its own, since in this one the kernels may belong to the interpreter."""
+    program = Path(__file__).parents[1] / "triton_compile.py"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, program, "--json"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = [Kernel(**k) for k in json.loads(done.stdout.splitlines()[-1])]
+    sys.stdout.write("\n" + table(kernels) + "\n")
+    return kernels
+
+
+def test_nothing_spills(kernels):
+    assert {(k.case, k.name, k.arch, k.stack, k.local) for k in kernels if k.stack or k.local} == set()
+
+
+def test_shared_memory_fits(kernels):
+    over = {(k.case, k.name, k.arch, k.shared) for k in kernels if k.shared > SHARED_LIMIT[k.arch] or k.blocks < 1}
+    assert over == set()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_instructions(case, kernels):
+    """Wide accesses and the tensor cores' instructions are there on every architecture of the case."""
+    for arch in case.arches:
+        mine = {k.name: k for k in kernels if k.case == case.name and k.arch == arch}
+        assert set(case.needs) <= set(mine), f"sm_{arch}: {set(case.needs)} not all in {set(mine)}"
+        lacking = {name: missing(mine[name], needs) for name, needs in case.needs.items()}
+        assert not any(lacking.values()), f"sm_{arch}: {lacking}, has {[k.opcodes for k in mine.values()]}"
+
+
+def test_every_case_names_what_it_needs():
+    assert all(case.needs and set(case.arches) <= set(ARCHES) for case in CASES)
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    "arch, registers, warps, shared, blocks",
+    [(90, 32, 4, 0, 16), (90, 128, 4, 0, 4), (90, 168, 12, 0, 1), (90, 255, 8, 0, 1), (80, 40, 1, 0, 32),
+     (80, 64, 4, 81_920, 2), (90, 16, 4, 232_448, 1), (80, 72, 8, 1_024, 3)],
+)  # fmt: skip
+def test_blocks_per_sm(arch, registers, warps, shared, blocks):
+    assert blocks_per_sm(arch, registers, warps, shared) == blocks
+
+
+def test_needs_are_whole_parts_of_opcodes():
+    kernel = Kernel("case", "kernel", 90, 32, 0, 0, 0, 4, 16, {"LDG.E.128.CONSTANT": 2, "LDG.E.1280": 1, "HGMMA.64": 1})
+    assert kernel.count("LDG.E.128") == 2 and kernel.count("LDG.E") == 3
+    assert missing(kernel, "LDG.E.128 MMA") == [] and missing(kernel, "STG.E.128 QGMMA") == ["STG.E.128", "QGMMA"]

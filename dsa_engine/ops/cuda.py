@@ -49,17 +49,17 @@ def unavailable(op: str | None = None) -> str | None:
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     rows, out = _flat(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stream = (_rows("rms_norm", "x", rows), _vector("rms_norm", "gain", gain, x), False, _rows("", "", _flat(out)),
+    operand = (_rows("rms_norm", "x", rows), _vector("rms_norm", "gain", gain, x), False, _rows("", "", _flat(out)),
               NO_CACHE)  # fmt: skip
-    _norm_rope("rms_norm", rows, 0, eps, (stream,), NO_ANGLES, NO_RING)
+    _norm_rope("rms_norm", rows, 0, eps, (operand,), NO_ANGLES, NO_RING)
     return out
 
 
 def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float):
     op, head_dim = "norm_rope", 2 * cos.shape[-1]
     angles = _angles(op, cos, sin, q)
-    streams, results = zip(*(_to_dense(op, x, gain, q) for x, gain in ((q, gain_q), (k, gain_k))))
-    _norm_rope(op, q, head_dim, eps, streams, angles, NO_RING)
+    operands, results = zip(*(_to_dense(op, x, gain, q) for x, gain in ((q, gain_q), (k, gain_k))))
+    _norm_rope(op, q, head_dim, eps, operands, angles, NO_RING)
     return tuple(y.unflatten(-1, (-1, head_dim)) for y in results)
 
 
@@ -94,8 +94,8 @@ def norm_rope_append(
     return out.unflatten(-1, (-1, head_dim))
 
 
-def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, streams, angles, ring) -> None:
-    csrc.norm_rope(op=op, dtype=_code(op, "x", x), shape=_shape(op, x), head_dim=head_dim, eps=eps, streams=streams,
+def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, operands, angles, ring) -> None:
+    csrc.norm_rope(op=op, dtype=_code(op, "x", x), shape=_shape(op, x), head_dim=head_dim, eps=eps, operands=operands,
                    angles=angles, ring=ring, stream=_stream(op, x))  # fmt: skip
 
 
@@ -233,12 +233,18 @@ def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales: CacheScales | None = None
 ) -> Tensor:
     op, (batch, tokens, heads, head_dim) = "attention", q.shape
-    if head_dim not in (64, 128):
-        raise ValueError(f"{op}: head dim {head_dim} must be 64 or 128; nearest is {64 if head_dim < 96 else 128}")
+    head_dims, dtype, k_scale, v_scale = (64, 128), torch.bfloat16, 0, 0
     if scales is not None:
-        raise ValueError(f"{op}: a cache of {k_cache.dtype}: the CUDA kernel reads torch.bfloat16")
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_plain(op, name, x, torch.bfloat16, step=16)
+        head_dims, dtype, k_scale, v_scale = (128,), torch.float8_e4m3fn, scales.k.data_ptr(), scales.v.data_ptr()
+        _check_plain(op, "scales.k", scales.k, torch.float32)
+        _check_plain(op, "scales.v", scales.v, torch.float32)
+    if head_dim not in head_dims:
+        nearest = min(head_dims, key=lambda d: abs(d - head_dim))
+        raise ValueError(f"{op}: head dim {head_dim} with a cache of {k_cache.dtype} must be one of "
+                         f"{', '.join(map(str, head_dims))}; nearest is {nearest}")  # fmt: skip
+    _check_plain(op, "q", q, torch.bfloat16, step=16)
+    _check_plain(op, "k_cache", k_cache, dtype, step=16)
+    _check_plain(op, "v_cache", v_cache, dtype, step=16)
     slot, keys = slot.long().contiguous(), keys.long().contiguous()
     out = torch.empty_like(q)
     blocks = csrc.attention_blocks(multiprocessors=torch.cuda.get_device_properties(q.device).multi_processor_count)
@@ -247,7 +253,8 @@ def attention(
     csrc.attention(
         shape=(batch, tokens, heads, head_dim, *k_cache.shape[:3], keys.shape[1]), q=q.data_ptr(), k=k_cache.data_ptr(),
         v=v_cache.data_ptr(), out=out.data_ptr(), slot=slot.data_ptr(), keys=keys.data_ptr(),
-        workspace=workspace.data_ptr(), workspace_bytes=size, blocks=blocks, stream=_stream(op, q),
+        workspace=workspace.data_ptr(), workspace_bytes=size, blocks=blocks, stream=_stream(op, q), k_scale=k_scale,
+        v_scale=v_scale,
     )  # fmt: skip
     return out
 

@@ -1,0 +1,100 @@
+// The launcher of epilogue.cuh.
+#include "epilogue.cuh"
+
+#include <algorithm>
+
+#include "rows.h"
+
+namespace dsa {
+namespace {
+
+// The workspace: where each part starts, in floats.
+struct Workspace {
+    size_t statistics, hidden, arrived, end;
+
+    Workspace(int64_t frames, int64_t tiles, int64_t C, int64_t M) {
+        statistics = 0;
+        hidden = statistics + frames * tiles * 2 * C;
+        arrived = hidden + frames * M;
+        end = arrived + 1;
+    }
+};
+
+size_t project_shared(int tiles, int64_t C, size_t size) {
+    const size_t tokens = 16 * tiles;
+    return std::max(tokens * row_bytes(C, size), tokens * WARPS * SUM_STRIDE * sizeof(float));
+}
+
+// How many times 16 tokens a block has: enough that all blocks run at once, else as many as fit into shared memory, for
+// each block reads the whole weight.
+int choose_tiles(const Work& work, const EpilogueArgs& args, size_t size) {
+    const int most_tiles = size == 4 ? 1 : 3;
+    const size_t limit = shared_limit(work) - 1024;  // the kernel's static part
+    if (project_shared(1, args.C, size) > limit) {
+        const int64_t most = (int64_t(limit) / 16 - 64) / 128 * 128 / size;
+        refuse(work, std::to_string(args.C) + " channels do not fit into shared memory; the most are " + std::to_string(most));
+    }
+    for (int tiles = 1; tiles < most_tiles; ++tiles) {
+        const int64_t blocks = args.B * args.F * ((args.S + 16 * tiles - 1) / (16 * tiles));
+        if (blocks <= multiprocessors(work) || project_shared(tiles + 1, args.C, size) > limit) return tiles;
+    }
+    return most_tiles;
+}
+
+void check_shapes(const Work& work, const EpilogueArgs& args) {
+    if (args.C < 8 || args.C % 8) refuse(work, std::to_string(args.C) + " channels must be a multiple of 8");
+    const LatentShape& x = args.latents;
+    const bool tiled = x.patch > 0 && args.S * x.patch * x.patch == x.height * x.width && x.height % x.patch == 0;
+    if (!tiled || args.P != x.patch * x.patch * x.channels || args.P > MOST_OUTPUTS) {
+        refuse(work, std::to_string(args.P) + " outputs must be those of a patch of " + std::to_string(x.patch) + " x " +
+                         std::to_string(x.patch) + " pixels with " + std::to_string(x.channels) +
+                         " channels, at most " + std::to_string(MOST_OUTPUTS) + ", and tile the latents");
+    }
+}
+
+Project make_project(const EpilogueArgs& args, float* statistics, unsigned* arrived) {
+    return {args.hidden, args.shift, args.scale, args.weight, args.bias, args.x, args.noise, args.x0, args.next,
+            args.sigma, args.next_sigma, args.head.weight1 ? statistics : nullptr, arrived, args.latents, int(args.F),
+            int(args.S), int(args.C), int(args.P), args.eps};
+}
+
+Judge make_judge(const EpilogueArgs& args, const float* statistics, float* hidden, unsigned* arrived, int tile_tokens) {
+    return {statistics, args.head, args.rule, hidden, args.state, arrived, int(args.B), int(args.F), int(args.S),
+            tile_tokens, int((args.S + tile_tokens - 1) / tile_tokens), int(args.C), args.eps};
+}
+
+}  // namespace
+
+size_t epilogue_workspace(int64_t B, int64_t F, int64_t S, int64_t C, int64_t M) {
+    return sizeof(float) * Workspace(B * F, (S + 15) / 16, C, M).end;
+}
+
+void epilogue(const EpilogueArgs& args) {
+    const Work work{"epilogue", {args.B, args.F * args.S, args.C}};
+    check_shapes(work, args);
+    if (args.B * args.F * args.S == 0) return;
+    const Workspace at(args.B * args.F, (args.S + 15) / 16, args.C, args.head.units);
+    float* floats = static_cast<float*>(args.workspace);
+    unsigned* arrived = reinterpret_cast<unsigned*>(floats + at.arrived);
+    int tiles = 0;
+    with_dtype(work, args.dtype, [&](auto type) {
+        using T = decltype(type);
+        tiles = choose_tiles(work, args, sizeof(T));
+        auto kernel = project_kernel<T, 1>;
+        if constexpr (sizeof(T) == 2) {
+            if (tiles > 1) kernel = tiles == 2 ? project_kernel<T, 2> : project_kernel<T, 3>;
+        }
+        const dim3 grid((args.S + 16 * tiles - 1) / (16 * tiles), args.B * args.F);
+        const Geometry geometry{grid, dim3(THREADS), project_shared(tiles, args.C, sizeof(T)), args.stream};
+        launch(work, geometry, kernel, make_project(args, floats + at.statistics, arrived));
+    });
+    with_dtype(work, args.head.dtype, [&](auto type) {
+        const bool head = args.head.weight1 != nullptr;
+        const dim3 grid(head ? SLICES : 1, head ? args.B * args.F : 1);
+        const Geometry geometry{grid, dim3(THREADS), head ? 3 * args.C * sizeof(float) : 0, args.stream};
+        const auto p = make_judge(args, floats + at.statistics, floats + at.hidden, arrived, 16 * tiles);
+        launch(work, geometry, judge_kernel<decltype(type)>, p);
+    });
+}
+
+}  // namespace dsa

@@ -1,0 +1,367 @@
+// The end of a denoising step in two launches.
+//
+// project_kernel: a block has up to 16 * TILES tokens of one frame. It normalises and modulates them in shared memory,
+// multiplies them with the weight [P, C], turns the velocity into x0 and the next x, and leaves each channel's mean and
+// sum of squared deviations over its tokens. judge_kernel: combines those of a frame (Chan's formula), the hidden layer
+// spread over blocks; the block that arrives last computes the confidences and decides. No sum depends on who is first.
+#pragma once
+
+#include "epilogue.h"
+#include "mma.cuh"
+#include "vector.cuh"
+
+namespace dsa {
+
+constexpr int WARPS = 8, THREADS = WARPS * LANES;
+constexpr int MOST_OUTPUTS = 64;                // of the projection
+constexpr int SUM_STRIDE = MOST_OUTPUTS + 8;    // floats; the eight keep a warp's stores in different banks
+constexpr int SLICES = 16;                      // blocks that share a frame's hidden layer
+
+// Bytes between rows in shared memory: 64 beyond a multiple of 128, so that two rows read at once lie in different banks.
+__host__ __device__ constexpr int row_bytes(int channels, int size) { return (channels * size + 127) / 128 * 128 + 64; }
+
+struct Project {
+    Rows hidden;
+    PerFrame shift, scale;
+    const void* weight;
+    Vector bias;
+    Latents x, noise, x0, next;
+    const float* sigma;
+    const float* next_sigma;
+    float* statistics;  // [B * F, tiles, 2, C]; null: nobody wants them
+    unsigned* arrived;  // of judge_kernel: cleared here
+    LatentShape latents;
+    int frames, frame_tokens, channels, outputs;
+    float eps;
+};
+
+template <class T>
+__device__ __forceinline__ T* tile_row(void* tile, int channels, int token) {
+    return reinterpret_cast<T*>(static_cast<char*>(tile) + token * row_bytes(channels, sizeof(T)));
+}
+
+// Rows of the tile into shared memory, each by one warp; mean and 1 / deviation of each.
+template <class T>
+__device__ __forceinline__ void load_tile(const Project& p, const T* hidden, void* tile, int tokens, float2* statistics) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    for (int token = warp; token < tokens; token += WARPS) {
+        const T* from = hidden + token * p.hidden.row;
+        T* row = tile_row<T>(tile, p.channels, token);
+        float sum = 0.0f, squares = 0.0f, v[WIDE];
+#pragma unroll 6
+        for (int c = lane * WIDE; c < p.channels; c += LANES * WIDE) {
+            Eight<T> eight;
+            eight.load(from + c);
+            eight.store(row + c);
+            eight.get(v);
+#pragma unroll
+            for (float a : v) sum += a;
+        }
+        const float mean = warp_sum(sum) / p.channels;
+#pragma unroll 6
+        for (int c = lane * WIDE; c < p.channels; c += LANES * WIDE) {  // what this lane has stored itself
+            Eight<T> eight;
+            eight.load_shared(row + c);
+            eight.get(v);
+#pragma unroll
+            for (float a : v) squares += (a - mean) * (a - mean);
+        }
+        squares = warp_sum(squares);
+        if (lane == 0) statistics[token] = {mean, rsqrtf(squares / p.channels + p.eps)};
+    }
+}
+
+// Down the columns: each channel's statistics over the tokens, and the modulated tokens in place of the raw ones.
+template <class T>
+__device__ __forceinline__ void modulate_tile(const Project& p, int b, int f, void* tile, int tokens,
+                                              const float2* statistics, float* column_statistics) {
+    const int64_t shift_at = b * p.shift.batch + f * p.frame_tokens / p.shift.tokens * p.shift.frame;
+    const int64_t scale_at = b * p.scale.batch + f * p.frame_tokens / p.scale.tokens * p.scale.frame;
+    for (int c = threadIdx.x * WIDE; c < p.channels; c += THREADS * WIDE) {
+        Eight<T> eight;
+        float v[WIDE], shift[WIDE], scale[WIDE], mean[WIDE] = {}, squares[WIDE] = {};
+        load<T>(shift, p.shift.data, p.shift.dtype, shift_at + c);
+        load<T>(scale, p.scale.data, p.scale.dtype, scale_at + c);
+        for (int token = 0; column_statistics && token < tokens; ++token) {
+            eight.load_shared(tile_row<T>(tile, p.channels, token) + c);
+            eight.get(v);
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) mean[i] += (v[i] - statistics[token].x) * statistics[token].y;
+        }
+#pragma unroll
+        for (float& m : mean) m /= tokens;
+        for (int token = 0; token < tokens; ++token) {
+            T* at = tile_row<T>(tile, p.channels, token) + c;
+            eight.load_shared(at);
+            eight.get(v);
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i) {
+                const float h = (v[i] - statistics[token].x) * statistics[token].y;
+                squares[i] += (h - mean[i]) * (h - mean[i]);
+                v[i] = h * (1.0f + scale[i]) + shift[i];
+            }
+            eight.set(v);
+            eight.store(at);
+        }
+        if (column_statistics) {
+            store<float>(column_statistics, c, mean);
+            store<float>(column_statistics, p.channels + c, squares);
+        }
+    }
+}
+
+// sums[tile][column block] += the tile's tokens x the weight's rows, over this warp's channels: 32 at a time.
+//
+// The order of the channels within a product is free, so a lane reads eight neighbours at once (16 bytes) and gives them
+// to two mma: channels 8q, 8q+1 | 8q+2, 8q+3 to the first, 8q+4, 8q+5 | 8q+6, 8q+7 to the second, of tokens and weight alike.
+template <class T, int TILES>
+__device__ __forceinline__ void multiply(const Project& p, void* tile, float (&sums)[TILES][MOST_OUTPUTS / 8][4]) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
+    const T* weight = static_cast<const T*>(p.weight);
+    for (int start = warp * 32; start < p.channels; start += WARPS * 32) {
+        const int c = start + q * WIDE;
+        const bool inside = c < p.channels;
+        Eight<T> a[TILES][2], w[MOST_OUTPUTS / 8];
+#pragma unroll
+        for (int n = 0; n < MOST_OUTPUTS / 8; ++n) {
+            w[n] = {};
+            if (inside && 8 * n + g < p.outputs) w[n].load(weight + int64_t(8 * n + g) * p.channels + c);
+        }
+#pragma unroll
+        for (int m = 0; m < 2 * TILES; ++m) {
+            a[m / 2][m % 2] = {};
+            if (inside) a[m / 2][m % 2].load_shared(tile_row<T>(tile, p.channels, 8 * m + g) + c);
+        }
+#pragma unroll
+        for (int m = 0; m < TILES; ++m) {
+            const uint4 top = a[m][0].word, low = a[m][1].word;
+#pragma unroll
+            for (int n = 0; n < MOST_OUTPUTS / 8; ++n) {
+                mma<T>(sums[m][n], {top.x, low.x, top.y, low.y}, {w[n].word.x, w[n].word.y});
+                mma<T>(sums[m][n], {top.z, low.z, top.w, low.w}, {w[n].word.z, w[n].word.w});
+            }
+        }
+    }
+}
+
+// The same in float32, without tensor cores (they would round to 10 bits): for tests and small models.
+template <int TILES>
+__device__ __forceinline__ void multiply(const Project& p, void* tile, float (&sums)[TILES][MOST_OUTPUTS / 8][4]) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
+    for (int c = warp * WIDE; c < p.channels; c += WARPS * WIDE) {
+        float a[2 * TILES][WIDE], w[WIDE];
+#pragma unroll
+        for (int m = 0; m < 2 * TILES; ++m) {
+            Eight<float> eight;
+            eight.load_shared(tile_row<float>(tile, p.channels, 8 * m + g) + c);
+            eight.get(a[m]);
+        }
+#pragma unroll
+        for (int i = 0; i < MOST_OUTPUTS / 4; ++i) {
+            const int n = i / 2, column = i % 2, output = 8 * n + 2 * q + column;
+            if (output >= p.outputs) continue;
+            load(w, static_cast<const float*>(p.weight) + int64_t(output) * p.channels + c);
+#pragma unroll
+            for (int m = 0; m < 2 * TILES; ++m) {
+#pragma unroll
+                for (int k = 0; k < WIDE; ++k) sums[m / 2][n][m % 2 * 2 + column] += a[m][k] * w[k];
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ float load_one(const void* data, int dtype, int64_t i) {
+    if (dtype == FLOAT32) return __ldg(static_cast<const float*>(data) + i);
+    if (dtype == BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    return __half2float(static_cast<const __half*>(data)[i]);
+}
+
+// Returns what was stored: rounded to the dtype.
+__device__ __forceinline__ float store_one(void* data, int dtype, int64_t i, float x) {
+    if (dtype == FLOAT32) return static_cast<float*>(data)[i] = x;
+    if (dtype == BFLOAT16) {
+        const __nv_bfloat16 rounded = __float2bfloat16_rn(x);
+        static_cast<__nv_bfloat16*>(data)[i] = rounded;
+        return __bfloat162float(rounded);
+    }
+    const __half rounded = __float2half_rn(x);
+    static_cast<__half*>(data)[i] = rounded;
+    return __half2float(rounded);
+}
+
+// Adds the warps' sums in their order, and puts the velocity to use where its patch lies in the latents. Neighbouring
+// threads have neighbouring columns of the image.
+__device__ __forceinline__ void finish(const Project& p, int b, int f, int first, int tokens, int tile_tokens,
+                                       const float* sums) {
+    const int64_t x = b * p.x.batch + f * p.x.frame, noise = b * p.noise.batch + f * p.noise.frame;
+    const int64_t x0 = b * p.x0.batch + f * p.x0.frame, next = b * p.next.batch + f * p.next.frame;
+    const float sigma = p.sigma[b * p.frames + f], next_sigma = p.next_sigma[b * p.frames + f];
+    const int dtype = p.latents.dtype, patch = p.latents.patch, width = p.latents.width, grid_width = width / patch;
+    for (int i = threadIdx.x; i < p.outputs * tile_tokens; i += THREADS) {
+        const int column = i % patch, token = i / patch % tile_tokens;
+        const int row = i / (patch * tile_tokens) % patch, channel = i / (patch * tile_tokens * patch);
+        if (token >= tokens) continue;
+        const int output = (row * patch + column) * int(p.latents.channels) + channel;
+        float velocity = load_one(p.bias.data, p.bias.dtype, output);
+#pragma unroll
+        for (int warp = 0; warp < WARPS; ++warp) velocity += sums[(warp * tile_tokens + token) * SUM_STRIDE + output];
+
+        const int grid_row = (first + token) / grid_width, grid_column = (first + token) % grid_width;
+        const int64_t image_row = channel * p.latents.height + grid_row * patch + row;
+        const int64_t at = image_row * width + grid_column * patch + column;
+        const float noisy = load_one(p.x.data, dtype, x + at), fresh = load_one(p.noise.data, dtype, noise + at);
+        const float clean = store_one(p.x0.data, dtype, x0 + at, noisy - sigma * velocity);
+        store_one(p.next.data, dtype, next + at, (1.0f - next_sigma) * clean + next_sigma * fresh);
+    }
+}
+
+template <class T, int TILES>
+__global__ void __launch_bounds__(THREADS, 1) project_kernel(const __grid_constant__ Project p) {
+    constexpr int TOKENS = 16 * TILES;
+    DSA_DYNAMIC_SHARED(char, tile);  // rows of tokens; when they have been used, the warps' sums
+    __shared__ float2 statistics[TOKENS];
+    const int b = blockIdx.y / p.frames, f = blockIdx.y % p.frames, first = blockIdx.x * TOKENS;
+    const int tokens = min(TOKENS, p.frame_tokens - first);
+    if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p.arrived = 0;
+
+    const T* hidden = static_cast<const T*>(p.hidden.data);
+    hidden += b * p.hidden.batch + (int64_t(f) * p.frame_tokens + first) * p.hidden.row;
+    load_tile(p, hidden, tile, tokens, statistics);
+    __syncthreads();
+    const int64_t index = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+    modulate_tile<T>(p, b, f, tile, tokens, statistics, p.statistics ? p.statistics + index * 2 * p.channels : nullptr);
+    __syncthreads();
+
+    float sums[TILES][MOST_OUTPUTS / 8][4] = {};
+    if constexpr (sizeof(T) == 4) {
+        multiply<TILES>(p, tile, sums);
+    } else {
+        multiply<T, TILES>(p, tile, sums);
+    }
+    __syncthreads();
+    float* all_sums = reinterpret_cast<float*>(tile);  // [WARPS, TOKENS, SUM_STRIDE]
+    const int warp = threadIdx.x / LANES, g = threadIdx.x % LANES / 4, q = threadIdx.x % 4;
+#pragma unroll
+    for (int m = 0; m < 2 * TILES; ++m) {
+        float* row = all_sums + (warp * TOKENS + 8 * m + g) * SUM_STRIDE + 2 * q;
+#pragma unroll
+        for (int n = 0; n < MOST_OUTPUTS / 8; ++n) {
+            const float* pair = sums[m / 2][n] + m % 2 * 2;
+            *reinterpret_cast<float2*>(row + 8 * n) = {pair[0], pair[1]};
+        }
+    }
+    __syncthreads();
+    finish(p, b, f, first, tokens, TOKENS, all_sums);
+}
+
+// ---- the confidence head --------------------------------------------------------------------------------------------
+
+struct Judge {
+    const float* statistics;  // [B * F, tiles, 2, C]
+    HeadWeights head;
+    StopRule rule;
+    float* hidden;  // [B * F, M]
+    float* state;   // [B, F + 1]
+    unsigned* arrived;
+    int batch, frames, frame_tokens, tile_tokens, tiles, channels;
+    float eps;
+};
+
+// features = (mean, deviation, time) of one frame, four channels a thread at a time.
+__device__ __forceinline__ void make_features(const Judge& p, int frame, float* features) {
+    const float* tiles = p.statistics + int64_t(frame) * p.tiles * 2 * p.channels;
+    for (int c = threadIdx.x * 4; c < p.channels; c += THREADS * 4) {
+        float count = 0.0f, mean[4] = {}, squares[4] = {};
+#pragma unroll 4
+        for (int tile = 0; tile < p.tiles; ++tile) {
+            const float more = min(p.tile_tokens, p.frame_tokens - tile * p.tile_tokens);
+            const float4 m = __ldg(reinterpret_cast<const float4*>(tiles + (2 * tile) * p.channels + c));
+            const float4 s = __ldg(reinterpret_cast<const float4*>(tiles + (2 * tile + 1) * p.channels + c));
+            const float means[4] = {m.x, m.y, m.z, m.w}, sums[4] = {s.x, s.y, s.z, s.w};
+            const float part = more / (count + more);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float apart = means[i] - mean[i];
+                mean[i] += apart * part;
+                squares[i] += sums[i] + apart * apart * count * part;
+            }
+            count += more;
+        }
+        const int64_t time = frame / p.frames * p.head.time.batch + frame % p.frames * p.head.time.frame + c;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            features[c + i] = mean[i];
+            features[p.channels + c + i] = sqrtf(squares[i] / p.frame_tokens + p.eps);
+            features[2 * p.channels + c + i] = load_one(p.head.time.data, p.head.time.dtype, time + i);
+        }
+    }
+}
+
+// A warp's dot product of a row of weights, as they lie in memory, and float32 values.
+template <class T>
+__device__ __forceinline__ float warp_dot(const T* weights, const float* values, int length) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int c = threadIdx.x % LANES * WIDE; c < length; c += LANES * WIDE) {
+        float w[WIDE];
+        load(w, weights + c);
+#pragma unroll
+        for (int i = 0; i < WIDE; ++i) sum += w[i] * values[c + i];
+    }
+    return warp_sum(sum);
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// A row of the batch stops where the rule says so; its confidences are in the state already.
+__device__ __forceinline__ void decide(const Judge& p, int b) {
+    float* state = p.state + b * (p.frames + 1);
+    float least = state[0], most = state[0], sum = 0.0f;
+    for (int f = 0; f < p.frames; ++f) {
+        least = fminf(least, state[f]);
+        most = fmaxf(most, state[f]);
+        sum += state[f];  // NaN if any is: then the row is not sure
+    }
+    const float reduced = p.rule.reduce[b] == 0 ? least : p.rule.reduce[b] == 1 ? sum / p.frames : most;
+    const bool sure = sum == sum && reduced >= p.rule.threshold[b];
+    const bool stop = p.rule.step[b] >= p.rule.most[b] || (p.rule.step[b] >= p.rule.least[b] && sure);
+    state[p.frames] = stop ? 1.0f : 0.0f;
+}
+
+// blockIdx: slice of the hidden layer, frame. Without a head one block.
+template <class T>
+__global__ void __launch_bounds__(THREADS) judge_kernel(const __grid_constant__ Judge p) {
+    DSA_DYNAMIC_SHARED(float, features);
+    __shared__ bool last;
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, all = p.batch * p.frames;
+    if (p.head.weight1) {
+        make_features(p, blockIdx.y, features);
+        __syncthreads();
+        for (int unit = blockIdx.x * WARPS + warp; unit < p.head.units; unit += gridDim.x * WARPS) {
+            const T* weights = static_cast<const T*>(p.head.weight1) + int64_t(unit) * 3 * p.channels;
+            const float x = warp_dot(weights, features, 3 * p.channels) + load_one(p.head.bias1, DtypeOf<T>::value, unit);
+            if (lane == 0) p.hidden[int64_t(blockIdx.y) * p.head.units + unit] = x * sigmoid(x);
+        }
+        __threadfence();  // before this block counts as arrived, the others can see what it wrote
+        __syncthreads();
+        if (threadIdx.x == 0) last = atomicAdd(p.arrived, 1u) == gridDim.x * gridDim.y - 1;
+        __syncthreads();
+        if (!last) return;
+        __threadfence();
+    }
+    for (int frame = warp; frame < all; frame += WARPS) {
+        float sum = 0.0f;
+        for (int unit = lane; p.head.weight1 && unit < p.head.units; unit += LANES) {
+            sum += load_one(p.head.weight2, DtypeOf<T>::value, unit) * __ldcg(p.hidden + int64_t(frame) * p.head.units + unit);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            float& confidence = p.state[frame / p.frames * (p.frames + 1) + frame % p.frames];
+            confidence = p.head.weight1 ? sigmoid(sum + load_one(p.head.bias2, DtypeOf<T>::value, 0)) : __int_as_float(0x7fc00000);
+        }
+    }
+    __syncthreads();
+    for (int b = threadIdx.x; b < p.batch; b += THREADS) decide(p, b);
+}
+
+}  // namespace dsa

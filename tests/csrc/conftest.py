@@ -1,0 +1,26 @@
+"""`cuda`: the module `dsa_engine.ops.cuda` with its kernels on the host, and NaN in memory that nobody has written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from csrc import emulated
+from dsa_engine.ops import cuda as ops_cuda
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    module = emulated.module()
+    monkeypatch.setattr(ops_cuda, "csrc", module)
+    module.set_order(0)
+    torch.use_deterministic_algorithms(True)  # torch.empty() is then full of NaN, or of the largest integer
+    yield ops_cuda
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=emulated.ORDERS)
+def cuda_orders(cuda, request):
+    """`cuda` once for each order of a block's threads: a forgotten barrier goes unnoticed in one of them."""
+    cuda.csrc.set_order(request.param)
+    return cuda

@@ -1,0 +1,328 @@
+"""Frames a second of a whole model, with everything that is in them: what the engine makes, and what plain PyTorch does
+with the same weights in the same run (`baseline.py`).
+
+    python benchmarks/fps.py                                                 # the small model, on a CPU in two minutes
+    python benchmarks/fps.py --quick --plot timeline.png
+    python benchmarks/fps.py --model wan2.1-t2v-1.3b --random-weights --save benchmarks/results/fps-h200.json
+    python benchmarks/fps.py --model self_forcing_dmd.pt --vae Wan2.1_VAE.pth --policy fixed:4
+
+fps holds four figures, each counting more of the work: dit, the denoising steps; dit_commit, the clean pass over each
+chunk too; decode, to uint8 on the device, the one to quote; delivered, copied to the host, by the host's clock. The
+text encoder is apart. A chunk's commit rides with the first step of the chunk after, where no clock can part them: dit
+is taken from a second pass over the same clip with the same steps a chunk, that keeps the keys and values of the last
+step (commit="exit_step") and so has no clean pass, and waits for no pixels. The last chunk of a clip is never
+committed, here nor in a baseline.
+
+Two regimes: clips of the model's own length, whose keys grow with every chunk, and `steady`, chunks of an endless
+stream after its window is full. A clip has one prompt, so that few of its chunks are hard. Each clip is made by every
+contestant in turn: the policy, baselines, fixed counts; `ratio` compares run with run. --rounds repeats all clips; fps
+is the median over rounds, chunk_ms over all chunks but each clip's first. Random weights cannot choose their steps:
+these come in the shares of --histogram, as exactly as all chunks of a regime allow, in a random order. Such counts are
+known ahead, so no decision is read from the device in between: `decision_us`, of one decision after a forward that is
+complete, until the host knows who goes on, is measured by itself.
+
+rate: FLOP of the model's products and attention, all prompt keys counted (`work.py`), over the time of dit_commit,
+against that of a large product in this process and dtype. ops: where a steady chunk's time goes, by torch's profiler,
+whose own cost is in it; kernels are told apart by name. missed: chunks that took longer than they play. same: the
+engine's latents against the baseline's from the same noise. cold: a fresh process, with nothing warmed up.
+
+The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
+
+from benchmarks import contest
+from benchmarks.baseline import Baseline, difference
+from benchmarks.contest import HISTOGRAM, VAES, Bench, Contestant, Regime, Rounds, clip_chunks, interleaved
+from benchmarks.costs import Work, by_op, decision_us, decode_ms, memory, product
+from benchmarks.judge import brief
+from benchmarks.quality import count
+from benchmarks.record import aligned, commit, machine, save, versions
+from benchmarks.timeline import columns, draw, figures, play, ratio
+from dsa_engine import Fixed, Pipeline, arguments
+from dsa_engine.training.figures import rounded
+from dsa_engine.video import check_target
+
+BASELINES = ("eager", "compile")
+SAME = 0.01  # of the largest latent: how far float32 may take two orders of the same sums apart over a few chunks
+
+
+def load(args: argparse.Namespace) -> Pipeline:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    if args.random_weights:
+        pipe = contest.random_pipeline(args.model, device, args.vae)
+    else:
+        pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, max_sessions=1)
+    pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
+    pipe.frames = arguments.whole_chunks(pipe.engine, args.frames or pipe.frames)
+    if device == "cpu":
+        torch.set_num_threads(args.threads or pipe.cpu_threads)
+    return pipe
+
+
+def bench_of(args: argparse.Namespace, pipe: Pipeline) -> tuple[Bench, str, float | None]:
+    """With what the policy is called, and its threshold."""
+    histogram = args.histogram or (HISTOGRAM if args.random_weights and args.policy is None else None)
+    embeds = contest.embeddings(pipe, args.clips, args.seed)
+    if histogram:
+        label = "histogram:" + ",".join(f"{share:g}" for share in histogram)
+        drawn = contest.histogram_policy(histogram, pipe.max_steps, args.seed)
+        return Bench(pipe, embeds, drawn, args.seed), label, None
+    policy = arguments.policy(pipe.engine, args.policy)
+    threshold = getattr(policy, "threshold", None)
+    label = args.policy or (f"fixed:{policy.n}" if isinstance(policy, Fixed) else f"confidence:{threshold:g}")
+    return Bench(pipe, embeds, lambda regime, clip: policy, args.seed), label, threshold
+
+
+def warmed(contestants: dict[str, Contestant], regime: Regime) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of each one's first clip. A compiled baseline that fails leaves the contest: by name, why."""
+    seconds, failed = {}, {}
+    for name, made in list(contestants.items()):
+        start = time.perf_counter()
+        try:
+            made(regime, 0)
+        except RuntimeError as error:
+            if name != "compile":
+                raise
+            failed[name] = brief(error)
+            del contestants[name]
+        seconds[name] = time.perf_counter() - start
+    return seconds, failed
+
+
+def compared(bench: Bench, baseline: Baseline, quick: bool) -> dict:
+    """The engine's latents against a baseline's, over a window that rolls if it ever does. Raises RuntimeError where
+    they are not the same but for float32's rounding; bfloat16 rounds so often that its distance is only reported."""
+    pipe, size = bench.pipe, bench.pipe.config.chunk_frames
+    chunks = min(clip_chunks(pipe), (bench.steady(1, 1).window // size) + 2, 2 if quick else 99)
+    found = difference(pipe, baseline, bench.embeds[0], bench.size, chunks)
+    if pipe.engine.dit.dtype == torch.float32 and not found["relative"] < SAME:
+        raise RuntimeError(f"the engine's latents are not the baseline's: {found}")
+    return found
+
+
+def cold(argv: Sequence[str]) -> dict:
+    """The first frame of a fresh process."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, *argv, "--cold-child"]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1]) | {"process_s": time.perf_counter() - start}
+
+
+def cold_child(args: argparse.Namespace) -> dict:
+    start = time.perf_counter()
+    pipe = load(args)
+    seconds = time.perf_counter() - start
+    bench, _, _ = bench_of(args, pipe)
+    regime = bench.clip(clip_chunks(pipe), 1)
+    first = play(lambda: bench.stream(regime, 0, bench.policy(regime, 0)), 1).first_frame
+    return {"load_s": seconds, "first_frame_ms": first}
+
+
+class Standings:
+    """The runs of both regimes as figures. plain: the baselines that are in it; limit: the most steps."""
+
+    def __init__(self, pipe: Pipeline, runs: dict[str, Rounds], plain: Sequence[str], ceiling: float):
+        self.runs, self.plain, self.limit, self.work, self.ceiling = (
+            runs,
+            plain,
+            str(pipe.max_steps),
+            Work(pipe),
+            ceiling,
+        )
+
+    def of(self, regime: str, name: str) -> dict:
+        rounds = self.runs[regime][name]
+        return figures(rounds, regime == "clip") | {"rate": self.work.rate(rounds, self.ceiling)}
+
+    def baselines(self, regime: str) -> dict[str, dict]:
+        mine = self.runs[regime]
+
+        def ratios(name: str) -> dict:
+            return {"policy": ratio(mine["policy"], mine[name]), "fixed": ratio(mine[self.limit], mine[name])}
+
+        return {name: self.of(regime, name) | {"ratio": ratios(name)} for name in self.plain}
+
+    def timeline(self) -> dict:
+        names = ("policy", *self.plain)
+        return {r: {name: columns(runs[name]) for name in names} for r, runs in self.runs.items()}
+
+
+def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
+    """All figures as one object."""
+    start = time.perf_counter()
+    pipe = load(args)
+    seconds = {"load": time.perf_counter() - start}
+    bench, label, threshold = bench_of(args, pipe)
+    clip = bench.clip(clip_chunks(pipe), args.clips, args.rounds)
+    steady = bench.steady(args.steady_chunks, args.steady_clips)
+    warm = bench.clip(2, 1) if args.quick else clip
+
+    first = {"policy": bench.engine(bench.policy)}
+    seconds |= warmed(first, warm)[0]
+    used = memory(pipe)  # while there is no baseline
+    baselines = {name: Baseline(pipe, compiled=name == "compile") for name in args.baseline}
+    rest = {name: bench.plain(baseline) for name, baseline in baselines.items()}
+    counts = [str(n) for n in range(1, pipe.max_steps + 1)]
+    rest |= {n: bench.engine(lambda regime, clip, n=int(n): Fixed(n)) for n in reversed(counts)}
+    more, skipped = warmed(rest, warm)
+    limits = product(pipe)
+    few = {name: made for name, made in (first | rest).items() if name not in counts[:-1]}
+    runs = {"clip": interleaved(first | rest, clip), "steady": interleaved(few, steady)}
+
+    standings = Standings(pipe, runs, [name for name in baselines if name in rest], limits["tflops"])
+    own, plain = standings.of("steady", "policy"), standings.baselines("clip")
+    for name, row in plain.items():
+        row["same"] = compared(bench, baselines[name], args.quick)
+    return about(args, pipe) | {
+        "policy": label,
+        "threshold": threshold,
+        "clips": {"frames": pipe.frames, "chunks": clip.chunks, "clips": clip.clips, "rounds": clip.rounds},
+        "tokens_a_frame": pipe.engine.dit.config.tokens_per_frame(*bench.size),
+        "regime": "clip",
+        **standings.of("clip", "policy"),
+        "decision_us": decision_us(bench, steady),
+        "fixed": {n: standings.of("clip", n) for n in counts},
+        "steady": {"kv_frames": steady.window, "clips": steady.clips, **own}
+        | {"fixed": {counts[-1]: standings.of("steady", counts[-1])}, "baseline": standings.baselines("steady")},
+        "baseline": plain | {name: {"skipped": why} for name, why in skipped.items()},
+        "ops": by_op(bench, steady) | {"vae": decode_ms(runs["steady"]["policy"])},
+        "product": limits,
+        "memory": used,
+        "cold": cold(argv) if args.cold else None,
+        "warmup_s": seconds | more,
+        "timeline": standings.timeline(),
+        "machine": machine(),
+    }
+
+
+def about(args: argparse.Namespace, pipe: Pipeline) -> dict:
+    dit = pipe.engine.dit
+    return {
+        "benchmark": "fps",
+        "model": pipe.name,
+        "weights": "random" if args.random_weights else "trained",
+        "prompts": "random" if pipe.engine.text is None else "of the synthetic world",
+        "device": torch.cuda.get_device_name() if dit.device.type == "cuda" else "cpu",
+        "dtype": str(dit.dtype).removeprefix("torch."),
+        "quantization": None,
+        "vae": type(pipe.engine.decoder).__name__,
+        "size": [pipe.height, pipe.width],
+        "seed": args.seed,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": versions(),
+    }
+
+
+HEADER = ("", "steps", "dit", "dit+commit", "decode", "delivered", "p50 ms", "p95", "p99", "max", "TF/s", "of product")
+
+
+def line(name: str, row: dict) -> list[str]:
+    numbers = [row["mean_steps"], *row["fps"].values(), *row["chunk_ms"].values()]
+    rate = row["rate"]
+    return [name, *(f"{x:.2f}" for x in numbers), f"{rate['tflops']:.3g}", f"{rate['of_product']:.0%}"]
+
+
+def report(result: dict) -> list[str]:
+    """The tables that go to stdout."""
+    lines, steady = [], result["steady"]
+    for title, part in (("clip", result), (f"steady, {steady['kv_frames']} frames of keys", steady)):
+        rows = {result["policy"]: part} | {f"fixed:{n}": row for n, row in part["fixed"].items()}
+        plain = {name: row for name, row in part["baseline"].items() if "skipped" not in row}
+        body = [line(name, row) for name, row in (rows | {f"baseline {n}": row for n, row in plain.items()}).items()]
+        lines += [*aligned([[f"{title}: fps", *HEADER[1:]], *body]), ""]
+        for name, row in plain.items():
+            for whose, r in row["ratio"].items():
+                busy = f", {r['processor']:.2f} by processor time" if r["processor"] else ""
+                what = result["policy"] if whose == "policy" else f"fixed:{list(result['fixed'])[-1]}"
+                lines.append(f"{what}: {r['median']:.2f} times {name} ({r['low']:.2f} to {r['high']:.2f}{busy})")
+        lines.append("")
+    lines += [f"no baseline {n}: {row['skipped']}" for n, row in result["baseline"].items() if "skipped" in row]
+    asked = result["decision_us"]
+    lines += [
+        f"first frame {result['first_frame_ms']:.1f} ms; a fresh process: {json.dumps(rounded(result['cold']))}",
+        f"steps {result['steps_histogram']}; a decision takes {'nothing' if asked is None else f'{asked:.0f} us'}",
+        f"chunks that took longer than they play, of {result['deadlines']}: "
+        + ", ".join(f"{n} at {rate} fps" for rate, n in result["missed"].items()),
+        f"stages over the wall clock: {result['clock']['stages_over_wall']:.4f}",
+    ]
+    lines += [
+        f"latents against {n}: {json.dumps(rounded(b['same']))}" for n, b in result["baseline"].items() if "same" in b
+    ]
+    return lines + [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("ops", "product", "memory", "warmup_s")]
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, steps = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("--model", default="shapes", help="shipped name, folder or checkpoint; with --random-weights a preset")
+    add("--random-weights", action="store_true", help="a preset of the true sizes: right for speed, not for steps")
+    add("--vae", help=f"of a checkpoint, as for generate; with --random-weights {' or '.join(VAES)} (default wan)")
+    add("--head", type=Path, metavar="FILE", help="confidence head, as for Pipeline.from_pretrained")
+    steps.add_argument("--policy", help="as for generate --steps (default: the model's own)")
+    steps.add_argument("--histogram", type=shares, metavar="SHARE,SHARE,..", help="steps of a chunk drawn, not decided")
+    add("--baseline", nargs="*", choices=BASELINES, help="default: eager, on a GPU compile too")
+    add("--clips", type=count, help="default 5")
+    add("--rounds", type=count, default=1, help="how often all clips are made; the median counts")
+    add("--steady-chunks", type=count, help="default 40")
+    add("--steady-clips", type=count, help="default 1 on a GPU, else 3")
+    for name in ("--height", "--width", "--frames"):
+        add(name, type=count, help="pixels" if name != "--frames" else "pixel frames of a clip")
+    add("--device", help="cpu, cuda (default: cuda where there is one)")
+    add("--threads", type=count, help="of a CPU (default: 1 for a small model, else torch's own count)")
+    add("--quick", action="store_true", help="1 clip, 8 steady chunks, a warm-up of 2 chunks, no fresh process")
+    add("--cold", action=argparse.BooleanOptionalAction, help="time the first frame of a fresh process")
+    add("--cold-child", action="store_true", help="be that process")
+    add("--seed", type=int, default=0, help="of prompts, noise, steps that are drawn, and random weights")
+    add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
+    add("--plot", type=Path, metavar="PNG", help="draw the chunks and their stages")
+    args = parser.parse_args(argv)
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    usual = {"clips": 5, "steady_chunks": 40, "steady_clips": 1 if cuda else 3, "cold": True}
+    usual |= {"clips": 1, "steady_chunks": 8, "steady_clips": 1, "cold": False} if args.quick else {}
+    usual |= {"baseline": list(BASELINES) if cuda and not args.quick else ["eager"]}
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
+        if path is not None:
+            check_target(path, suffix)  # before the work, not after it
+    return args
+
+
+def shares(text: str) -> tuple[float, ...]:
+    return tuple(float(share) for share in text.split(","))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parsed(argv)
+    if args.cold_child:
+        sys.stdout.write(json.dumps(cold_child(args)) + "\n")
+        return
+    result = evaluate(args, argv)
+    sys.stdout.write("\n".join(report(result)) + "\n")
+    result = rounded(result)
+    if args.save:
+        save(result, args.save)
+    if args.plot:
+        draw(result, args.plot)
+    sys.stdout.write(json.dumps(result, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()

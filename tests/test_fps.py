@@ -1,0 +1,330 @@
+"""The FPS benchmark: its baseline against the engine, its counts against closed forms, its output whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import contest, costs, fps, timeline, work
+from benchmarks.baseline import Baseline, BaselineStream, ShiftedCache, difference
+from benchmarks.contest import Bench, drawn, histogram_policy, random_pipeline
+from benchmarks.timeline import Chunk, Run, Stopwatch, play
+from dsa_engine import Fixed, PerChunk, Pipeline
+from dsa_engine.engine.session import to_uint8
+
+SIZE = (8, 8)
+PROMPT = "a red circle jumps"
+
+
+@pytest.fixture
+def embeds(pipe):
+    return pipe.engine.encode([PROMPT])
+
+
+# The baseline
+
+
+@pytest.mark.parametrize(
+    "window, sink", [(9, 0), (8, 0), (3, 0), (9, 3), (8, 1), (-1, 0)], ids=lambda value: str(value)
+)  # fmt: skip
+def test_the_baseline_is_the_engine(untrained, window, sink):
+    """Every window but the last rolls, by whole chunks and by parts of one; the prompt is padded."""
+    pipe = Pipeline.from_pretrained(untrained, device="cpu", window=window, sink=sink)
+    found = difference(pipe, Baseline(pipe), pipe.engine.encode([PROMPT])[:, :2], SIZE, 6)
+    assert found["chunks"] == 6 and found["relative"] < 1e-4 and found["psnr_db"] > 90
+
+
+@pytest.mark.parametrize("change", ["window", "noise", "commit", "prompt", "level"])
+def test_a_baseline_that_does_something_else_shows(pipe, embeds, monkeypatch, change):
+    baseline, other = Baseline(pipe), embeds
+    if change == "window":
+        monkeypatch.setattr(ShiftedCache, "roll", rolled_too_far)
+    elif change == "noise":
+        baseline.sigmas = (*baseline.sigmas[:-1], baseline.sigmas[-1] * 1.01)
+    elif change == "commit":
+        real = BaselineStream.forward
+        monkeypatch.setattr(BaselineStream, "forward", lambda self, x, sigma: real(self, x, sigma) if sigma else None)
+    elif change == "prompt":
+        other = embeds[:, :3]
+        theirs = baseline.model.text
+        monkeypatch.setattr(baseline.model, "text", lambda _: theirs(embeds))
+    else:
+        monkeypatch.setattr(baseline.model, "_sinusoid", lambda t, real=baseline.model._sinusoid: real(t * 1.01))
+    assert difference(pipe, baseline, other, SIZE, 6)["relative"] > 1e-3
+
+
+def rolled_too_far(self):
+    """One frame of the past is lost."""
+    evicted = max(0, self.filled + self.frames - self.window)
+    for x in (x for kv in self.layers for x in kv):
+        x[:] = x.roll(-(evicted + bool(evicted)) * self.tokens, dims=1)
+    self.filled += self.frames - evicted
+
+
+def test_a_difference_in_float32_ends_the_run(pipe, embeds):
+    bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(2), 0)
+    baseline = Baseline(pipe)
+    assert fps.compared(bench, baseline, False)["chunks"] == 4  # of the model's clips
+    baseline.sigmas = baseline.sigmas[:-1]
+    with pytest.raises(RuntimeError, match="not the baseline's"):
+        fps.compared(bench, baseline, True)
+
+
+def test_the_baseline_has_no_sink_that_moves(untrained):
+    pipe = Pipeline.from_pretrained(untrained, device="cpu", sink=3, rope="relative")
+    with pytest.raises(ValueError, match="never moves"):
+        Baseline(pipe)
+
+
+def test_a_baseline_stream_ends_with_no_commit(pipe, embeds):
+    stream = BaselineStream(Baseline(pipe), Stopwatch("cpu"), embeds, 9, SIZE, chunks=4)
+    chunks = play(lambda: stream, 4).chunks
+    assert [c.forwards for c in chunks] == [[3] * 5, [6] * 5, [9] * 5, [9] * 4]
+    assert all(list(c.ms) == ["denoise", "commit", "decode", "copy"] and c.frames == 3 for c in chunks)
+
+
+# What is recorded
+
+
+@pytest.mark.parametrize("commit, pixels", [("clean", True), ("clean", False), ("exit_step", False)])
+def test_a_stream_is_the_session(pipe, embeds, monkeypatch, commit, pixels):
+    """Same frames and steps, and as many rows through the model as its chunks say."""
+    counts = [3, 1, 4, 2, 2]
+    options = dict(prompt_embeds=embeds, seed=5, step_policy=PerChunk(counts), num_frames=15, commit=commit)
+    with pipe.session(**options) as session:
+        expected = [session.next_chunk() for _ in counts]
+    rows, trunk = [], pipe.engine.dit.trunk
+    monkeypatch.setattr(pipe.engine.dit, "trunk", lambda x, *args: rows.append(len(x)) or trunk(x, *args))
+    bench = Bench(pipe, [embeds], lambda regime, clip: PerChunk(counts), seed=5)
+    stream = bench.stream(bench.clip(5, 1), 0, PerChunk(counts), commit, pixels)
+    seen = []
+    monkeypatch.setattr(timeline, "to_uint8", lambda x: seen.append(to_uint8(x)) or seen[-1])
+    latents, accept = [], stream.rollout.accept
+    stream.rollout.accept = lambda x: latents.append(x) or accept(x)
+    chunks = play(lambda: stream, 5).chunks
+    assert [c.steps for c in chunks] == counts and sum(rows) == sum(len(c.forwards) for c in chunks)
+    commits = [[], [3], [6], [9], [9]] if commit == "clean" else [[]] * 5
+    keys = [3, 6, 9, 9, 9]
+    assert [c.forwards for c in chunks] == [before + [k] * n for before, k, n in zip(commits, keys, counts)]
+    assert all(torch.equal(made[0], chunk.latents) for made, chunk in zip(latents, expected, strict=True))
+    assert all(list(c.ms) == ["denoise", "decode", "copy"][: 3 if pixels else 1] for c in chunks)
+    assert len(seen) == 5 * pixels and all(np.array_equal(x, chunk.frames) for x, chunk in zip(seen, expected))
+
+
+def test_a_copy_that_is_not_seen_is_an_error(pipe, embeds, monkeypatch):
+    monkeypatch.setattr(timeline, "to_uint8", lambda x: np.zeros((3, 64, 64, 3), np.uint8))
+    bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(1), 0)
+    stream = bench.stream(bench.clip(1, 1), 0, Fixed(1))
+    with pytest.raises(RuntimeError, match="where decoding ends"):
+        stream.next()
+    stream.close()
+
+
+def test_the_second_pass_takes_the_same_steps(pipe, embeds):
+    counts = [2, 4, 1, 3, 2, 1]
+    bench = Bench(pipe, [embeds], lambda regime, clip: PerChunk([4, 4, 4, *counts]), 0)
+    regime = bench.steady(6, 1)
+    run = bench.engine(bench.policy)(regime, 0)
+    assert regime.skip == 3 and len(run.chunks) == 6
+    assert [c.steps for c in run.chunks] == [c.steps for c in run.dit.chunks] == counts
+    assert all(set(c.forwards) == {9} for c in run.chunks + run.dit.chunks)  # the window is full
+    assert [len(c.forwards) - c.steps for c in run.chunks + run.dit.chunks] == [1] * 6 + [0] * 6
+    assert (run.frames, run.dit.frames) == (18, 0) and run.first_frame > 0
+    assert pipe.engine._pools and all(pool.cache.in_use == 0 for pool in pipe.engine._pools.values())
+
+
+def test_contestants_take_turns():
+    order = []
+
+    def contestant(name):
+        return lambda regime, clip: order.append((name, clip)) or (name, clip)
+
+    regime = contest.Regime("clip", 2, 2, 1, 0, 9, 3)
+    runs = contest.interleaved({"a": contestant("a"), "b": contestant("b")}, regime)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 2
+    assert runs["b"] == [[("b", 0), ("b", 1)]] * 2
+
+
+# Steps that are drawn
+
+
+@pytest.mark.parametrize("histogram", [(0.2, 0.3, 0.3, 0.2), (0.1, 0.15, 0.55, 0.2), (0, 1), (1 / 3, 1 / 3, 1 / 3)])
+@pytest.mark.parametrize("count", [1, 7, 35, 1000])
+def test_drawn_steps_have_their_shares(histogram, count):
+    steps = drawn(histogram, count, seed=3)
+    taken = Counter(steps)
+    assert len(steps) == count and set(taken) <= {n for n, share in enumerate(histogram, 1) if share}
+    assert all(abs(taken[n] - share * count) < 1 for n, share in enumerate(histogram, 1))
+    assert steps == drawn(histogram, count, seed=3)
+    if count == 1000 and len(set(steps)) > 1:
+        assert steps != sorted(steps) and steps != drawn(histogram, count, seed=4)
+        first = Counter(steps[:500])  # not in order: half of them is much like all
+        assert all(abs(first[n] - share * 500) < 70 for n, share in enumerate(histogram, 1))
+
+
+def test_a_regime_has_the_histogram_and_its_clips_the_rest():
+    policy = histogram_policy((0.2, 0.3, 0.3, 0.2), 4, seed=0)
+    regime = contest.Regime("steady", 5, 1, 8, 3, 9, None)
+    counts = [policy(regime, clip).counts for clip in range(5)]
+    assert all(c[:3] == [4, 4, 4] and len(c) == 11 for c in counts)
+    assert Counter(n for c in counts for n in c[3:]) == {1: 8, 2: 12, 3: 12, 4: 8}
+    assert len({tuple(c) for c in counts}) > 1
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.4), (0.2, 0.2, 0.2, 0.2, 0.2), (1.5, -0.5)])
+def test_histograms_that_are_none(shares):
+    with pytest.raises(ValueError, match="at most 4 shares"):
+        histogram_policy(shares, 4, 0)
+
+
+@pytest.mark.parametrize("frames", work.KEY_FRAMES)
+def test_flop_of_a_run_are_those_of_its_forwards(pipe, frames):
+    sizes = work.Sizes(pipe.engine.dit.config, 64, 64)
+    rows = work.rows(sizes)
+    forward = sum(work.total(work.forward(rows, "bf16", frames), "bf16", {}).flop.values())
+    step = sum(r.flop for r in rows if r.op == "epilogue")
+    counted = costs.Work(pipe)
+    marks = [("", 0.0), ("denoise", 0.01), ("commit", 0.02), ("decode", 1.0)]
+    run = Run([Chunk(2, 3, [frames] * 3, marks)], 1000.0, 1000.0, 0.0)
+    assert counted(run) == pytest.approx(3 * forward + 2 * step)
+    rate = counted.rate([[run]], ceiling=2e-6)
+    assert rate["tflops"] == pytest.approx(counted(run) / 0.02 / 1e12)
+    assert rate["of_product"] == pytest.approx(rate["tflops"] / 2e-6) and rate["of_sheet"] is None
+
+
+# The whole
+
+
+def output(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+FIELDS = """model device quantization vae policy regime fps first_frame_ms chunk_ms mean_steps steps_histogram
+    decision_us fixed steady baseline ops memory machine versions commit threshold rate cold warmup_s timeline missed
+    real_time product""".split()
+
+
+def check_row(row: dict) -> None:
+    assert list(row["fps"]) == ["dit", "dit_commit", "decode", "delivered"] and min(row["fps"].values()) > 0
+    assert list(row["chunk_ms"]) == ["p50", "p95", "p99", "max"]
+    assert all(low <= high for low, high in pairwise(row["chunk_ms"].values())) and row["chunk_ms"]["p50"] > 0
+    assert sum(row["steps_histogram"].values()) == row["chunks"]
+    assert row["mean_steps"] == pytest.approx(
+        sum(int(n) * count for n, count in row["steps_histogram"].items()) / row["chunks"], rel=1e-4
+    )
+    assert all(0 <= missed <= row["deadlines"] for missed in row["missed"].values())
+    assert 0.5 < row["clock"]["stages_over_wall"] <= 1.0001  # the same clock, between whose marks nothing else is done
+
+
+def test_the_benchmark_says_everything(untrained, tmp_path, capsys):
+    save, plot = tmp_path / "new" / "fps.json", tmp_path / "fps.png"
+    argv = "--quick --frames 12 --steady-chunks 4 --policy confidence:0.5".split()
+    fps.main(["--model", str(untrained), *argv, "--save", str(save), "--plot", str(plot)])
+    result = output(capsys)
+    assert result.keys() >= set(FIELDS) and json.loads(save.read_text()) == result
+    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and plot.stat().st_size > 10_000
+    assert (result["model"], result["weights"], result["device"]) == ("untrained", "trained", "cpu")
+    assert (result["vae"], result["policy"], result["threshold"]) == ("PixelCodec", "confidence:0.5", 0.5)
+    assert result["clips"] == {"frames": 12, "chunks": 4, "clips": 1, "rounds": 1} and result["chunks"] == 4
+    steady, eager = result["steady"], result["baseline"]["eager"]
+    for row in (result, steady, eager, *result["fixed"].values(), steady["fixed"]["4"], steady["baseline"]["eager"]):
+        check_row(row)
+    assert list(result["fixed"]) == ["1", "2", "3", "4"] and list(steady["fixed"]) == ["4"]
+    assert all(row["steps_histogram"] == {n: 4} for n, row in result["fixed"].items())
+    assert eager["steps_histogram"] == {"4": 4} and eager["same"]["relative"] < 1e-4
+    assert eager["ratio"].keys() == steady["baseline"]["eager"]["ratio"].keys() == {"policy", "fixed"}
+    assert result["decision_us"] > 0 and result["first_frame_ms"] > 0 and result["cold"] is None
+    assert result["timeline"]["clip"]["policy"]["kv_frames"] == [3, 6, 9, 9]
+    assert result["timeline"]["steady"]["eager"]["kv_frames"] == [9] * 4 and steady["kv_frames"] == 9
+    assert set(result["ops"]) == {"attention", "products", "elementwise", "vae"} and min(result["ops"].values()) > 0
+    assert min(result["memory"].values()) > 0 and result["machine"]["threads"] == 1
+
+
+def test_random_weights_and_a_histogram(capsys, monkeypatch):
+    """Without a compiler there is no compiled baseline, and it is said why."""
+
+    def uncompiled(function, dynamic):
+        def fails(*_):
+            raise RuntimeError("no compiler here\nand more")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setitem(contest.PRESETS, "shapes", replace(contest.PRESETS["shapes"], num_layers=1))
+    argv = "--model shapes --random-weights --quick --frames 6 --clips 5 --steady-chunks 2 --baseline eager compile"
+    fps.main(argv.split())
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert result["policy"] == "histogram:0.2,0.3,0.3,0.2" and result["threshold"] is None
+    assert result["steps_histogram"] == {"1": 2, "2": 3, "3": 3, "4": 2} and result["mean_steps"] == 2.5
+    assert (result["weights"], result["prompts"]) == ("random", "random")
+    assert result["baseline"]["compile"] == {"skipped": "RuntimeError: no compiler here"}
+    assert "no baseline compile: RuntimeError: no compiler here" in out
+    assert list(result["steady"]["baseline"]) == ["eager"]
+
+
+def test_a_failure_of_any_other_contestant_is_one():
+    def fails(regime, clip):
+        raise RuntimeError("out of order")
+
+    with pytest.raises(RuntimeError, match="out of order"):
+        fps.warmed({"policy": fails}, None)
+
+
+def test_the_fresh_process(untrained, capsys, monkeypatch):
+    argv = ["--model", str(untrained), "--frames", "12", "--policy", "fixed:2"]
+    fps.main([*argv, "--cold-child"])
+    child = output(capsys)
+    assert child.keys() == {"load_s", "first_frame_ms"} and min(child.values()) > 0
+
+    def run(command, **options):
+        assert command[1].endswith("fps.py") and command[2:] == [*argv, "--cold-child"]
+        return subprocess.CompletedProcess(command, 0, "noise\n" + json.dumps(child))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = fps.cold(argv)
+    assert found.pop("process_s") > 0 and found == child
+
+
+def test_defaults():
+    usual, quick = fps.parsed([]), fps.parsed(["--quick"])
+    assert (usual.model, usual.clips, usual.steady_chunks, usual.cold) == ("shapes", 5, 40, True)
+    assert (quick.clips, quick.steady_chunks, quick.cold) == (1, 8, False)
+    assert fps.parsed(["--quick", "--cold", "--clips", "2"]).cold and fps.parsed(["--baseline"]).baseline == []
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--random-weights", "--model", "nothing"], "must be one of"),
+        (["--random-weights", "--vae", "nothing"], "must be one of wan, taehv"),
+        (["--plot", "timeline.jpg"], "must end in .png"),
+        (["--histogram", "0.5,0.4"], "whose sum"),
+    ],
+)
+def test_wrong_arguments(argv, said):
+    with pytest.raises(ValueError, match=said):
+        fps.main([*argv, "--quick"])
+
+
+def test_a_random_pipeline_is_that_of_its_family():
+    pipe = random_pipeline("shapes", "cpu", None)
+    assert pipe.engine.head is not None and pipe.engine.text is None and not pipe.engine.dit.training
+    assert pipe.engine.dit.dtype == torch.float32 and pipe.config.window == 9
+
+
+def test_the_public_model_has_its_true_sizes():
+    """Nothing is allocated: 81 frames are 7 chunks, 4 steps and the commit of one at a full window 5 x 40.4 TFLOP."""
+    pipe = random_pipeline("wan2.1-t2v-1.3b", "meta", None)
+    assert contest.clip_chunks(pipe) == 7 and type(pipe.engine.decoder).__name__ == "WanVAE"
+    assert sum(p.numel() for p in pipe.engine.dit.parameters()) == pytest.approx(1.419e9, rel=1e-3)
+    full = Run([Chunk(4, 12, [21] * 5, [])], 0.0, 0.0, 0.0)
+    assert costs.Work(pipe)(full) / 1e12 == pytest.approx(5 * 40.4, rel=2e-3)
+    assert Bench(pipe, [], None, 0).steady(40, 1).window == 21

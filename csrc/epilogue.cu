@@ -1,8 +1,8 @@
-// The launcher of epilogue.cuh.
-#include "epilogue.cuh"
-
+// The launcher of epilogue.cuh and epilogue_judge.cuh.
 #include <algorithm>
 
+#include "epilogue.cuh"
+#include "epilogue_judge.cuh"
 #include "rows.h"
 
 namespace dsa {
@@ -32,7 +32,8 @@ int choose_tiles(const Work& work, const EpilogueArgs& args, size_t size) {
     const size_t limit = shared_limit(work) - 1024;  // the kernel's static part
     if (project_shared(1, args.C, size) > limit) {
         const int64_t most = (int64_t(limit) / 16 - 64) / 128 * 128 / size;
-        refuse(work, std::to_string(args.C) + " channels do not fit into shared memory; the most are " + std::to_string(most));
+        refuse(work, std::to_string(args.C) + " channels do not fit into shared memory; the most are " +
+                         std::to_string(most));
     }
     for (int tiles = 1; tiles < most_tiles; ++tiles) {
         const int64_t blocks = args.B * args.F * ((args.S + 16 * tiles - 1) / (16 * tiles));
@@ -46,9 +47,10 @@ void check_shapes(const Work& work, const EpilogueArgs& args) {
     const LatentShape& x = args.latents;
     const bool tiled = x.patch > 0 && args.S * x.patch * x.patch == x.height * x.width && x.height % x.patch == 0;
     if (!tiled || args.P != x.patch * x.patch * x.channels || args.P > MOST_OUTPUTS) {
-        refuse(work, std::to_string(args.P) + " outputs must be those of a patch of " + std::to_string(x.patch) + " x " +
-                         std::to_string(x.patch) + " pixels with " + std::to_string(x.channels) +
-                         " channels, at most " + std::to_string(MOST_OUTPUTS) + ", and tile the latents");
+        const std::string side = std::to_string(x.patch), depth = std::to_string(x.channels);
+        refuse(work, std::to_string(args.P) + " outputs must be those of a patch of " + side + " x " + side +
+                         " pixels with " + depth + " channels, at most " + std::to_string(MOST_OUTPUTS) +
+                         ", and tile the latents");
     }
 }
 

@@ -1,9 +1,8 @@
-// The end of a denoising step in two launches.
+// The end of a denoising step, the first of two launches (the second: epilogue_judge.cuh).
 //
-// project_kernel: a block has up to 16 * TILES tokens of one frame. It normalises and modulates them in shared memory,
-// multiplies them with the weight [P, C], turns the velocity into x0 and the next x, and leaves each channel's mean and
-// sum of squared deviations over its tokens. judge_kernel: combines those of a frame (Chan's formula), the hidden layer
-// spread over blocks; the block that arrives last computes the confidences and decides. No sum depends on who is first.
+// A block has up to 16 * TILES tokens of one frame. It normalises and modulates them in shared memory, multiplies them
+// with the weight [P, C], turns the velocity into x0 and the next x, and leaves each channel's mean and sum of squared
+// deviations over its tokens.
 #pragma once
 
 #include "epilogue.h"
@@ -13,11 +12,10 @@
 namespace dsa {
 
 constexpr int WARPS = 8, THREADS = WARPS * LANES;
-constexpr int MOST_OUTPUTS = 64;                // of the projection
-constexpr int SUM_STRIDE = MOST_OUTPUTS + 8;    // floats; the eight keep a warp's stores in different banks
-constexpr int SLICES = 16;                      // blocks that share a frame's hidden layer
+constexpr int MOST_OUTPUTS = 64;              // of the projection
+constexpr int SUM_STRIDE = MOST_OUTPUTS + 8;  // floats; the eight keep a warp's stores in different banks
 
-// Bytes between rows in shared memory: 64 beyond a multiple of 128, so that two rows read at once lie in different banks.
+// Bytes between rows in shared memory: 64 beyond a multiple of 128, so that rows read together lie in different banks.
 __host__ __device__ constexpr int row_bytes(int channels, int size) { return (channels * size + 127) / 128 * 128 + 64; }
 
 struct Project {
@@ -42,7 +40,8 @@ __device__ __forceinline__ T* tile_row(void* tile, int channels, int token) {
 
 // Rows of the tile into shared memory, each by one warp; mean and 1 / deviation of each.
 template <class T>
-__device__ __forceinline__ void load_tile(const Project& p, const T* hidden, void* tile, int tokens, float2* statistics) {
+__device__ __forceinline__ void load_tile(const Project& p, const T* hidden, void* tile, int tokens,
+                                          float2* statistics) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     for (int token = warp; token < tokens; token += WARPS) {
         const T* from = hidden + token * p.hidden.row;
@@ -112,8 +111,9 @@ __device__ __forceinline__ void modulate_tile(const Project& p, int b, int f, vo
 
 // sums[tile][column block] += the tile's tokens x the weight's rows, over this warp's channels: 32 at a time.
 //
-// The order of the channels within a product is free, so a lane reads eight neighbours at once (16 bytes) and gives them
-// to two mma: channels 8q, 8q+1 | 8q+2, 8q+3 to the first, 8q+4, 8q+5 | 8q+6, 8q+7 to the second, of tokens and weight alike.
+// The order of the channels within a product is free, so a lane reads eight neighbours at once (16 bytes) and gives
+// them to two mma: channels 8q, 8q+1 | 8q+2, 8q+3 to the first, 8q+4, 8q+5 | 8q+6, 8q+7 to the second, of tokens and
+// weight alike.
 template <class T, int TILES>
 __device__ __forceinline__ void multiply(const Project& p, void* tile, float (&sums)[TILES][MOST_OUTPUTS / 8][4]) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
@@ -168,25 +168,6 @@ __device__ __forceinline__ void multiply(const Project& p, void* tile, float (&s
             }
         }
     }
-}
-
-__device__ __forceinline__ float load_one(const void* data, int dtype, int64_t i) {
-    if (dtype == FLOAT32) return __ldg(static_cast<const float*>(data) + i);
-    if (dtype == BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-    return __half2float(static_cast<const __half*>(data)[i]);
-}
-
-// Returns what was stored: rounded to the dtype.
-__device__ __forceinline__ float store_one(void* data, int dtype, int64_t i, float x) {
-    if (dtype == FLOAT32) return static_cast<float*>(data)[i] = x;
-    if (dtype == BFLOAT16) {
-        const __nv_bfloat16 rounded = __float2bfloat16_rn(x);
-        static_cast<__nv_bfloat16*>(data)[i] = rounded;
-        return __bfloat162float(rounded);
-    }
-    const __half rounded = __float2half_rn(x);
-    static_cast<__half*>(data)[i] = rounded;
-    return __half2float(rounded);
 }
 
 // Adds the warps' sums in their order, and puts the velocity to use where its patch lies in the latents. Neighbouring
@@ -252,116 +233,6 @@ __global__ void __launch_bounds__(THREADS, 1) project_kernel(const __grid_consta
     }
     __syncthreads();
     finish(p, b, f, first, tokens, TOKENS, all_sums);
-}
-
-// ---- the confidence head --------------------------------------------------------------------------------------------
-
-struct Judge {
-    const float* statistics;  // [B * F, tiles, 2, C]
-    HeadWeights head;
-    StopRule rule;
-    float* hidden;  // [B * F, M]
-    float* state;   // [B, F + 1]
-    unsigned* arrived;
-    int batch, frames, frame_tokens, tile_tokens, tiles, channels;
-    float eps;
-};
-
-// features = (mean, deviation, time) of one frame, four channels a thread at a time.
-__device__ __forceinline__ void make_features(const Judge& p, int frame, float* features) {
-    const float* tiles = p.statistics + int64_t(frame) * p.tiles * 2 * p.channels;
-    for (int c = threadIdx.x * 4; c < p.channels; c += THREADS * 4) {
-        float count = 0.0f, mean[4] = {}, squares[4] = {};
-#pragma unroll 4
-        for (int tile = 0; tile < p.tiles; ++tile) {
-            const float more = min(p.tile_tokens, p.frame_tokens - tile * p.tile_tokens);
-            const float4 m = __ldg(reinterpret_cast<const float4*>(tiles + (2 * tile) * p.channels + c));
-            const float4 s = __ldg(reinterpret_cast<const float4*>(tiles + (2 * tile + 1) * p.channels + c));
-            const float means[4] = {m.x, m.y, m.z, m.w}, sums[4] = {s.x, s.y, s.z, s.w};
-            const float part = more / (count + more);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float apart = means[i] - mean[i];
-                mean[i] += apart * part;
-                squares[i] += sums[i] + apart * apart * count * part;
-            }
-            count += more;
-        }
-        const int64_t time = frame / p.frames * p.head.time.batch + frame % p.frames * p.head.time.frame + c;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            features[c + i] = mean[i];
-            features[p.channels + c + i] = sqrtf(squares[i] / p.frame_tokens + p.eps);
-            features[2 * p.channels + c + i] = load_one(p.head.time.data, p.head.time.dtype, time + i);
-        }
-    }
-}
-
-// A warp's dot product of a row of weights, as they lie in memory, and float32 values.
-template <class T>
-__device__ __forceinline__ float warp_dot(const T* weights, const float* values, int length) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int c = threadIdx.x % LANES * WIDE; c < length; c += LANES * WIDE) {
-        float w[WIDE];
-        load(w, weights + c);
-#pragma unroll
-        for (int i = 0; i < WIDE; ++i) sum += w[i] * values[c + i];
-    }
-    return warp_sum(sum);
-}
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-
-// A row of the batch stops where the rule says so; its confidences are in the state already.
-__device__ __forceinline__ void decide(const Judge& p, int b) {
-    float* state = p.state + b * (p.frames + 1);
-    float least = state[0], most = state[0], sum = 0.0f;
-    for (int f = 0; f < p.frames; ++f) {
-        least = fminf(least, state[f]);
-        most = fmaxf(most, state[f]);
-        sum += state[f];  // NaN if any is: then the row is not sure
-    }
-    const float reduced = p.rule.reduce[b] == 0 ? least : p.rule.reduce[b] == 1 ? sum / p.frames : most;
-    const bool sure = sum == sum && reduced >= p.rule.threshold[b];
-    const bool stop = p.rule.step[b] >= p.rule.most[b] || (p.rule.step[b] >= p.rule.least[b] && sure);
-    state[p.frames] = stop ? 1.0f : 0.0f;
-}
-
-// blockIdx: slice of the hidden layer, frame. Without a head one block.
-template <class T>
-__global__ void __launch_bounds__(THREADS) judge_kernel(const __grid_constant__ Judge p) {
-    DSA_DYNAMIC_SHARED(float, features);
-    __shared__ bool last;
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, all = p.batch * p.frames;
-    if (p.head.weight1) {
-        make_features(p, blockIdx.y, features);
-        __syncthreads();
-        for (int unit = blockIdx.x * WARPS + warp; unit < p.head.units; unit += gridDim.x * WARPS) {
-            const T* weights = static_cast<const T*>(p.head.weight1) + int64_t(unit) * 3 * p.channels;
-            const float x = warp_dot(weights, features, 3 * p.channels) + load_one(p.head.bias1, DtypeOf<T>::value, unit);
-            if (lane == 0) p.hidden[int64_t(blockIdx.y) * p.head.units + unit] = x * sigmoid(x);
-        }
-        __threadfence();  // before this block counts as arrived, the others can see what it wrote
-        __syncthreads();
-        if (threadIdx.x == 0) last = atomicAdd(p.arrived, 1u) == gridDim.x * gridDim.y - 1;
-        __syncthreads();
-        if (!last) return;
-        __threadfence();
-    }
-    for (int frame = warp; frame < all; frame += WARPS) {
-        float sum = 0.0f;
-        for (int unit = lane; p.head.weight1 && unit < p.head.units; unit += LANES) {
-            sum += load_one(p.head.weight2, DtypeOf<T>::value, unit) * __ldcg(p.hidden + int64_t(frame) * p.head.units + unit);
-        }
-        sum = warp_sum(sum);
-        if (lane == 0) {
-            float& confidence = p.state[frame / p.frames * (p.frames + 1) + frame % p.frames];
-            confidence = p.head.weight1 ? sigmoid(sum + load_one(p.head.bias2, DtypeOf<T>::value, 0)) : __int_as_float(0x7fc00000);
-        }
-    }
-    __syncthreads();
-    for (int b = threadIdx.x; b < p.batch; b += THREADS) decide(p, b);
 }
 
 }  // namespace dsa

@@ -57,7 +57,8 @@ struct EpilogueArgs {
 // Bytes that the statistics of the tiles and the head's hidden layer take; depends on shapes only.
 size_t epilogue_workspace(int64_t B, int64_t F, int64_t S, int64_t C, int64_t M);
 
-// Two launches. Throws std::invalid_argument with the value and the rule it breaks, std::runtime_error with CUDA's message.
+// Two launches. Throws std::invalid_argument with the value and the rule it breaks, std::runtime_error with CUDA's
+// message.
 void epilogue(const EpilogueArgs& args);
 
 }  // namespace dsa

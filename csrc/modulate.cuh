@@ -26,7 +26,7 @@ __device__ __forceinline__ int64_t start_of(const PerFrame& m, int b, int t) {
     return b * m.batch + t / m.tokens * m.frame;
 }
 
-// A row that is still float32, to e4m3 with the row's own scale, which puts its largest magnitude on the largest number.
+// A row that is still float32, to e4m3 with the row's own scale: its largest magnitude becomes the largest number.
 template <int V, class T>
 __device__ __forceinline__ void store_rowwise(const Row<T, V>& like, float (&y)[V][WIDE], int channels, void* out,
                                               int64_t start, float* row_scale) {
@@ -88,7 +88,8 @@ __device__ __forceinline__ float2 row_statistics(const Row<T, V>& r, int channel
 }
 
 template <class T, int V, bool ROWWISE>
-__global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>) modulate_kernel(const __grid_constant__ Modulate p) {
+__global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
+    modulate_kernel(const __grid_constant__ Modulate p) {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;  // whole warps, and only where a row is one warp: no barrier is missed
     const int b = row / p.tokens, t = row - b * p.tokens;

@@ -1,4 +1,4 @@
-// Adaptive LayerNorm, the gated residual, the bias with its activation: what the launchers take. Needs no CUDA compiler.
+// Adaptive LayerNorm, gated residual, bias with its activation: what the launchers take. Needs no CUDA compiler.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -67,7 +67,8 @@ __device__ __forceinline__ void append(float (&x)[WIDE], const Cache& cache, con
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>) norm_rope_kernel(const __grid_constant__ NormRope p) {
+__global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
+    norm_rope_kernel(const __grid_constant__ NormRope p) {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;  // whole warps, and only where a row is one warp: no barrier is missed
     const Operand& of = p.operands[blockIdx.y];

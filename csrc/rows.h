@@ -22,12 +22,13 @@ void with_dtype(const Work& work, int dtype, F&& f) {
     refuse(work, "dtype code " + std::to_string(dtype) + " must be 0 (float32), 1 (bfloat16) or 2 (float16)");
 }
 
-// f(V, blocks, block): each thread of a row holds V vectors of eight channels. One warp holds a row of up to 1536 channels
-// (Wan's width exactly), so that its sums need no barrier, and four rows share a block; wider rows have a block each.
+// f(V, blocks, block): each thread of a row holds V vectors of eight channels. One warp holds a row of up to 1536
+// channels (Wan's width exactly), so that its sums need no barrier, and four rows share a block; a wider one has its own.
 template <class F>
 void with_row_shape(const Work& work, int64_t rows, int64_t channels, F&& f) {
     if (channels < 8 || channels % 8 || channels > MOST_CHANNELS) {
-        refuse(work, std::to_string(channels) + " channels must be a multiple of 8 and at most " + std::to_string(MOST_CHANNELS));
+        refuse(work, std::to_string(channels) + " channels must be a multiple of 8 and at most " +
+                         std::to_string(MOST_CHANNELS));
     }
     const int64_t vectors = channels / 8;
     const unsigned quarter = (rows + 3) / 4;

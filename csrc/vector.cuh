@@ -147,8 +147,8 @@ __device__ __forceinline__ void load(float (&x)[WIDE], const void* data, int dty
     }
 }
 
-// To nearest even; beyond the largest number the largest number, not NaN. Devices before 8.9 have no instruction for it,
-// nor products to use it in: `ops/cuda.py` refuses there.
+// To nearest even; beyond the largest number the largest number, not NaN. Devices before 8.9 have no instruction for
+// it, nor products to use it in: `ops/cuda.py` refuses there.
 __device__ __forceinline__ void store_e4m3(void* data, int64_t offset, const float (&x)[WIDE]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
     __trap();
@@ -156,8 +156,9 @@ __device__ __forceinline__ void store_e4m3(void* data, int64_t offset, const flo
     uint32_t words[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(x[4 * i], x[4 * i + 1]), __NV_SATFINITE, __NV_E4M3);
-        const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(x[4 * i + 2], x[4 * i + 3]), __NV_SATFINITE, __NV_E4M3);
+        const float2 first = {x[4 * i], x[4 * i + 1]}, second = {x[4 * i + 2], x[4 * i + 3]};
+        const uint32_t low = __nv_cvt_float2_to_fp8x2(first, __NV_SATFINITE, __NV_E4M3);
+        const uint32_t high = __nv_cvt_float2_to_fp8x2(second, __NV_SATFINITE, __NV_E4M3);
         words[i] = high << 16 | low;
     }
     *reinterpret_cast<uint2*>(static_cast<char*>(data) + offset) = {words[0], words[1]};
@@ -169,6 +170,27 @@ __device__ __forceinline__ void store(void* data, int64_t offset, const float (&
     Eight<T> eight;
     eight.set(x);
     eight.store(static_cast<T*>(data) + offset);
+}
+
+// ---- one number of a dtype that is known at run time only -----------------------------------------------------------
+
+__device__ __forceinline__ float load_one(const void* data, int dtype, int64_t i) {
+    if (dtype == FLOAT32) return __ldg(static_cast<const float*>(data) + i);
+    if (dtype == BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    return __half2float(static_cast<const __half*>(data)[i]);
+}
+
+// Returns what was stored: rounded to the dtype.
+__device__ __forceinline__ float store_one(void* data, int dtype, int64_t i, float x) {
+    if (dtype == FLOAT32) return static_cast<float*>(data)[i] = x;
+    if (dtype == BFLOAT16) {
+        const __nv_bfloat16 rounded = __float2bfloat16_rn(x);
+        static_cast<__nv_bfloat16*>(data)[i] = rounded;
+        return __bfloat162float(rounded);
+    }
+    const __half rounded = __float2half_rn(x);
+    static_cast<__half*>(data)[i] = rounded;
+    return __half2float(rounded);
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class StepGraphs:
         size = self._bucket(len(slots))
         looped = any(graph.loop and graph.sizes[1] == size for graph in self._captured)
         launches = lower(plan, stopped is None and looped)
-        return launched(launches, slots, self._launch, stopped or self._flags, self._taken)
+        return launched(launches, slots, self._launch, stopped or self.flags, self._taken)
 
     def forward(self, rows: Sequence[Row]) -> None:
         """One forward over any rows, commits first: `StepInputs.forward` as a graph."""
@@ -196,7 +196,8 @@ class StepGraphs:
             known = f"buckets {self.buckets}" if self._captured else "none yet, see StepGraphs.capture"
             logger.warning("a forward of %d rows was not captured (%s): such forwards run eagerly", rows, known)
 
-    def _flags(self, slots: Sequence[int]) -> list[bool]:
+    def flags(self, slots: Sequence[int]) -> list[bool]:
+        """Which of the slots have stopped, as soon as what was launched until now is done."""
         state = self._read(self.inputs.state)
         return [state[slot][-1] > 0 for slot in slots]
 

@@ -100,6 +100,7 @@ class StepInputs:
         lengths = [self.prompt_lengths[row.slot] for row in rows]
         self.run(self.rows(rows), lengths, any(not row.commit for row in rows))
 
+    @torch.inference_mode()
     def run(self, rows: Tensor, lengths: Sequence[int], steps: bool = True) -> None:
         """`forward` without the host: rows [4, R] as `rows()` makes them; lengths: keys of their prompts, at least;
         steps: whether any row is a step. Everything is written at the slots, positions last."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsa_engine.ops import views
 from dsa_engine.structures import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
 
 try:
@@ -22,10 +23,8 @@ OPS = (
     "attention", "epilogue", "gate_residual", "gelu_bias", "modulate", "norm_rope", "norm_rope_append",
     "residual_modulate", "rms_norm",
 )  # fmt: skip
-MOST_CHANNELS = 16384
-NO_ROWS, NO_FRAMES, NO_VECTOR = (0, 0, 0), (0, 0, 0, 0, 1), (0, 0)
 NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0, False, 1)
-NO_HEAD = (0, 0, 0, 0, 0, 0, NO_FRAMES)
+NO_HEAD = (0, 0, 0, 0, 0, 0, views.NO_FRAMES)
 
 
 def unavailable(op: str | None = None) -> str | None:
@@ -40,7 +39,7 @@ def unavailable(op: str | None = None) -> str | None:
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) != (9, 0) and (major != 8 or op == "attention"):
             needs = "9.0" if op == "attention" else "8.0 to 9.0"
-            return f"the device has compute capability {major}.{minor}, {op or 'the kernels'} need {needs}"
+            return f"compute capability {major}.{minor}: {op or 'every kernel'} was compiled for {needs}"
     return None
 
 
@@ -48,15 +47,17 @@ def unavailable(op: str | None = None) -> str | None:
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    rows, out = _flat(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    operand = (_rows("rms_norm", "x", rows), _vector("rms_norm", "gain", gain, x), False, _rows("", "", _flat(out)),
-              NO_CACHE)  # fmt: skip
-    _norm_rope("rms_norm", rows, 0, eps, (operand,), NO_ANGLES, NO_RING)
+    op, rows, out = "rms_norm", views.flat(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    to = views.rows(op, "out", views.flat(out))
+    operand = views.rows(op, "x", rows), views.vector(op, "gain", gain, x), False, to, NO_CACHE
+    _norm_rope(op, rows, 0, eps, (operand,), NO_ANGLES, NO_RING)
     return out
 
 
 def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float):
     op, head_dim = "norm_rope", 2 * cos.shape[-1]
+    if q.dtype != k.dtype:
+        raise ValueError(f"{op}: q and k of {q.dtype} and {k.dtype} must have one dtype")
     angles = _angles(op, cos, sin, q)
     operands, results = zip(*(_to_dense(op, x, gain, q) for x, gain in ((q, gain_q), (k, gain_k))))
     _norm_rope(op, q, head_dim, eps, operands, angles, NO_RING)
@@ -77,32 +78,30 @@ def norm_rope_append(
     else:
         _check_e4m3(op, q)
         for name, x in zip(scales._fields, scales):
-            _check_plain(op, f"scales.{name}", x, torch.float32, step=16 if name == "shift" else 1)
+            views.check_plain(op, f"scales.{name}", x, torch.float32, step=16 if name == "shift" else 1)
         k_scales, v_scales = (scales.k.data_ptr(), scales.shift.data_ptr()), (scales.v.data_ptr(), 0)
-    to_out, out = _to_dense(op, q, gain_q, q)
-    to_k = (
-        _rows(op, "k", k),
-        _vector(op, "gain_k", gain_k, q),
-        True,
-        NO_ROWS,
-        _cache(op, k_cache, head_dim) + k_scales,
-    )
-    to_v = (_rows(op, "v", v), NO_VECTOR, False, NO_ROWS, _cache(op, v_cache, head_dim) + v_scales)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{op}: q, k, v of {q.dtype}, {k.dtype}, {v.dtype} must have one dtype")
+    to_out, out = _to_dense(op, q, gain_q, q)
+    k_cache, v_cache = _cache(op, k_cache, head_dim) + k_scales, _cache(op, v_cache, head_dim) + v_scales
+    to_k = views.rows(op, "k", k), views.vector(op, "gain_k", gain_k, q), True, views.NO_ROWS, k_cache
+    to_v = views.rows(op, "v", v), views.NO_VECTOR, False, views.NO_ROWS, v_cache
     _norm_rope(op, q, head_dim, eps, (to_out, to_k, to_v), angles, ring)
     return out.unflatten(-1, (-1, head_dim))
 
 
 def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, operands, angles, ring) -> None:
-    csrc.norm_rope(op=op, dtype=_code(op, "x", x), shape=_shape(op, x), head_dim=head_dim, eps=eps, operands=operands,
-                   angles=angles, ring=ring, stream=_stream(op, x))  # fmt: skip
+    csrc.norm_rope(
+        op=op, dtype=views.code(op, "x", x), shape=views.shape(op, x), head_dim=head_dim, eps=eps, operands=operands,
+        angles=angles, ring=ring, stream=_stream(op, x),
+    )  # fmt: skip
 
 
 def _to_dense(op: str, x: Tensor, gain: Tensor, like: Tensor):
     """The normed and rotated rows of x as a new tensor: what the launcher takes, and that tensor."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return (_rows(op, "x", x), _vector(op, "gain", gain, like), True, _rows(op, "out", out), NO_CACHE), out
+    vector = views.vector(op, "gain", gain, like)
+    return (views.rows(op, "x", x), vector, True, views.rows(op, "out", out), NO_CACHE), out
 
 
 def _angles(op: str, cos: Tensor, sin: Tensor, x: Tensor):
@@ -111,16 +110,20 @@ def _angles(op: str, cos: Tensor, sin: Tensor, x: Tensor):
         raise ValueError(f"{op}: head dim {head_dim} must be a multiple of 8 that divides C = {x.shape[-1]}")
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.stride() != sin.stride():
         raise ValueError(f"{op}: cos of {cos.dtype} and sin of {sin.dtype} must be float32 and lie alike")
-    _rows(op, "sin", sin)
-    address, batch, row = _rows(op, "cos", cos)
+    views.rows(op, "sin", sin)
+    address, batch, row = views.rows(op, "cos", cos)
     return address, sin.data_ptr(), batch, row
 
 
 def _cache(op: str, cache: Tensor, head_dim: int):
-    if cache.stride()[3:] != (head_dim, 1) or cache.shape[4] != head_dim:
-        raise ValueError(f"{op}: cache {list(cache.shape)} must have contiguous heads of {head_dim} channels")
-    _rows(op, "cache", cache.flatten(3).flatten(0, 1), step=8)
-    return cache.data_ptr(), _code(op, "cache", cache), *cache.stride()[:3]
+    step = min(16, 8 * cache.itemsize)
+    aligned = all(n % step == 0 for n in (cache.data_ptr(), *(s * cache.itemsize for s in cache.stride()[:3])))
+    if cache.stride()[3:] != (head_dim, 1) or cache.shape[4] != head_dim or not aligned:
+        raise ValueError(
+            f"{op}: cache {list(cache.shape)} with strides {list(cache.stride())} must have contiguous heads of "
+            f"{head_dim} channels, and tokens at multiples of {step} bytes"
+        )
+    return cache.data_ptr(), views.code(op, "cache", cache), *cache.stride()[:3]
 
 
 # ---- modulate -------------------------------------------------------------------------------------------------------
@@ -139,24 +142,24 @@ def residual_modulate(x, y, gate, shift, scale, eps, fp8=False) -> tuple[Tensor,
 
 
 def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
-    op, rows = "gelu_bias", _flat(x)
+    op, rows = "gelu_bias", views.flat(x)
     result, out, row_scale = _result(op, x, fp8)
-    csrc.gelu_bias(dtype=_code(op, "x", x), shape=_shape(op, rows), x=_rows(op, "x", rows), out=out,
-                   bias=_vector(op, "bias", bias, x), row_scale=row_scale, stream=_stream(op, x))  # fmt: skip
+    csrc.gelu_bias(dtype=views.code(op, "x", x), shape=views.shape(op, rows), x=views.rows(op, "x", rows), out=out,
+                   bias=views.vector(op, "bias", bias, x), row_scale=row_scale, stream=_stream(op, x))  # fmt: skip
     return result
 
 
 def _modulate(op: str, x: Tensor, y: Tensor | None, gate, shift, scale, eps: float, fp8: bool):
     """(x + gate y, its modulated norm): the first without y, the second without shift are None."""
     total = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    result, out, row_scale = (None, NO_ROWS, 0) if shift is None else _result(op, x, fp8)
+    result, out, row_scale = (None, views.NO_ROWS, 0) if shift is None else _result(op, x, fp8)
     if y is not None and y.dtype != x.dtype:
         raise ValueError(f"{op}: y of {y.dtype} must be of x's dtype, {x.dtype}")
     csrc.modulate(
-        op=op, dtype=_code(op, "x", x), shape=_shape(op, x), x=_rows(op, "x", x),
-        y=NO_ROWS if y is None else _rows(op, "y", y), sum=NO_ROWS if y is None else _rows(op, "sum", total), out=out,
-        gate=_per_frame(op, "gate", gate, x), shift=_per_frame(op, "shift", shift, x),
-        scale=_per_frame(op, "scale", scale, x), eps=eps, row_scale=row_scale, stream=_stream(op, x),
+        op=op, dtype=views.code(op, "x", x), shape=views.shape(op, x), x=views.rows(op, "x", x),
+        y=views.rows(op, "y", y), sum=views.rows(op, "sum", total), out=out,
+        gate=views.per_frame(op, "gate", gate, x), shift=views.per_frame(op, "shift", shift, x),
+        scale=views.per_frame(op, "scale", scale, x), eps=eps, row_scale=row_scale, stream=_stream(op, x),
     )  # fmt: skip
     return total, result
 
@@ -165,13 +168,13 @@ def _result(op: str, x: Tensor, fp8: bool):
     """A new tensor like x, or a new `Rowwise`; its rows; the address of its scales."""
     if not fp8:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return out, _rows(op, "out", _flat(out)), 0
+        return out, views.rows(op, "out", views.flat(out)), 0
     _check_e4m3(op, x)
     out = Rowwise(
         torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
         torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device),
     )
-    return out, _rows(op, "out", _flat(out.values), step=8), out.scale.data_ptr()
+    return out, views.rows(op, "out", views.flat(out.values)), out.scale.data_ptr()
 
 
 # ---- epilogue -------------------------------------------------------------------------------------------------------
@@ -183,11 +186,11 @@ def epilogue(
 ) -> Epilogue:  # fmt: skip
     op, (batch, frames, channels, height, width) = "epilogue", x.shape
     tokens, outputs = hidden.shape[1] // frames, final.weight.shape[0]
-    _check_plain(op, "weight", final.weight, hidden.dtype, step=16)
+    views.check_plain(op, "weight", final.weight, hidden.dtype, step=16)
     for name, s in (("sigma", sigma), ("next_sigma", next_sigma)):
-        _check_plain(op, name, s, torch.float32)
+        views.check_plain(op, name, s, torch.float32)
     for name, r in zip(rule._fields, rule):
-        _check_plain(op, name, r, torch.float32 if name == "threshold" else torch.int32)
+        views.check_plain(op, name, r, torch.float32 if name == "threshold" else torch.int32)
     if noise.dtype != x.dtype:
         raise ValueError(f"{op}: noise of {noise.dtype} must be of x's dtype, {x.dtype}")
     x0, after = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
@@ -196,11 +199,11 @@ def epilogue(
     size = csrc.epilogue_workspace(batch=batch, frames=frames, tokens=tokens, channels=hidden.shape[2], units=units)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     csrc.epilogue(
-        dtype=_code(op, "hidden", hidden), shape=(batch, frames, tokens, hidden.shape[2], outputs),
-        hidden=_rows(op, "hidden", hidden), shift=_per_frame(op, "shift", final.shift, hidden),
-        scale=_per_frame(op, "scale", final.scale, hidden), weight=final.weight.data_ptr(),
-        bias=_vector(op, "bias", final.bias, hidden), eps=eps,
-        latents=(_code(op, "x", x), channels, height, width, round((outputs / channels) ** 0.5)),
+        dtype=views.code(op, "hidden", hidden), shape=(batch, frames, tokens, hidden.shape[2], outputs),
+        hidden=views.rows(op, "hidden", hidden), shift=views.per_frame(op, "shift", final.shift, hidden),
+        scale=views.per_frame(op, "scale", final.scale, hidden), weight=final.weight.data_ptr(),
+        bias=views.vector(op, "bias", final.bias, hidden), eps=eps,
+        latents=(views.code(op, "x", x), channels, height, width, round((outputs / channels) ** 0.5)),
         x=_latents(op, "x", x), noise=_latents(op, "noise", noise), x0=_latents(op, "x0", x0),
         next=_latents(op, "next", after), sigma=sigma.data_ptr(), next_sigma=next_sigma.data_ptr(),
         head=_head(op, head, time, hidden), rule=tuple(r.data_ptr() for r in rule), state=state.data_ptr(),
@@ -213,11 +216,11 @@ def _head(op: str, head: HeadWeights | None, time: Tensor, hidden: Tensor):
     if head is None:
         return NO_HEAD
     for name, x in zip(head._fields, head):
-        _check_plain(op, name, x, head.weight1.dtype, step=16 if name == "weight1" else 1)
-    time_of = time.data_ptr(), _code(op, "time", time), *_strides(time), hidden.shape[1] // time.shape[1]
+        views.check_plain(op, name, x, head.weight1.dtype, step=16 if name == "weight1" else 1)
+    time_of = time.data_ptr(), views.code(op, "time", time), *views.strides(time), hidden.shape[1] // time.shape[1]
     if time.stride(2) != 1:
         raise ValueError(f"{op}: time with strides {time.stride()} must have contiguous channels")
-    return _code(op, "weight1", head.weight1), head.weight1.shape[0], *(w.data_ptr() for w in head), time_of
+    return views.code(op, "weight1", head.weight1), head.weight1.shape[0], *(w.data_ptr() for w in head), time_of
 
 
 def _latents(op: str, name: str, x: Tensor):
@@ -236,18 +239,18 @@ def attention(
     head_dims, dtype, k_scale, v_scale = (64, 128), torch.bfloat16, 0, 0
     if scales is not None:
         head_dims, dtype, k_scale, v_scale = (128,), torch.float8_e4m3fn, scales.k.data_ptr(), scales.v.data_ptr()
-        _check_plain(op, "scales.k", scales.k, torch.float32)
-        _check_plain(op, "scales.v", scales.v, torch.float32)
+        views.check_plain(op, "scales.k", scales.k, torch.float32)
+        views.check_plain(op, "scales.v", scales.v, torch.float32)
     if head_dim not in head_dims:
         nearest = min(head_dims, key=lambda d: abs(d - head_dim))
         raise ValueError(f"{op}: head dim {head_dim} with a cache of {k_cache.dtype} must be one of "
                          f"{', '.join(map(str, head_dims))}; nearest is {nearest}")  # fmt: skip
-    _check_plain(op, "q", q, torch.bfloat16, step=16)
-    _check_plain(op, "k_cache", k_cache, dtype, step=16)
-    _check_plain(op, "v_cache", v_cache, dtype, step=16)
+    views.check_plain(op, "q", q, torch.bfloat16, step=16)
+    views.check_plain(op, "k_cache", k_cache, dtype, step=16)
+    views.check_plain(op, "v_cache", v_cache, dtype, step=16)
     slot, keys = slot.long().contiguous(), keys.long().contiguous()
     out = torch.empty_like(q)
-    blocks = csrc.attention_blocks(multiprocessors=torch.cuda.get_device_properties(q.device).multi_processor_count)
+    blocks = csrc.attention_blocks(multiprocessors=_multiprocessors(q))
     size = csrc.attention_workspace(batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, blocks=blocks)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     csrc.attention(
@@ -259,7 +262,7 @@ def attention(
     return out
 
 
-# ---- tensors as the launchers take them (csrc/views.h) --------------------------------------------------------------
+# ---- the device ----------------------------------------------------------------------------------------------------
 
 
 def _stream(op: str, x: Tensor) -> int:
@@ -273,71 +276,8 @@ def _stream(op: str, x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _code(op: str, name: str, x: Tensor) -> int:
-    kind = str(x.dtype).removeprefix("torch.")
-    if kind not in csrc.DTYPES:
-        raise ValueError(f"{op}: {name} of {x.dtype} must be of one of {', '.join(csrc.DTYPES)}")
-    return csrc.DTYPES[kind]
-
-
-def _shape(op: str, x: Tensor) -> tuple[int, int, int]:
-    channels = x.shape[2]
-    if channels % 8 or not 8 <= channels <= MOST_CHANNELS:
-        nearest = min(max(1, round(channels / 8)), MOST_CHANNELS // 8) * 8
-        raise ValueError(f"{op}: C = {channels} must be a multiple of 8 and at most {MOST_CHANNELS}; "
-                         f"nearest is {nearest}")  # fmt: skip
-    return tuple(x.shape)
-
-
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Of the first two dims; 0 for a dim of one, whatever torch says, so that it broadcasts."""
-    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[..., C] as [B, T, C]."""
-    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
-
-
-def _rows(op: str, name: str, x: Tensor, step: int = 16):
-    """[B, T, C]: its address and strides; each row must start at a multiple of `step` bytes."""
-    strides = _strides(x)
-    if (x.stride(2) != 1 and x.shape[2] > 1) or any(
-        b % step for b in (x.data_ptr(), *(s * x.itemsize for s in strides))
-    ):
-        raise ValueError(
-            f"{op}: {name} {list(x.shape)} of {x.dtype} with strides {list(x.stride())}, {x.data_ptr() % step} bytes "
-            f"off: rows must be contiguous and start at multiples of {step} bytes"
-        )
-    return x.data_ptr(), *strides
-
-
-def _per_frame(op: str, name: str, m: Tensor | None, x: Tensor):
-    """[B or 1, F, C], float32 or of x's dtype, for x [B, F * S, C]."""
-    if m is None:
-        return NO_FRAMES
-    _check_parameter(op, name, m, x)
-    address, batch, frame = _rows(op, name, m)
-    return address, _code(op, name, m), batch, frame, x.shape[1] // m.shape[1]
-
-
-def _vector(op: str, name: str, v: Tensor, x: Tensor):
-    """[C], float32 or of x's dtype."""
-    _check_parameter(op, name, v, x)
-    return _rows(op, name, v[None, None])[0], _code(op, name, v)
-
-
-def _check_parameter(op: str, name: str, p: Tensor, x: Tensor) -> None:
-    if p.dtype not in (torch.float32, x.dtype):
-        raise ValueError(f"{op}: {name} of {p.dtype} must be float32 or {x.dtype}, as the activations")
-
-
-def _check_plain(op: str, name: str, x: Tensor, dtype: torch.dtype, step: int = 1) -> None:
-    if x.dtype != dtype or not x.is_contiguous() or x.data_ptr() % step:
-        raise ValueError(
-            f"{op}: {name} of {x.dtype} with strides {list(x.stride())}, {x.data_ptr() % step} bytes off: must be "
-            f"contiguous {dtype} at a multiple of {step} bytes"
-        )
+def _multiprocessors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def _check_e4m3(op: str, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from dsa_engine.structures import Rowwise
 
 
 def quantise(x: Tensor) -> Rowwise:
-    """x [..., C] -> `Rowwise`: scale = max|row| / 448 (1 for a row of zeros), values = x / scale to nearest even."""
+    """x [..., C] -> `Rowwise`: scale = max|row| / 448 (1 where that is 0), values = x / scale to nearest even."""
     return implementation("quantise", x)(x)
 
 

@@ -2,12 +2,13 @@
 // `dsa_engine.csrc`. Everything but the GPU is the real thing.
 #include <pybind11/pybind11.h>
 
-#include "emulator.h"
+#include "emulator_hopper.h"
 
-#include "../../csrc/bindings.cpp"
-#include "../../csrc/epilogue.cu"
-#include "../../csrc/modulate.cu"
-#include "../../csrc/norm_rope.cu"
+#include "attention.cu"
+#include "bindings.cpp"
+#include "epilogue.cu"
+#include "modulate.cu"
+#include "norm_rope.cu"
 
 // The order in which a block's threads take their turn (emulator.h).
 extern "C" void set_order(int order) { emulate::order() = order; }

@@ -155,3 +155,16 @@ def test_refusals_name_the_value_and_the_nearest(cuda):
         cuda.norm_rope(x, x, torch.ones(64), torch.ones(64), *torch.rand(2, 1, 3, 6), EPS)
     with pytest.raises(ValueError, match="x of torch.float64 must be of one of float32, bfloat16"):
         cuda.rms_norm(x.double(), torch.ones(64), EPS)
+
+
+def test_a_cache_that_lies_badly_is_refused(cuda):
+    q, k, v, gain_q, gain_k, cos, sin = inputs(torch.bfloat16, 1, 1, 2, 2, 8)
+    zero, cache = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 2, 2, 12).bfloat16()[..., :8]
+    with pytest.raises(ValueError, match=r"cache \[1, 1, 2, 2, 8\] with strides .* contiguous heads of 8 channels"):
+        cuda.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, cache, cache, zero[0], zero)
+    with pytest.raises(
+        ValueError, match="q, k, v of torch.bfloat16, torch.float32, torch.bfloat16 must have one dtype"
+    ):
+        cuda.norm_rope_append(q, k.float(), v, gain_q, gain_k, cos, sin, EPS, cache, cache, zero[0], zero)
+    with pytest.raises(ValueError, match="write of torch.int16 must be contiguous int64 or int32"):
+        cuda.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, cache, cache, zero[0], zero.short())

@@ -1,32 +1,19 @@
-"""CUDA graphs and device-side loops: the lowering as data, the capture on a recording stand-in for CUDA, and the GPU.
-
-The stand-in (`Cuda`) keeps of a captured forward what a CUDA graph keeps: its operations, with the tensors and the
-numbers they had. Nothing is written while it records and the host may read nothing, so that what is replayed later can
-only be right if the forward is a function of device tensors. The runtime that builds a loop is played by `Runtime`.
-"""
+"""CUDA graphs of plans: the lowering as data, captures and replays on a stand-in for CUDA, and on a GPU."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import gc
 import inspect
 import itertools
 import logging
-import shutil
-import subprocess
 import sys
-import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from csrc.emulated import cuda_headers
+from cuda_stand_in import Cuda, FakeGraph, patch, whole_text
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsa_engine import Change, Confidence, Fixed, PerChunk
 from dsa_engine.config import ModelConfig, RolloutConfig
@@ -36,11 +23,9 @@ from dsa_engine.engine.graphs import Graph, Launch, StepGraphs, graph_of, graphs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Row, chunk_plan, execute
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.models.dit import CausalDiT
 from dsa_engine.ops import cuda as kernels
-from dsa_engine.ops import reference
 
-CSRC = Path(__file__).parents[2] / "csrc"
 SIZE, CHUNKS, FRAMES, STEPS = 4, 4, 2, 4
 
 # ---- the lowering ----------------------------------------------------------------------------------------------------
@@ -111,248 +96,17 @@ def test_every_launch_of_every_plan_is_captured(bounds, commit, merge, loop):
         assert not graph.loop or all(Graph((size,)) in captured[:index] for size in graph.sizes)
 
 
-# ---- CUDA's stand-in -------------------------------------------------------------------------------------------------
-
-
-class Recorder(TorchDispatchMode):
-    """Operations as they are captured. What exists already is not written, and nothing is read by the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.tape, self.own = [], set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"):
-            raise RuntimeError(f"{func}: not permitted when a stream is capturing")
-        if func._schema.is_mutable:
-            self.tape.append((func, args, kwargs, ()))
-            return func(*args, **kwargs) if storage(args[0]) in self.own else args[0]
-        made = func(*args, **kwargs)
-        given = {storage(t) for t in tensors((*args, *kwargs.values()))}
-        new = [t for t in tensors([made]) if storage(t) not in given]
-        if new:  # else it is a view
-            self.own |= {storage(t) for t in new}
-            self.tape.append((func, args, kwargs, new))
-        return made
-
-    @torch.inference_mode()
-    def replay(self):
-        for func, args, kwargs, made in self.tape:
-            for old, new in zip(made, tensors([func(*args, **kwargs)])):
-                old.copy_(new)
-
-
-def tensors(values):
-    """Those in a list, and in the lists in it."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors(value)
-
-
-def storage(tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-class FakeGraph:
-    """`torch.cuda.CUDAGraph`."""
-
-    def __init__(self, cuda, keep_graph):
-        self.cuda, self.keep, self.ready = cuda, keep_graph, not keep_graph
-        self.recorder = Recorder()
-
-    def instantiate(self):
-        assert self.keep and self.recorder.tape
-        self.ready = True
-
-    def replay(self):
-        assert self.ready, "the first replay would instantiate it"
-        self.cuda.launches += 1
-        self.recorder.replay()
-
-    def raw_cuda_graph(self):
-        assert self.keep, "its cudaGraph_t is gone"
-        self.cuda.raw[id(self)] = weakref.ref(self)
-        return id(self)
-
-
-class Cuda:
-    """What of `torch.cuda` capturing and replaying uses; `log` is what was done in which order."""
-
-    def __init__(self):
-        self.log, self.launches, self.reads, self.raw, self.stream_now = [], 0, 0, {}, "main"
-
-    def Stream(self, device=None):
-        return SimpleNamespace(name="side", wait_stream=lambda other: self.log.append(f"side waits for {other.name}"))
-
-    def current_stream(self, device=None):
-        return SimpleNamespace(name=self.stream_now, cuda_stream=7)
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        self.stream_now = stream.name
-        yield
-        self.stream_now = "main"
-
-    def Event(self):
-        def synchronize():
-            self.reads += 1
-
-        return SimpleNamespace(record=lambda: None, synchronize=synchronize)
-
-    def CUDAGraph(self, keep_graph=False):
-        return FakeGraph(self, keep_graph)
-
-    @contextlib.contextmanager
-    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
-        self.log.append(f"capture in {pool} on {stream.name}, {capture_error_mode}")
-        with self.stream(stream), pytest.MonkeyPatch.context() as patch, graph.recorder:
-            patch.setattr(torch.Tensor, "tolist", lambda tensor: pytest.fail("tolist() while a stream is capturing"))
-            yield
-
-    def graph_pool_handle(self):
-        return "pool"
-
-    def synchronize(self, device=None):
-        pass
-
-
-class Runtime:
-    """What a loop needs of cuda.bindings.runtime and of csrc. A launch runs what was built, from the addresses."""
-
-    SUCCESS, FAILURE = SimpleNamespace(name="cudaSuccess"), SimpleNamespace(name="cudaErrorInvalidValue")
-    DEVICE = "cpu"
-
-    def __init__(self, cuda):
-        self.cuda, self.calls, self.alive, self.fails, self.ids = cuda, [], {}, None, itertools.count(1)
-        self.cudaError_t = SimpleNamespace(cudaSuccess=self.SUCCESS)
-        self.cudaGraphNodeType = SimpleNamespace(cudaGraphNodeTypeConditional="conditional")
-        self.cudaGraphConditionalNodeType = SimpleNamespace(cudaGraphCondTypeWhile="while")
-        self.cudaGraphNode_t = int
-
-    def cudaGraphNodeParams(self):
-        return SimpleNamespace(conditional=SimpleNamespace())
-
-    def cudaGetErrorString(self, error):
-        return self.SUCCESS, b"invalid argument"
-
-    def made(self, call, value=None):
-        self.calls.append(call)
-        return (self.FAILURE, None) if self.fails == call[0] else (self.SUCCESS, value)
-
-    def graph(self):
-        number = next(self.ids)
-        self.alive[number] = []
-        return number
-
-    def add(self, graph, after, node):
-        number = next(self.ids)
-        assert [n for n, _ in self.alive[graph]][-1:] == [a for a in after if a], "a node waits for the one before"
-        self.alive[graph].append((number, node))
-        return number
-
-    def cudaGraphCreate(self, flags):
-        return self.made(("cudaGraphCreate", flags), self.graph())
-
-    def cudaGraphConditionalHandleCreate(self, graph, default, flags):
-        return self.made(("cudaGraphConditionalHandleCreate", graph, default, flags), 90)
-
-    def cudaGraphAddChildGraphNode(self, graph, after, count, child):
-        assert count == len(after or [])
-        node = ("child", self.cuda.raw[child])
-        return self.made(("cudaGraphAddChildGraphNode", graph), self.add(graph, after or [], node))
-
-    def cudaGraphAddNode(self, graph, after, data, count, params):
-        assert count == len(after) and data is None and params.type == "conditional"
-        loop = params.conditional
-        assert (loop.handle, loop.type, loop.size) == (90, "while", 1)
-        loop.phGraph_out = [self.graph()]
-        node = ("while", loop.handle, loop.phGraph_out[0])
-        return self.made(("cudaGraphAddNode", graph), self.add(graph, after, node))
-
-    def set_while(self, *, graph, after, handle, slots, rows, flags, stride):
-        self.calls.append(("set_while", graph))
-        return self.add(graph, [after], ("condition", handle, slots, rows, flags, stride))
-
-    def cudaGraphInstantiate(self, graph, flags):
-        return self.made(("cudaGraphInstantiate", graph, flags), graph + 1000)
-
-    def cudaGraphLaunch(self, executable, stream):
-        self.cuda.launches += 1
-        self.run(executable - 1000, {})
-        return self.made(("cudaGraphLaunch", executable, stream))[:1]
-
-    def cudaGraphDestroy(self, graph):
-        return self.made(("cudaGraphDestroy", graph))[:1]
-
-    def cudaGraphExecDestroy(self, executable):
-        return self.made(("cudaGraphExecDestroy", executable))[:1]
-
-    def run(self, graph, conditions):
-        for _, (kind, *node) in self.alive[graph]:
-            if kind == "child":
-                node[0]().recorder.replay()
-            elif kind == "while":
-                for _ in range(STEPS):
-                    if not conditions[node[0]]:
-                        break
-                    self.run(node[1], conditions)
-                assert not conditions[node[0]], "a loop without end"
-            else:
-                handle, slots, rows, flags, stride = node
-                slots = (ctypes.c_int64 * rows).from_address(slots)
-                read = [ctypes.c_float.from_address(flags + 4 * stride * slot).value for slot in slots]
-                conditions[handle] = any(flag == 0 for flag in read)
-
-
-def masked_attention(q, k_cache, v_cache, slot, keys, scales=None):
-    """Attention that reads no index on the host, as on a GPU."""
-    frame = torch.arange(k_cache.shape[1])[:, None]
-    seen = ((keys[:, None, :, 0] <= frame) & (frame < keys[:, None, :, 1])).any(-1)
-    k, v = (torch.where(seen[:, :, None, None, None], cache[slot], 0).flatten(1, 2) for cache in (k_cache, v_cache))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    hidden = ~seen.repeat_interleave(k_cache.shape[2], dim=1)[:, None, None]
-    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
-
-
-def whole_text(inputs, slot, longest):
-    return TextKV(inputs.text.kv[:, :, slot, :longest], inputs.text.used[slot], inputs.text.repeat[slot])
+# ---- a model on the stand-in for CUDA --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def stand_in():
-    fake = Cuda()
-    fake.runtime = Runtime(fake)
-    return fake
+    return Cuda()
 
 
 @pytest.fixture
 def cuda(stand_in, monkeypatch):
-    """torch.cuda and the runtime played on the CPU; patched is also what may read on a CPU what it may not on a GPU."""
-    stand_in.log.clear()
-    stand_in.runtime.calls.clear()
-    stand_in.runtime.fails = None
-    for name in (
-        "Stream",
-        "current_stream",
-        "stream",
-        "Event",
-        "CUDAGraph",
-        "graph",
-        "graph_pool_handle",
-        "synchronize",
-    ):
-        monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
-    monkeypatch.setattr(device_loop, "runtime", lambda: stand_in.runtime)
-    monkeypatch.setattr(kernels, "csrc", stand_in.runtime)
-    monkeypatch.setattr(reference, "attention", masked_attention)
-    monkeypatch.setattr(StepInputs, "_text", whole_text)
-    return stand_in
-
-
-# ---- a model on it ---------------------------------------------------------------------------------------------------
+    return patch(stand_in, monkeypatch)
 
 
 def random_model(**options):
@@ -516,6 +270,25 @@ def test_for_one_row_the_bits_are_the_same_in_batches_too(cuda, model, loop_rows
         assert_alike(ours, theirs)
 
 
+def test_one_capture_serves_all_sessions_of_a_pool(cuda, model):
+    """Three that take turns, and one more, after another capture, in a slot that was given back."""
+    (engine, ours), (_, theirs) = (pool(*model, 4) for _ in range(2))
+    made = StepGraphs(ours, (1,), loop_rows=1)
+    made.capture()
+    rolls = [[rollout(engine, inputs, [Confidence(0.5)]) for _ in range(3)] for inputs in (ours, theirs)]
+    for turn in range(2):
+        for a, b in zip(*rolls):
+            (got, forwards), (expected, expected_forwards) = chunk(a, made, on_device=True), chunk(b)
+            assert forwards == expected_forwards and got.latents.equal(expected.latents)
+        if turn == 0:
+            for group, inputs in zip(rolls, (ours, theirs)):
+                first, gone, last = group
+                gone.close()
+                group[:] = last, first, rollout(engine, inputs, [Confidence(0.4)])
+                assert group[-1].slots == [1]
+            made.capture()
+
+
 def test_all_counts_are_taken_and_rows_stop_apart(cuda, model):
     """Else the test above would prove little."""
     counts = set()
@@ -575,22 +348,27 @@ def test_any_rows_share_a_forward(cuda, model, captured):
             made.forward(rows)
             eager(theirs, rows)
     assert cuda.launches == 3
+    commits, steps = (made._captured[Graph((4,), kind)].recorder.tape for kind in (False, True))
+    assert len(commits) < len(steps)  # no epilogue
     assert_alike(made.inputs, theirs)
     assert theirs.step.tolist()[:3] == [2, 1, 2] and theirs.cache.position.tolist() == [FRAMES] * 3
 
 
+@pytest.mark.parametrize("rows", [MIXED, [Row(1), Row(0), Row(2)]])
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_row_that_fills_up_leaves_nothing_behind_but_the_first_rows_keys(model, close, deterministic):
+def test_a_row_that_fills_up_leaves_nothing_behind_but_the_first_rows_keys(model, close, deterministic, rows):
     (engine, filled), (_, plain) = (pool(*model, 3, deterministic) for _ in range(2))
-    for inputs, size in ((filled, 8), (plain, 5)):
+    used = len(rows)
+    for inputs, size in ((filled, 8), (plain, used)):
         roll = rollout(engine, inputs, [Fixed(3)] * 3)
         with torch.inference_mode():
             for _ in range(2):
                 roll.begin()
-                rows = inputs.rows(MIXED, size)
-                assert rows.shape == (4, size) and rows[3].tolist() == [0] * (size - 5) + [1] * 5
-                inputs.run(rows, [12] * size)
-    assert filled.step.tolist()[:3] == [1, 1, 1] and filled.cache.position.tolist() == [2 * FRAMES, 2 * FRAMES, 0]
+                made = inputs.rows(rows, size)
+                assert made.shape == (4, size) and made[3].tolist() == [0] * (size - used) + [1] * used
+                inputs.run(made, [12] * size)
+    assert filled.step.tolist()[:3] == [1, 1, 1] and filled.cache.position.equal(plain.cache.position)
+    assert filled.cache.position.tolist() == [2 * FRAMES * (rows is MIXED)] * 2 + [0]
     if deterministic:
         assert_alike(filled, plain)
         assert filled.x[:3].equal(plain.x[:3])
@@ -622,6 +400,8 @@ def test_capturing_leaves_a_pool_as_it_was(cuda, model):
     assert made.buckets == [1, 2, 4]  # four rows hold all three slots
     roll = rollout(engine, inputs, [Fixed(2)] * 2)
     chunk(roll)
+    with torch.inference_mode():
+        roll.begin()  # its keys will lie where those of the chunk before are now
 
     def held():
         cache, of = inputs.cache, roll.slot
@@ -695,48 +475,6 @@ def test_values_that_make_no_sense_are_refused(model, options, message):
         StepGraphs(inputs, loop_rows=0, **options)
 
 
-# ---- the loop's graph ------------------------------------------------------------------------------------------------
-
-
-def test_the_loops_graph(cuda):
-    """first -> condition -> WHILE [again -> condition], one handle, each call checked, nothing left when it is gone."""
-    first, again = (cuda.CUDAGraph(keep_graph=True) for _ in range(2))
-    slots, state = torch.tensor([2, 0]), torch.ones(4, 3)
-    loop = device_loop.DeviceLoop(first, again, slots, state[:, -1])
-    rt = cuda.runtime
-    assert [call[0] for call in rt.calls] == [
-        "cudaGraphCreate", "cudaGraphConditionalHandleCreate", "cudaGraphAddChildGraphNode", "set_while",
-        "cudaGraphAddNode", "cudaGraphAddChildGraphNode", "set_while", "cudaGraphInstantiate",
-    ]  # fmt: skip
-    *_, graph, body = rt.alive
-    kinds = [[kind for _, (kind, *_) in rt.alive[g]] for g in (graph, body)]
-    assert kinds == [["child", "condition", "while"], ["child", "condition"]]
-    (_, (_, one)), (_, condition), (_, (_, handle, inside)) = rt.alive[graph]
-    (_, (_, two)), (_, same_condition) = rt.alive[body]
-    assert (one(), two(), inside) == (first, again, body) and condition == same_condition
-    assert condition == ("condition", handle, slots.data_ptr(), 2, state.data_ptr() + 8, 3)
-    loop.replay()
-    assert rt.calls[-1] == ("cudaGraphLaunch", graph + 1000, 7)
-    del first, again, slots, state
-    gc.collect()
-    assert one() and two()  # a cudaGraph_t does not keep the memory that its kernels use
-    del loop
-    gc.collect()
-    assert one() is two() is None
-    assert sorted(rt.calls[-2:]) == [("cudaGraphDestroy", graph), ("cudaGraphExecDestroy", graph + 1000)]
-
-
-@pytest.mark.parametrize("call", [
-    "cudaGraphCreate", "cudaGraphConditionalHandleCreate", "cudaGraphAddChildGraphNode", "cudaGraphAddNode",
-    "cudaGraphInstantiate", "cudaGraphLaunch",
-])  # fmt: skip
-def test_an_error_of_the_runtime_names_its_call(cuda, call):
-    cuda.runtime.fails = call
-    with pytest.raises(RuntimeError, match=rf"{call}: invalid argument \(cudaErrorInvalidValue\)"):
-        parts = [cuda.CUDAGraph(keep_graph=True) for _ in range(2)]
-        device_loop.DeviceLoop(*parts, torch.zeros(1, dtype=torch.long), torch.ones(1)).replay()
-
-
 def test_without_what_a_loop_needs_none_is_promised(model, monkeypatch):
     _, inputs = pool(*model, 1)
     monkeypatch.setattr(kernels, "csrc", SimpleNamespace(DEVICE="cpu"))
@@ -748,84 +486,6 @@ def test_without_what_a_loop_needs_none_is_promised(model, monkeypatch):
     with pytest.raises(ImportError, match=r"not part of this installation \(none built\)"):
         StepGraphs(inputs)
     StepGraphs(inputs, loop_rows=0)
-
-
-def test_the_real_runtime_takes_these_names_and_values(monkeypatch):
-    """As far as there is no driver: the structures, and an error that is raised with its name."""
-    rt = pytest.importorskip("cuda.bindings.runtime")
-    loop = rt.cudaGraphNodeParams()
-    loop.type = rt.cudaGraphNodeType.cudaGraphNodeTypeConditional
-    loop.conditional.handle = rt.cudaGraphConditionalHandle(5)
-    loop.conditional.type = rt.cudaGraphConditionalNodeType.cudaGraphCondTypeWhile
-    loop.conditional.size = 1
-    assert int(loop.conditional.handle) == 5 and loop.conditional.size == len(loop.conditional.phGraph_out) == 1
-    assert int(rt.cudaGraphNode_t(12)) == 12
-    for name in ("cudaGraphAddChildGraphNode", "cudaGraphAddNode", "cudaGraphLaunch", "cudaGraphExecDestroy"):
-        assert callable(getattr(rt, name))
-    if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match=r"cudaGraphCreate: .* \(cudaError"):
-            device_loop.DeviceLoop(None, None, torch.zeros(1, dtype=torch.long), torch.ones(1))
-
-
-# ---- csrc/graphs -----------------------------------------------------------------------------------------------------
-
-
-def test_the_condition_compiles(tmp_path):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc")
-    architectures = ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=sm_80"]
-    command = [nvcc, "-std=c++17", *architectures, "-Xptxas", "-v", "-c", str(CSRC / "graphs.cu"), "-o"]
-    done = subprocess.run([*command, str(tmp_path / "graphs.o")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("0 bytes stack frame, 0 bytes spill stores") == 2
-
-
-EMULATED = r"""
-#include "emulator.h"
-static unsigned long long set_handle;
-static unsigned set_value, set_times;
-#define cudaGraphSetConditional(handle, value) (set_handle = handle, set_value = value, ++set_times)
-#include "graphs.cuh"
-extern "C" int condition(const int64_t* slots, int rows, const float* flags, int64_t stride, int order) {
-    set_times = 0;
-    emulate::order() = order;
-    dsa::WhileArgs args{nullptr, nullptr, 77, slots, rows, flags, stride};
-    emulate::launch(dim3(1), dim3(32), 0, [&] { dsa::set_while_kernel(args); });
-    return set_times == 1 && set_handle == 77 ? int(set_value) : -1;
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def condition(tmp_path_factory):
-    """The kernel on the host."""
-    headers = cuda_headers()
-    if headers is None or not shutil.which("g++"):
-        pytest.skip("needs g++ and CUDA's headers")
-    folder = tmp_path_factory.mktemp("condition")
-    (folder / "graphs.cpp").write_text(EMULATED)
-    includes = [headers, CSRC, CSRC.parent / "tests" / "csrc"]
-    command = ["g++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-DDSA_EMULATE", "-shared", "-fPIC"]
-    command += [*(f"-I{path}" for path in includes), str(folder / "graphs.cpp"), "-o", str(folder / "graphs.so")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "graphs.so")).condition
-
-
-@pytest.mark.parametrize("rows", [1, 3, 32, 33, 70])
-def test_the_condition_is_whether_any_row_goes_on(condition, rows):
-    """Flags of other slots, and what lies beside the flags, say the opposite."""
-    for order, going in itertools.product((0, 1, 5), (None, 0, rows // 2, rows - 1)):
-        slots = torch.randperm(90)[:rows]
-        state = torch.full((90, 4), float(going is not None))
-        state[slots, -1] = 1.0
-        if going is not None:
-            state[slots[going], -1] = 0.0
-        flags = state[:, -1]
-        arguments = (slots.data_ptr(), rows, flags.data_ptr(), flags.stride(0), order)
-        kinds = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
-        assert condition(*(kind(value) for kind, value in zip(kinds, arguments))) == (going is not None)
 
 
 # ---- a GPU -----------------------------------------------------------------------------------------------------------

@@ -299,8 +299,9 @@ def test_the_kernel_gives_zeros_without_keys(small_tiles, splits):
 @pytest.mark.parametrize("dtype, cache_dtype", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn),
                                                 (torch.float32, torch.float32)])  # fmt: skip
 def test_the_kernel_with_large_scores(small_tiles, dtype, cache_dtype):
-    """Scores of +-1e4, all of a sign in one head: neither exp2 nor the queries' own scale may overflow."""
+    """Scores of +-1e5, all of a sign in one head, and of zero: neither exp2 nor the queries' own scale may overflow."""
     q = torch.randn(1, 20, 2, 16, device=DEVICE).abs().to(dtype) * 3e4
+    q[:, 3] = 0
     k, v = torch.randn(2, 1, 4, 10, 2, 16, device=DEVICE)
     k[..., 0, :], k[..., 1, :] = -k[..., 0, :].abs(), k[..., 1, :].abs()
     k, v = k.to(cache_dtype), v.to(cache_dtype)

@@ -1,0 +1,102 @@
+"""dsa_engine.ops.cuda: what it hands to the attention kernel, and when it says that it cannot run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from csrc.emulated import check_error
+from dsa_engine.ops import cuda as ops_cuda
+from dsa_engine.ops import dispatch, reference, views
+from dsa_engine.structures import CacheScales
+
+FLOOR = 1e-6  # plain torch has an error in every case here
+
+
+def problem(batch=2, tokens=33, heads=3, window=4, frame_tokens=5, head_dim=128):
+    """Every size is another number, so that none can stand for another. Frames that no row reads are NaN."""
+    q = torch.randn(batch, tokens, heads, head_dim).bfloat16()
+    k, v = torch.full((2, batch + 3, window, frame_tokens, heads, head_dim), float("nan")).bfloat16()
+    slot, keys = torch.tensor([4, 1]), torch.tensor([[[0, 1], [2, 4]], [[1, 3], [3, 3]]])
+    for s, runs in zip(slot.tolist(), keys.tolist()):
+        for start, stop in runs:
+            k[s, start:stop], v[s, start:stop] = torch.randn(2, stop - start, frame_tokens, heads, head_dim).bfloat16()
+    return q, k, v, slot, keys
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32])
+def test_attention(cuda, head_dim, integers):
+    q, k, v, slot, keys = problem(head_dim=head_dim)
+    out = cuda.attention(q, k, v, slot.to(integers), keys.to(integers))
+    plain = reference.attention(q, k, v, slot, keys)
+    check_error("attention", out, plain, reference.attention(q.float(), k.float(), v.float(), slot, keys), FLOOR)
+
+
+def test_attention_over_an_fp8_cache(cuda):
+    q, k, v, slot, keys = problem()
+    scales = CacheScales(*(0.01 + 0.02 * torch.rand(2, 5, 3)), torch.zeros(5, 3, 128))
+    k, v = (reference.to_e4m3(x.float() / s[:, None, None, :, None]) for x, s in ((k, scales.k), (v, scales.v)))
+    out = cuda.attention(q, k, v, slot, keys, scales)
+    plain = reference.attention(q, k, v, slot, keys, scales)
+    exact = reference.attention(q.float(), k, v, slot, keys, scales)
+    # The kernel rounds queries and probabilities to e4m3 too: 2^-4 of a value at most, averaged over at least ten keys.
+    check_error("attention", out, plain, exact, floor=2**-5)
+
+
+def test_attention_refuses_what_the_kernel_cannot_read(cuda):
+    q, k, v, slot, keys = problem(head_dim=64)
+    with pytest.raises(ValueError, match="q of torch.float32 .* must be contiguous torch.bfloat16"):
+        cuda.attention(q.float(), k, v, slot, keys)
+    with pytest.raises(ValueError, match="k_cache of torch.bfloat16 with strides .* must be contiguous"):
+        cuda.attention(q, k[:, ::2], v[:, ::2], slot, keys)
+    with pytest.raises(ValueError, match="head dim 96 with .* torch.bfloat16 must be one of 64, 128; nearest is 64"):
+        cuda.attention(*problem(head_dim=96))
+    scales = CacheScales(*torch.ones(2, 5, 3), torch.zeros(5, 3, 64))
+    with pytest.raises(ValueError, match="head dim 64 with a cache of torch.float8_e4m3fn must be one of 128"):
+        cuda.attention(q, k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn), slot, keys, scales)
+
+
+def test_every_function_has_the_arguments_of_the_reference():
+    for op in ops_cuda.OPS:
+        assert op in dispatch.STEM_OF
+        ours, reference_code = (getattr(module, op).__code__ for module in (ops_cuda, reference))
+        count = reference_code.co_argcount
+        assert ours.co_varnames[:count] == reference_code.co_varnames[:count] and ours.co_argcount == count, op
+
+
+def test_both_sides_have_the_same_codes_for_dtypes(cuda):
+    assert cuda.csrc.DTYPES == views.DTYPES
+
+
+def test_it_says_why_it_cannot_run(monkeypatch):
+    assert ops_cuda.unavailable("pool_frames") == "pool_frames has no CUDA kernel"
+    monkeypatch.setattr(ops_cuda, "csrc", None)
+    monkeypatch.setattr(ops_cuda, "_missing", "No module named 'dsa_engine.csrc'", raising=False)
+    assert "not part of this installation (No module named 'dsa_engine.csrc')" in ops_cuda.unavailable()
+
+    class Built:
+        DEVICE = "cuda"
+
+    monkeypatch.setattr(ops_cuda, "csrc", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ops_cuda.unavailable("attention") == "torch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, kernels, attention in [((9, 0), True, True), ((8, 0), True, False), ((10, 0), False, False)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert (ops_cuda.unavailable() is None, ops_cuda.unavailable("attention") is None) == (kernels, attention)
+    assert ops_cuda.unavailable("attention") == "compute capability 10.0: attention was compiled for 9.0"
+
+
+def test_a_missing_extension_is_named_where_it_was_looked_for():
+    """As in a pure installation: importing the module is no error."""
+    script = (
+        "import sys; sys.modules['dsa_engine.csrc'] = None\n"
+        "from dsa_engine.ops import cuda; sys.stdout.write(cuda.unavailable())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the CUDA extension is not part of this installation" in done.stdout and "dsa_engine.csrc" in done.stdout

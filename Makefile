@@ -19,11 +19,11 @@ test: $(VENV)/.test
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: $(VENV)/pyvenv.cfg pyproject.toml setup.py
+$(VENV)/.demo: $(VENV)/pyvenv.cfg pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/pyvenv.cfg pyproject.toml setup.py
+$(VENV)/.test: $(VENV)/pyvenv.cfg pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@ $(VENV)/.demo
 

@@ -322,11 +322,21 @@ class Pipeline:
 
         return chunks()
 
-    def warmup(self) -> float:
-        """Make one chunk and throw it away; returns the seconds it took. The first real chunk is then a usual one."""
+    def warmup(self, progress: Callable[[int, int], None] | None = None) -> float:
+        """Make one chunk and throw it away; returns the seconds it took. The first real chunk is then a usual one.
+
+        On a CUDA device the graphs of sessions of the default size and window are captured as well, of the default
+        length where the window is the whole clip; progress(done, of) is called after each.
+        """
         start = time.perf_counter()
         size = self._size()
         config, model = self.config, self.engine.dit.config
+        if self.engine.dit.device.type == "cuda":
+            whole = config.window is None and self.engine.decoder is not None
+            frames = arguments.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
+            self.engine.capture(
+                height=size[0], width=size[1], frames=frames, config=config, progress=progress
+            )  # fmt: skip
         noise = torch.zeros(1, config.chunk_frames, model.in_dim, *size)
         latents = self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
         if self.engine.decoder is not None:

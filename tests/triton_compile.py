@@ -174,9 +174,8 @@ SMALL = Model("small", 128, 4, 32, 16, 3, 12)
 
 
 def norm_rope_cases() -> list[Case]:
-    from dsa_engine.triton_kernels import norm_rope as op
-
     from dsa_engine.structures import CacheScales
+    from dsa_engine.triton_kernels import norm_rope as op
 
     def append(m: Model, dtype=BF16, cache=BF16):
         tokens = m.F * m.S
@@ -244,9 +243,8 @@ def row_cases() -> list[Case]:
 
 
 def epilogue_cases() -> list[Case]:
-    from dsa_engine.triton_kernels import epilogue as op
-
     from dsa_engine.structures import HeadWeights, Projection, StopRule
+    from dsa_engine.triton_kernels import epilogue as op
 
     def step(m: Model, height: int, width: int, dtype=BF16, head=True):
         vectors = meta(1, m.F, 2, m.C, dtype=F32).unbind(2)

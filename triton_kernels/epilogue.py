@@ -12,6 +12,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dsa_engine.structures import Epilogue, HeadWeights, Projection, StopRule
 from dsa_engine.triton_kernels.fp8_linear import load_row
 from dsa_engine.triton_kernels.modulate import by_frame, of_frame
 from dsa_engine.triton_kernels.pooling import (
@@ -23,9 +26,6 @@ from dsa_engine.triton_kernels.pooling import (
     row_statistics,
     store_moments,
 )
-from torch import Tensor
-
-from dsa_engine.structures import Epilogue, HeadWeights, Projection, StopRule
 
 UNITS = 8  # hidden units of the MLP a program: 96 programs at Wan's 768
 

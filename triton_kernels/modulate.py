@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dsa_engine.structures import Rowwise
 from dsa_engine.triton_kernels.fp8_linear import (
     empty_rowwise,
     load_row,
@@ -16,9 +19,6 @@ from dsa_engine.triton_kernels.fp8_linear import (
     store_quantised,
     store_row,
 )
-from torch import Tensor
-
-from dsa_engine.structures import Rowwise
 
 # gelu(x) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as 0.5 x (1 + tanh u), with one exponential
 # and nothing that cancels. Here -2 u log2(e) = x (LINEAR + CUBIC x^2).

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine import device_loop
+from dsa_engine.engine.graphs import StepGraphs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session
@@ -20,6 +23,8 @@ from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 
 class PoolShape(NamedTuple):
@@ -63,16 +68,40 @@ class Engine:
         """
         if self.decoder is None:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
-        shape = self._pool_shape(height, width, frames, config)
-        if shape not in self._pools:  # pools of other shapes that nobody uses make room
-            self._pools = {other: pool for other, pool in self._pools.items() if pool.cache.in_use}
-            self._pools[shape] = self._pool(shape, self.max_sessions)
+        inputs = self._shared(self._pool_shape(height, width, frames, config))
         noise = guided(self._noise([seed], height, width, config), guide, strength, config)
-        inputs = self._pools[shape]
         rollout = Rollout(
             self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
         )
         return Session(rollout, self.decoder, lambda text: self.text_kv(self.encode([text])), fps, prompt, frames)
+
+    def capture(
+        self, *, height: int, width: int, frames: int | None, config: RolloutConfig,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> float:  # fmt: skip
+        """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share; seconds taken.
+
+        progress(done, of) is called after each. Raises RuntimeError where there is no CUDA device.
+        """
+        if self.dit.device.type != "cuda":
+            raise RuntimeError(f"CUDA graphs on {self.dit.device}: they need a CUDA device")
+        inputs = self._shared(self._pool_shape(height, width, frames, config))
+        if inputs.graphs is not None:
+            return 0.0
+        why = device_loop.unavailable()
+        if why is not None:
+            logger.warning("no loop on the device, single steps are launched instead: %s", why)
+        inputs.graphs = StepGraphs(inputs, loop_rows=0 if why else 1)
+        return inputs.graphs.capture(progress)
+
+    def _shared(self, shape: PoolShape) -> StepInputs:
+        """The pool of all sessions of a shape."""
+        if shape not in self._pools:  # pools of other shapes that nobody uses make room
+            kept = {other: pool for other, pool in self._pools.items() if pool.cache.in_use or pool.graphs is not None}
+            self._pools = kept | {shape: self._pool(shape, self.max_sessions)}
+            if self.dit.device.type == "cuda" and kept:
+                logger.info("%s was not captured: its forwards are launched op by op", shape)
+        return self._pools[shape]
 
     def rollout(
         self, embeds: Tensor, *, height: int, width: int, frames: int, policy: Policy, seeds: Sequence[int],

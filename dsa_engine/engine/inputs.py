@@ -8,6 +8,7 @@ of every session, and sessions at different steps and positions share a forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class StepInputs:
             torch.ones(slots + 1, dtype=torch.long, device=dit.device),
             torch.ones(slots + 1, device=dit.device),
         )
+        self.graphs: Any = None  # StepGraphs of this pool, once they are captured (`Engine.warmup`)
         self.prompt_lengths = [config.text_len] * (slots + 1)  # `text.used` where the host can read it
 
     @property
@@ -97,6 +99,8 @@ class StepInputs:
 
     def forward(self, rows: Sequence[Row]) -> None:
         """One forward over some rows, commits first (a step may see a chunk that is committed in the same forward)."""
+        if self.graphs is not None:
+            return self.graphs.forward(rows)
         lengths = [self.prompt_lengths[row.slot] for row in rows]
         self.run(self.rows(rows), lengths, any(not row.commit for row in rows))
 

@@ -71,7 +71,12 @@ class Rollout:
         on_step sees every step of the plain loop (`denoise_chunk`); without it the same is done on `inputs`.
         """
         if on_step is None and self.inputs is not None:
-            for node, live in execute(self.begin(), self.slots, self.inputs.forward, self.stopped):
+            plan, graphs = self.begin(), self.inputs.graphs
+            if graphs is None:
+                forwards = execute(plan, self.slots, self.inputs.forward, self.stopped)
+            else:  # without `stopped` the device's flags decide, which is what lets it loop by itself
+                forwards = graphs.run(plan, self.slots, self.stopped if self.judged else None)
+            for node, live in forwards:
                 self.took(node, live)
             return self.denoised()
         self._settle_timed()
@@ -111,7 +116,9 @@ class Rollout:
             inputs.prompt(self.slot, self.text_kv)
             self.told = self.text_kv
         limit = len(self.schedule)
-        rules = [policy.rule(self.index, limit) or Rule(1, limit) for policy in self.policies]
+        told = [policy.rule(self.index, limit) for policy in self.policies]
+        self.judged = None in told  # a policy decides that the device cannot ask
+        rules = [rule or Rule(1, limit) for rule in told]
         most = max(rule.most for rule in rules)
         inputs.begin(self.slot, self.noise.ahead(self.index, most), self.schedule.sigmas, rules)
         self.counts, self.before = dict.fromkeys(self.slots, 0), None
@@ -132,17 +139,17 @@ class Rollout:
     def stopped(self, live: Sequence[int]) -> list[bool]:
         """Which of the slots are done with their chunk: what the stop flags or, where a device cannot, policies say."""
         rows = [self.slots.index(slot) for slot in live]
-        index = self.slot[rows]
-        policies = [self.policies[row] for row in rows]
-        flags = [bool(flag) for flag in self.inputs.state[index, -1].tolist()]
-        if all(policy.reads != "change" for policy in policies):
+        state, limit = self.inputs.state[self.slot[rows]], len(self.schedule)
+        flags = [bool(flag) for flag in state[:, -1].tolist()]
+        if not self.judged:
             return flags
         x0 = self.inputs.x0[self.slot]
-        values = read(["change"] * len(rows), None, x0[rows], None if self.before is None else self.before[rows])
+        policies = [self.policies[row] for row in rows]
+        before = None if self.before is None else self.before[rows]
+        values = read([policy.reads for policy in policies], state[:, :-1], x0[rows], before)
         self.before = x0
-        limit = len(self.schedule)
         return [
-            policy.done(self.index, self.counts[slot], value, limit) if policy.reads == "change" else flag
+            flag if policy.rule(self.index, limit) else policy.done(self.index, self.counts[slot], value, limit)
             for slot, policy, value, flag in zip(live, policies, values, flags)
         ]
 

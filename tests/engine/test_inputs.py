@@ -10,10 +10,30 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.plan import Row
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.sampling.policy import Rule
+from dsa_engine.sampling.policy import Policy, Rule
 
 SIZE, CHUNKS, FRAMES = 4, 5, 2
+
+
+class Half(Policy):
+    """One of a user's own, which a device cannot ask: it stops at the second step that is surer than the first."""
+
+    reads = "confidence"
+
+    def start(self, limit):
+        self.first = None
+        return super().start(limit)
+
+    def check(self, limit):
+        pass
+
+    def done(self, chunk, step, values, limit):
+        self.first = min(values) if step == 1 else self.first
+        return step == limit or (step > 1 and min(values) > self.first)
+
+
 POLICIES = {
+    "a policy of the user's": [Half(), Half(), Confidence(0.5)],
     "every count": [PerChunk([1, 2, 3, 4, 1]), PerChunk([4, 3, 2, 1, 2]), PerChunk([2, 4, 1, 3, 3])],
     "one count": [Fixed(3)] * 3,
     "confidence": [Confidence(0.5), Confidence(0.5, min_steps=2), Confidence(0.5, max_steps=3)],

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from dsa_engine.triton_kernels import epilogue as kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dsa_engine import ops
 from dsa_engine.ops import HeadWeights, Projection, StopRule, reference
+from dsa_engine.triton_kernels import epilogue as kernel
 
 EPS = 1e-6
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 4, 2, 3)]

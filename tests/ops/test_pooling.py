@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from dsa_engine.triton_kernels import pooling as kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import DEVICE, DTYPES, compare, poisoned_memory
@@ -15,6 +14,7 @@ from test_fp8_linear import needs_gpu, surrounded
 
 from dsa_engine import ops
 from dsa_engine.ops import reference
+from dsa_engine.triton_kernels import pooling as kernel
 
 EPS = 1e-6
 

@@ -312,15 +312,9 @@ class Pipeline:
         )  # fmt: skip
 
     def stream(self, prompt: str, num_frames: int | None = None, **options) -> Iterator[Chunk]:
-        """Chunks as they are made; options as for `session`. Leaving the loop early frees everything."""
-        session = self.session(prompt, num_frames=num_frames, **options)
-
-        def chunks() -> Iterator[Chunk]:
-            with session:
-                while not session.exhausted:
-                    yield session.next_chunk()
-
-        return chunks()
+        """Chunks as they are made (`Session.chunks`), each decoded beside the denoising of the next; options as for
+        `session`. Leaving the loop early frees everything."""
+        return self.session(prompt, num_frames=num_frames, **options).chunks()
 
     def warmup(self, progress: Callable[[int, int], None] | None = None) -> float:
         """Make one chunk and throw it away; returns the seconds it took. The first real chunk is then a usual one.

@@ -79,9 +79,10 @@ class Engine:
         self, *, height: int, width: int, frames: int | None, config: RolloutConfig,
         progress: Callable[[int, int], None] | None = None,
     ) -> float:  # fmt: skip
-        """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share; seconds taken.
+        """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share.
 
-        progress(done, of) is called after each. Raises RuntimeError where there is no CUDA device.
+        Returns the seconds it took; progress(done, of) is called after each graph. Raises RuntimeError where there is
+        no CUDA device.
         """
         if self.dit.device.type != "cuda":
             raise RuntimeError(f"CUDA graphs on {self.dit.device}: they need a CUDA device")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +65,7 @@ class Session:
         self.rollout, self._decoder, self._embed = rollout, decoder, embed
         self._limit = limit
         self._start = 0.0  # of the chunk that is being made
+        self._stream: Any = None  # of the decoder, on a CUDA device
         self._begin()
         self.fps, self.prompt = fps, prompt
 
@@ -110,17 +113,53 @@ class Session:
         if self.exhausted:
             raise RuntimeError(f"the clip is complete: all {self._limit} latent frames that were asked for are there")
 
+    def chunks(self) -> Iterator[Chunk]:
+        """All chunks up to the clip's end, each decoded while the next one is denoised: that in a thread of its own,
+        and the decoding, on a CUDA device, on a stream of its own.
+
+        The chunks are those of `next_chunk`, but the session is one ahead of them: it takes no `update`, `snapshot` or
+        `reset` in between, and leaving the loop early closes it.
+        """
+        with self, ThreadPoolExecutor(1) as ahead:
+            following = ahead.submit(self._denoise)
+            while following is not None:
+                start, result, ready = following.result()
+                index, past, commit = self.index, self._past_state(), self.rollout.commit_seconds
+                self.rollout.accept(result.latents)
+                following = None if self.exhausted else ahead.submit(self._denoise)
+                with ready:
+                    chunk = self._decode(result, index, past, start, commit)
+                yield chunk
+
+    def _denoise(self) -> tuple[float, Denoised, AbstractContextManager]:
+        """When the next chunk was begun, the chunk, and the context in which it can be decoded beside what follows."""
+        self._check_ready()
+        start, device = time.perf_counter(), self.rollout.cache.k.device
+        result = self.rollout.denoise()
+        if device.type != "cuda":
+            return start, result, nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        result.latents.record_stream(self._stream)
+        return start, result, torch.cuda.stream(self._stream)
+
     def _finish(self, result: Denoised) -> Chunk:
-        start, rollout = self._start, self.rollout
+        commit = self.rollout.commit_seconds
+        chunk = self._decode(result, self.index, self._past_state(), self._start, commit)
+        self.rollout.accept(result.latents)  # cannot fail: the session moves on as a whole or not at all
+        return chunk
+
+    def _decode(self, result: Denoised, index: int, past: Any, start: float, commit: float) -> Chunk:
+        """Frames of a chunk; past: the decoder's state before it. When all is done the session has them behind it."""
         confidence = None if result.confidence is None else result.confidence[0].tolist()
         denoised = time.perf_counter()
         with torch.inference_mode():
-            pixels, decoder_state = self._decoder.decode(result.latents, self._past_state())
+            pixels, decoder_state = self._decoder.decode(result.latents, past)
             frames = to_uint8(pixels[0])
         end = time.perf_counter()
-        commit = rollout.commit_seconds
         chunk = Chunk(
-            index=self.index,
+            index=index,
             frames=frames,
             latents=result.latents[0],
             steps=result.steps[0],
@@ -134,9 +173,7 @@ class Session:
             },
             prompt=self.prompt,
         )
-        # From here on nothing can fail: the session moves on as a whole or not at all.
-        rollout.accept(result.latents)
-        for policy in rollout.policies:
+        for policy in self.rollout.policies:
             policy.observe(end - start, len(frames))
         self._decoder_state = decoder_state
         self._frames += len(frames)

@@ -15,10 +15,11 @@ from torch import Tensor
 from dsa_engine import given_frames
 from dsa_engine.config import nearest
 from dsa_engine.engine.engine import Engine
-from dsa_engine.sampling.noise import Renoise
+from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
 from dsa_engine.sampling.schedule import Schedule
 
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 WAN_STRIDE = 8  # pixels a latent pixel stands for, where no decoder says otherwise
 
 
@@ -36,6 +37,22 @@ def embeds(engine: Engine, prompt: str | Sequence[str] | None, prompt_embeds: Te
             f"prompt_embeds of shape {shape}: must be a tensor [B, L, {model.text_dim}] with L at most {model.text_len}"
         )
     return prompt_embeds
+
+
+def output_type(engine: Engine, wanted: str) -> None:
+    """Checks the form that a clip is wanted in."""
+    if wanted not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={wanted!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+    if wanted != "latent" and engine.decoder is None:
+        raise ValueError(f"output_type={wanted!r}: this pipeline has no decoder; only 'latent' is possible")
+
+
+def seeds(seed: int | None, generator: torch.Generator | None, batch: int) -> list[int]:
+    """One seed a clip, counting up from the seed, or from the one that a generator was made with."""
+    if generator is not None and seed is not None:
+        raise ValueError(f"seed={seed} with a generator: give one or the other")
+    first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
+    return [(first + i) % 2**64 for i in range(batch)]
 
 
 def default_threshold(engine: Engine) -> float:
@@ -124,6 +141,11 @@ class Clip(NamedTuple):
     given: Tensor | None = None
     guide: Tensor | None = None
     strength: float = 1.0
+
+    @property
+    def made(self) -> int:
+        """Latent frames that are to be made: all but those given."""
+        return self.frames - (0 if self.given is None else self.given.shape[1])
 
 
 def clip(

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from dsa_engine import arguments
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.engine import Engine
+from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
 from dsa_engine.models.found import Found
-from dsa_engine.sampling.denoise import Step
+from dsa_engine.sampling.denoise import Denoised, Step
 from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Fixed, Policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
 GLOBAL = -1  # as a window: the whole clip, Self-Forcing's local_attn_size = -1
 SMALL = 2**17  # activations of a chunk: shapes has 2^13, Wan 1.3B 2^23
-OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,10 @@ class Pipeline:
         prompt_embeds: Tensor | None = None,
         image: Any = None,
         video: Any = None,
-        strength: float | None = None,
         output_type: str = "np",
         callback_on_step_end: Callable[[Pipeline, int, float, dict], Any] | None = None,
         *,
+        strength: float | None = None,
         renoise: Renoise | None = None,
         step_policy: str | Policy | None = None,
         min_steps: int | None = None,
@@ -201,42 +201,27 @@ class Pipeline:
                 f"guidance_scale={guidance_scale}, negative_prompt={negative_prompt!r}: a distilled few-step model has "
                 "its guidance built in; only guidance_scale=1.0 without a negative prompt is possible"
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}")
-        if output_type != "latent" and self.engine.decoder is None:
-            raise ValueError(f"output_type={output_type!r}: this pipeline has no decoder; only 'latent' is possible")
+        arguments.output_type(self.engine, output_type)
         embeds = arguments.embeds(self.engine, prompt, prompt_embeds)
         policy = arguments.policy(
             self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold, strength
         )
-        if generator is not None and seed is not None:
-            raise ValueError(f"seed={seed} with a generator: give one or the other")
-        first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
+        seeds = arguments.seeds(seed, generator, len(embeds))
         if latents is None:
-            clip = arguments.clip(
-                self.engine, len(embeds), self._size(height, width), num_frames, image, video, strength, self.frames
-            )
+            size = self._size(height, width)
+            clip = arguments.clip(self.engine, len(embeds), size, num_frames, image, video, strength, self.frames)
+        elif any(x is not None for x in (height, width, num_frames, image, video)):
+            raise ValueError("height, width, num_frames, image and video: with latents these count alone")
         else:
-            if any(x is not None for x in (height, width, num_frames, image, video)):
-                raise ValueError("height, width, num_frames, image and video: with latents these count alone")
             clip = arguments.Clip(*arguments.latents(self.engine, latents, len(embeds)))
-        made = clip.frames - (0 if clip.given is None else clip.given.shape[1])
-        arguments.renoise(self.engine, renoise, len(embeds), made, clip.size)
+        arguments.renoise(self.engine, renoise, len(embeds), clip.made, clip.size)
         start = time.perf_counter()
-
-        def on_step(step: Step) -> None:
-            callback_on_step_end(self, step.index - 1, TIMESTEPS * step.sigma, {"latents": step.x0})
-
         rollout = self.engine.rollout(
-            embeds, height=clip.size[0], width=clip.size[1], frames=clip.frames, policy=policy,
-            seeds=[(first + i) % 2**64 for i in range(len(embeds))], config=changed(self.config, commit=commit),
-            initial=latents, renoise=renoise, given=clip.given, guide=clip.guide, strength=clip.strength,
+            embeds, height=clip.size[0], width=clip.size[1], frames=clip.frames, policy=policy, seeds=seeds,
+            config=changed(self.config, commit=commit), initial=latents, renoise=renoise, given=clip.given,
+            guide=clip.guide, strength=clip.strength,
         )  # fmt: skip
-        chunks, first_chunk = [], 0.0
-        for _ in range(made // self.config.chunk_frames):
-            chunks.append(rollout.denoise(on_step if callback_on_step_end else None))
-            rollout.accept(chunks[-1].latents)
-            first_chunk = first_chunk or time.perf_counter() - start
+        chunks, first_chunk = self._roll(rollout, clip.made // self.config.chunk_frames, callback_on_step_end)
         result = torch.cat([*([] if clip.given is None else [clip.given]), *(c.latents for c in chunks)], dim=1)
         confidence = None
         if chunks[0].confidence is not None:
@@ -247,6 +232,24 @@ class Pipeline:
             confidence=confidence,
             timings={"total": time.perf_counter() - start, "first_chunk": first_chunk},
         )
+
+    def _roll(
+        self, rollout: Rollout, count: int, callback: Callable[[Pipeline, int, float, dict], Any] | None
+    ) -> tuple[list[Denoised], float]:
+        """All chunks of a rollout, which is then closed, and the seconds until the first was there."""
+
+        def on_step(step: Step) -> None:
+            callback(self, step.index - 1, TIMESTEPS * step.sigma, {"latents": step.x0})
+
+        chunks, first_chunk, start = [], 0.0, time.perf_counter()
+        try:
+            for _ in range(count):
+                chunks.append(rollout.denoise(on_step if callback else None))
+                rollout.accept(chunks[-1].latents)
+                first_chunk = first_chunk or time.perf_counter() - start
+        finally:
+            rollout.close()
+        return chunks, first_chunk
 
     def generate_latents(
         self,

@@ -109,12 +109,16 @@ class Engine:
         config: RolloutConfig, initial: Tensor | None = None, renoise: Renoise | None = None,
         given: Tensor | None = None, guide: Tensor | None = None, strength: float = 1.0,
     ) -> Rollout:  # fmt: skip
-        """A batch of B = len(seeds) clips of `frames` latent frames, on a cache of its own.
+        """A batch of B = len(seeds) clips of `frames` latent frames, to be closed: in the sessions' pool where graphs
+        of it are captured and B slots are free, else in one of its own.
 
         given: clean latents [B, G, C, H, W] that the clips begin with, G <= frames; guide: latents [B, F, C, H, W] of a
         video that is noised to `strength` (Schedule) and made anew.
         """
-        inputs = self._pool(self._pool_shape(height, width, frames, config), len(seeds))
+        shape = self._pool_shape(height, width, frames, config)
+        inputs = self._pools.get(shape)
+        if inputs is None or inputs.graphs is None or inputs.cache.slots - inputs.cache.in_use < len(seeds):
+            inputs = self._pool(shape, len(seeds))
         noise = GivenNoise(self._noise(seeds, height, width, config), initial, renoise)
         noise = guided(noise, guide, strength, config)
         policies, text_kv = [policy] * len(seeds), self.text_kv(embeds)

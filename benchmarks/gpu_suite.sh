@@ -18,11 +18,11 @@ KERNELS_ARGS=${KERNELS_ARGS:-"--quick --limit 90"}
 FPS_ARGS=${FPS_ARGS:-"--model wan2.1-t2v-1.3b --random-weights --quick"}
 ABSENT=77 # exit code of a part whose tool or file is not there
 
-PARTS=(build tests memcheck racecheck kernels fps)
+PARTS=(build kernels fps tests memcheck racecheck) # the figures first, in case the time is cut short
 declare -A LIMIT=([build]=90 [tests]=90 [memcheck]=60 [racecheck]=60 [kernels]=110 [fps]=110)
 declare -A ABOUT=(
   [build]="the package with its CUDA kernels, from this machine's nvcc"
-  [tests]="pytest -m gpu on tests/ops"
+  [tests]="pytest -m gpu on tests/ops and tests/engine"
   [memcheck]="compute-sanitizer on small shapes: accesses out of bounds"
   [racecheck]="compute-sanitizer on small shapes: races in shared memory"
   [kernels]="benchmarks/kernels.py: every op, every backend"
@@ -35,7 +35,7 @@ part_build() {
 }
 
 part_tests() {
-  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/ops
+  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/ops tests/engine
   local code=$?
   [ "$code" -eq 5 ] && return "$ABSENT" # pytest found no such test
   return "$code"

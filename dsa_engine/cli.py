@@ -175,7 +175,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
             start = plan.starts[chunk]
             tqdm.write(f"from {start / pipe.fps:g} s (frame {start}, chunk {chunk}): {plan.prompts[chunk]}", sys.stderr)
         torch.set_num_threads(args.threads or pipe.cpu_threads)
-        warmup = pipe.warmup()
+        warmup = warm_up(pipe)
         facts, chunks = make_clip(pipe, plan, options, writer, not args.no_recache, keep=args.report is not None)
     policy = args.steps or default_policy(pipe)
     facts |= {name: getattr(args, name) for name in ("scale", "output", "report", "model", "seed")}
@@ -198,6 +198,18 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         *(f"wrote {path}" for path in (args.output, args.report) if path is not None),
     ]
     return facts, lines, 0
+
+
+def warm_up(pipe: Pipeline) -> float:
+    """Seconds of `Pipeline.warmup`, with a bar while CUDA graphs are captured."""
+    quiet = pipe.engine.dit.device.type != "cuda"
+    with tqdm(desc="capturing", unit="graph", file=sys.stderr, disable=quiet) as bar:
+
+        def progress(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        return pipe.warmup(progress)
 
 
 SESSION_OPTIONS = ("seed", "height", "width", "window", "sink", "rope", "commit", "strength")

@@ -184,6 +184,7 @@ def _two(rank, folder, port):
     for _ in range(3):
         main.update(x)
     torch.save(main.state_dict(), folder / f"rank{rank}.pt")
+    dist.barrier()  # process 0 keeps the store: it must not leave while the other still needs it
     dist.destroy_process_group()
 
 

@@ -1,0 +1,459 @@
+"""The worker: one thread that runs a pipeline for many streams, their steps batched.
+
+Everything that touches the model happens in this thread, so the engine needs no lock. Others talk to it through an
+inbox, it talks to them through the listeners that they gave; it knows nothing of asyncio or HTTP.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from dsa_engine import arguments
+from dsa_engine.engine.runner import Runner
+from dsa_engine.engine.session import Session
+from dsa_engine.models.text import SlotTextEncoder
+from dsa_engine.pipeline import Pipeline
+from dsa_engine.sampling.noise import check_seed
+from dsa_engine.sampling.policy import Budget, Policy
+from dsa_engine.serving.pace import Governor, Pace
+from dsa_engine.serving.streams import (
+    Applied,
+    Busy,
+    Card,
+    Closed,
+    Event,
+    Made,
+    Opened,
+    Order,
+    Queued,
+    Refused,
+)
+from dsa_engine.synthetic import GRAMMAR
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one worker admits. sessions, jobs: live streams and jobs at once; waiting: live streams in the queue behind
+    them; idle, lifetime: seconds without a sign of the consumer, and in all, of a live stream; rows: of a forward.
+    steps: of an order that does not say; None is "budget", and "fixed" where the model has no confidence head."""
+
+    sessions: int = 32
+    jobs: int = 4
+    waiting: int = 32
+    idle: float = 30.0
+    lifetime: float = 3600.0
+    rows: int = 16
+    steps: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("sessions", 1), ("jobs", 0), ("waiting", 0), ("rows", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}; nearest is {least}")
+        for name in ("idle", "lifetime"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name}={value!r}: must be a number of seconds above 0, e.g. 30")
+
+
+class Prompt(NamedTuple):
+    text: str
+    event_id: str | None
+    recache: bool
+
+
+class Task:
+    """A stream as its worker knows it, and its caller's hold on it. The methods come from any thread and return at
+    once; everything else belongs to the worker's thread."""
+
+    def __init__(self, worker: Worker, id: str, order: Order, listener: Listener):
+        self.id, self.order, self.listener = id, order, listener
+        self._worker = worker
+        self.session: Session | None = None
+        self.policy: Policy | None = None
+        self.runner: Runner | None = None  # while its chunk is being made
+        self.pace: Pace | None = None
+        self.prompts: deque[Prompt] = deque()
+        self.room = True  # the consumer has taken the last chunk
+        self.opened = 0.0
+        self.seen = 0.0  # a sign of the consumer
+        self.closing: Closed | None = None  # after the chunk that is being made
+        self.position = 0  # in the queue, as last told
+
+    def tell(self, prompt: str, event_id: str | None = None, recache: bool = True) -> None:
+        """Another prompt from the next chunk on (`Session.update`); Applied or Refused answers."""
+        self._worker.call(lambda: self._worker.told(self, Prompt(prompt, event_id, recache)))
+
+    def taken(self) -> None:
+        """The last chunk is out of the consumer's hands; the next may be begun."""
+        self._worker.call(lambda: self._worker.taken(self))
+
+    def touch(self) -> None:
+        self.seen = self._worker.clock()  # a lone float: no need to wake the worker
+
+    def close(self, reason: str = "closed") -> None:
+        """Free its place at once, also in the middle of a chunk."""
+        self._worker.call(lambda: self._worker.end(self, Closed(reason)))
+
+
+class Worker:
+    """Runs streams of one pipeline in a thread of its own.
+
+        worker = Worker(pipe)
+        worker.start()
+        task = worker.open(Order("a red circle rests"), listener=print)
+        ...
+        worker.stop()
+
+    A listener is called in the worker's thread and must return quickly. observers: called as (task, event) for the
+    events of all streams, such as metrics.
+    """
+
+    def __init__(self, pipe: Pipeline, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic):
+        """Raises ValueError where the pipeline has fewer cache slots than the limits ask for, no decoder, or no such
+        steps as the limits name."""
+        self.pipe, self.limits, self.clock = pipe, limits or Limits(), clock
+        self.governor = Governor()
+        self.observers: list[Callable[[Task, Event], None]] = []
+        self.card = card(pipe)
+        wanted = self.limits.sessions + self.limits.jobs
+        if pipe.engine.max_sessions < wanted:
+            raise ValueError(
+                f"{self.limits.sessions} sessions and {self.limits.jobs} jobs: the pipeline was made for "
+                f"max_sessions={pipe.engine.max_sessions}; make it with {wanted}"
+            )
+        self._policy(Order(prompt="", steps=self.limits.steps))
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._live: dict[str, Task] = {}
+        self._jobs: dict[str, Task] = {}
+        self._waiting: dict[str, Task] = {}
+        self._runners: dict[int, Runner] = {}  # one for each pool of the engine
+        self._ids = itertools.count(1)
+        self._stopping = False
+        self._failures = 0  # forwards that failed one after another
+        self._thread: threading.Thread | None = None
+        self.forwards = 0  # run so far
+
+    # From any thread.
+
+    def start(self) -> None:
+        if self._thread is not None:
+            raise RuntimeError("the worker runs already")
+        self._thread = threading.Thread(target=self._run, name="dsa-engine-worker", daemon=True)
+        self._thread.start()
+
+    def open(self, order: Order, listener: Listener, id: str | None = None) -> Task:
+        """Ask for a stream; its events say how it goes on. An order that is not possible is "refused" there."""
+        task = Task(self, id or f"stream-{next(self._ids)}", order, listener)
+        self.call(lambda: self._ask(task))
+        return task
+
+    def check(self, order: Order) -> Future[None]:
+        """Whether the order is possible: a future that raises its ValueError."""
+        return self.call(lambda: self._check(order))
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Do something in the worker's thread, between two forwards."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except Exception as error:
+                    future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "live": len(self._live),
+            "jobs": len(self._jobs),
+            "waiting": len(self._waiting),
+            "max_sessions": self.limits.sessions,
+            "max_waiting": self.limits.waiting,
+            "pressure": self.governor.pressure,
+            "forwards": self.forwards,
+            "cache_bytes": self.pipe.engine.cache_bytes,
+        }
+
+    def stop(self, grace: float = 3.0) -> None:
+        """Admit nobody, finish the chunks that are being made, for at most `grace` seconds, and end the thread."""
+        self.call(self._stop)
+        if self._thread is not None:
+            self._thread.join(grace)
+            self.call(self._abort)
+            self._thread.join(grace)
+            self._thread = None
+
+    # In the worker's thread.
+
+    def _run(self) -> None:
+        while not (self._stopping and not self._tasks()):
+            wait = self.turn()
+            if wait is None or wait > 0:
+                try:
+                    self._inbox.get(timeout=wait)()
+                except queue.Empty:
+                    pass
+        self._drain()  # nobody who asks late waits for ever
+
+    def turn(self) -> float | None:
+        """One round: what was asked for, who may begin, one forward of each pool. Returns the seconds after which
+        another is worth while, 0.0 at once, None not before somebody asks for something."""
+        self._drain()
+        now = self.clock()
+        self._expire(now)
+        self._admit()
+        wait = self._begin(now)
+        busy = [runner for runner in self._runners.values() if len(runner)]
+        for runner in busy:
+            self._forward(runner)
+        return 0.0 if busy else wait
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _tasks(self) -> list[Task]:
+        return [*self._live.values(), *self._jobs.values(), *self._waiting.values()]
+
+    def _emit(self, task: Task, event: Event) -> None:
+        for listener in (task.listener, *(lambda e, o=o: o(task, e) for o in self.observers)):
+            try:
+                listener(event)
+            except Exception:  # a consumer's fault is not the other streams'
+                logger.exception("a listener of %s failed at %s", task.id, type(event).__name__)
+
+    def _check(self, order: Order) -> None:
+        """Everything that a session would refuse."""
+        pipe = self.pipe
+        check_seed(order.seed)
+        pipe.engine.encode([order.prompt])
+        self._policy(order)
+        arguments.clip(
+            pipe.engine, 1, pipe._size(order.height, order.width), order.num_frames, order.image, None, None, None
+        )  # fmt: skip
+
+    def _ask(self, task: Task) -> None:
+        try:
+            if self._stopping:
+                raise Busy("the server is stopping")
+            self._check(task.order)
+        except (ValueError, Busy) as error:
+            return self._emit(task, Closed("shutdown" if self._stopping else "refused", str(error)))
+        task.opened = task.seen = self.clock()
+        if task.order.live and len(self._live) + len(self._waiting) >= self.limits.sessions + self.limits.waiting:
+            return self._emit(task, Closed("busy", self._full()))
+        if not task.order.live and len(self._jobs) >= self.limits.jobs:
+            return self._emit(task, Closed("busy", f"all {self.limits.jobs} places for jobs are taken"))
+        self._waiting[task.id] = task
+        self._admit()
+        self._positions()
+
+    def _full(self) -> str:
+        return f"all {self.limits.sessions} places are taken and {len(self._waiting)} streams wait; try again later"
+
+    def _admit(self) -> None:
+        """Places go to those who wait, in the order in which they came."""
+        for task in list(self._waiting.values()):
+            places, most = (self._live, self.limits.sessions) if task.order.live else (self._jobs, self.limits.jobs)
+            if len(places) < most and not self._stopping:
+                del self._waiting[task.id]
+                places[task.id] = task
+                self._open(task)
+                self._positions()
+
+    def _positions(self) -> None:
+        for position, task in enumerate(self._waiting.values(), 1):
+            if task.position != position:
+                task.position = position
+                self._emit(task, Queued(position))
+
+    def _open(self, task: Task) -> None:
+        order, pipe = task.order, self.pipe
+        try:
+            task.policy = self._policy(order)
+            task.session = pipe.session(
+                order.prompt, seed=order.seed, num_frames=order.num_frames, height=order.height, width=order.width,
+                step_policy=task.policy, image=order.image,
+            )  # fmt: skip
+            if order.snapshot is not None:
+                task.session.restore(order.snapshot)
+        except Exception as error:
+            refused = isinstance(error, ValueError)
+            if not refused:
+                logger.exception("opening %s failed", task.id)
+            return self.end(task, Closed("refused" if refused else "failed", str(error)))
+        task.opened = task.seen = self.clock()
+        task.pace = Pace(pipe.fps, task.opened)
+        height, width = order.height or pipe.height, order.width or pipe.width
+        self._emit(task, Opened(pipe.fps, height, width, task.session.index))
+
+    def _policy(self, order: Order) -> Policy:
+        engine = self.pipe.engine
+        steps = order.steps or self.limits.steps or ("fixed" if engine.head is None else "budget")
+        if steps == "budget":
+            if engine.head is None:
+                raise ValueError("steps='budget': needs a confidence head and this model has none; use 'fixed'")
+            ceiling = arguments.default_threshold(engine) if order.threshold is None else order.threshold
+            policy = Budget(self.pipe.fps, ceiling, order.min_steps or 1, order.max_steps)
+            policy.check(self.pipe.max_steps)
+            return policy
+        return arguments.policy(
+            engine, steps, least=order.min_steps, most=order.max_steps, threshold=order.threshold
+        )  # fmt: skip
+
+    def told(self, task: Task, prompt: Prompt) -> None:
+        if task.session is not None or task.id in self._waiting:
+            task.prompts.append(prompt)
+            task.seen = self.clock()
+
+    def taken(self, task: Task) -> None:
+        task.room, task.seen = True, self.clock()
+        if task.pace is not None:
+            task.pace.taken(task.seen)
+
+    def _expire(self, now: float) -> None:
+        for task in [*self._live.values(), *self._waiting.values()]:
+            if now - task.seen > self.limits.idle:
+                self.end(task, Closed("idle", f"no sign of the client for {self.limits.idle:g} s"))
+            elif now - task.opened > self.limits.lifetime and task.id in self._live:
+                self.end(task, Closed("lifetime", f"open for {self.limits.lifetime:g} s, the longest there is"))
+
+    def _begin(self, now: float) -> float | None:
+        """Begin the chunks that are wanted now; seconds until the next one is, or a limit is reached."""
+        times = []
+        for task in [*self._live.values(), *self._jobs.values()]:
+            if task.runner is not None:
+                continue
+            if task.session.exhausted and task.room:
+                self.end(task, Closed("done"))
+            elif task.room and task.order.live and task.pace.wanted > now:
+                times.append(task.pace.wanted)
+            elif task.room:
+                self._begin_chunk(task)
+        times += [task.seen + self.limits.idle for task in (*self._live.values(), *self._waiting.values())]
+        times += [task.opened + self.limits.lifetime for task in self._live.values()]
+        return max(0.0, min(times) - now) if times else None
+
+    def _begin_chunk(self, task: Task) -> None:
+        session = task.session
+        try:
+            while task.prompts:
+                self._apply(task, task.prompts.popleft())
+            if isinstance(task.policy, Budget):
+                for policy in session.rollout.policies:  # the session's own copy of it
+                    policy.threshold = self.governor.threshold(task.policy.ceiling)
+            runner = self._runners.setdefault(id(session.rollout.inputs), Runner(self.limits.rows))
+            runner.add(session, task.pace.due if task.order.live else None)
+        except Exception as error:
+            logger.exception("beginning chunk %d of %s failed", session.index, task.id)
+            return self.end(task, Closed("failed", str(error)))
+        task.runner, task.room = runner, False
+
+    def _apply(self, task: Task, prompt: Prompt) -> None:
+        try:
+            task.session.update(prompt.text, prompt.recache)
+        except ValueError as error:
+            return self._emit(task, Refused(prompt.event_id, str(error)))
+        self._emit(task, Applied(prompt.event_id, prompt.text, task.session.index))
+
+    def _forward(self, runner: Runner) -> None:
+        tasks = {id(task.session): task for task in self._tasks() if task.runner is runner}
+        try:
+            done = runner.forward()
+        except Exception as error:
+            self._failures += 1
+            logger.exception("a forward of %d streams failed (%d in a row)", len(tasks), self._failures)
+            if self._failures > 1:  # once may have been bad luck: the runner tries the same forward again
+                for task in tasks.values():
+                    self.end(task, Closed("failed", str(error)))
+            return
+        self._failures = 0
+        self.forwards += 1
+        for session in done:
+            self._finish(tasks[id(session)])
+
+    def _finish(self, task: Task) -> None:
+        order, session = task.order, task.session
+        task.runner = None
+        rule = session.rollout.policies[0].rule(session.index, self.pipe.max_steps)
+        try:
+            chunk = session.finish()
+            every = order.snapshot_every
+            snapshot = session.snapshot() if every and session.index % every == 0 else None
+        except Exception as error:
+            logger.exception("decoding a chunk of %s failed", task.id)
+            return self.end(task, Closed("failed", str(error)))
+        latency, deadline = task.pace.delivered(self.clock(), len(chunk.frames))
+        if not order.live:
+            deadline = None
+        elif deadline is not None:
+            self.governor.delivered(latency, deadline, len(self._live))
+        threshold = rule.threshold if rule is not None and rule.threshold <= 1 else None
+        self._emit(task, Made(chunk, latency, deadline, threshold, snapshot))
+        if self._stopping:
+            self.end(task, Closed("shutdown"))
+
+    def end(self, task: Task, closed: Closed) -> None:
+        """Give the stream's place back; nothing happens where that was done before."""
+        places = next((p for p in (self._live, self._jobs, self._waiting) if p.get(task.id) is task), None)
+        if places is None:
+            return
+        del places[task.id]
+        if task.session is not None:
+            if task.runner is not None:
+                task.runner.remove(task.session)
+                task.runner = None
+            task.session.close()
+        self._runners = {key: runner for key, runner in self._runners.items() if len(runner)}
+        self._emit(task, closed)
+        self._positions()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for task in self._tasks():
+            if task.runner is None:
+                self.end(task, Closed("shutdown"))
+
+    def _abort(self) -> None:
+        for task in self._tasks():
+            self.end(task, Closed("shutdown", "the chunk that was being made was given up"))
+
+
+def card(pipe: Pipeline) -> Card:
+    """What a server says of a pipeline. Raises ValueError for one without a decoder, a text encoder or a size."""
+    engine = pipe.engine
+    missing = [
+        name
+        for name, part in (("VAE", engine.decoder), ("text encoder", engine.text), ("size", pipe.height))
+        if part is None
+    ]
+    if missing:
+        raise ValueError(
+            f"model {pipe.name!r} has no {', no '.join(missing)}: it cannot be served; load it with vae=, text="
+        )
+    known = GRAMMAR if isinstance(engine.text, SlotTextEncoder) else None
+    return Card(
+        pipe.name, pipe.height, pipe.width, pipe.fps, pipe.frames, pipe.max_steps, engine.config.threshold,
+        dict(engine.config.presets), known,
+    )  # fmt: skip

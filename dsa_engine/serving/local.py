@@ -40,8 +40,11 @@ class LocalStream:
         self._ended = isinstance(event, Closed)
         return event
 
-    async def tell(self, prompt: str, event_id: str | None = None, recache: bool = True) -> None:
-        self.task.tell(prompt, event_id, recache)
+    async def tell(
+        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
+        threshold: float | None = None,
+    ) -> None:  # fmt: skip
+        self.task.tell(prompt, event_id, recache, threshold)
 
     def touch(self) -> None:
         self.task.touch()

@@ -52,17 +52,19 @@ class Queued:
 
 @dataclass(frozen=True)
 class Opened:
-    """The stream has its place. fps: of the clip; index: of the chunk that comes next, above 0 after a snapshot."""
+    """The stream has its place. fps: of the clip; index: of the chunk that comes next, above 0 after a snapshot;
+    opening: the picture that it was given to begin with, as the codec gives it back: uint8 [T, H, W, 3]."""
 
     fps: float
     height: int
     width: int
     index: int
+    opening: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A prompt is in force from chunk `index` on."""
+    """A change is in force from chunk `index` on; prompt: the one in force then."""
 
     event_id: str | None
     prompt: str
@@ -71,7 +73,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Refused:
-    """A prompt cannot be had; the stream goes on under the one before."""
+    """A change cannot be had; the stream goes on as before."""
 
     event_id: str | None
     error: str
@@ -116,7 +118,8 @@ class Busy(RuntimeError):
 @dataclass(frozen=True)
 class Card:
     """What a server says of its model. steps: the most a chunk can take; frames: of a clip where an order does not say;
-    prompts: the prompts that the model knows, in words, None for any."""
+    prompts: the prompts that the model knows, in words, None for any; chunks: frames of a clip's first chunk and of a
+    later one."""
 
     name: str
     height: int
@@ -127,6 +130,7 @@ class Card:
     threshold: float | None
     presets: dict[str, float]
     prompts: str | None
+    chunks: tuple[int, int] = (1, 1)
 
 
 class Stream(Protocol):
@@ -139,8 +143,11 @@ class Stream(Protocol):
 
     async def __anext__(self) -> Event: ...
 
-    async def tell(self, prompt: str, event_id: str | None = None, recache: bool = True) -> None:
-        """Another prompt from the next chunk on; Applied or Refused answers."""
+    async def tell(
+        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
+        threshold: float | None = None,
+    ) -> None:  # fmt: skip
+        """Another prompt, confidence threshold or both from the next chunk on; Applied or Refused answers."""
 
     def touch(self) -> None:
         """The consumer is there: its idle time starts anew."""
@@ -161,7 +168,7 @@ class Backend(Protocol):
         """Raises ValueError for an order that is not possible, Busy where there is no room for it."""
 
     def stats(self) -> dict[str, float]:
-        """Numbers for /metrics and /health: `live`, `jobs`, `waiting`, `max_sessions`, `pressure` and others."""
+        """Numbers for /metrics: `live`, `jobs`, `waiting`, `max_sessions`, `max_jobs`, `pressure` and others."""
 
     async def close(self) -> None:
         """Admit nobody, let running chunks finish, close every stream with "shutdown"."""

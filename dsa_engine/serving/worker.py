@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from dsa_engine import arguments
@@ -23,7 +23,7 @@ from dsa_engine.engine.session import Session
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.noise import check_seed
-from dsa_engine.sampling.policy import Budget, Policy
+from dsa_engine.sampling.policy import Budget, Confidence, Policy
 from dsa_engine.serving.pace import Governor, Pace
 from dsa_engine.serving.streams import (
     Applied,
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Listener = Callable[[Event], None]
+THRESHOLD_OF = {Confidence: "threshold", Budget: "ceiling"}  # the policies whose threshold can be changed, and its name
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,13 @@ class Limits:
                 raise ValueError(f"{name}={value!r}: must be a number of seconds above 0, e.g. 30")
 
 
-class Prompt(NamedTuple):
-    text: str
+class Change(NamedTuple):
+    """From the next chunk on: another prompt, another threshold, or both. None leaves it as it is."""
+
+    prompt: str | None
     event_id: str | None
     recache: bool
+    threshold: float | None
 
 
 class Task:
@@ -87,20 +91,24 @@ class Task:
         self.policy: Policy | None = None
         self.runner: Runner | None = None  # while its chunk is being made
         self.pace: Pace | None = None
-        self.prompts: deque[Prompt] = deque()
+        self.changes: deque[Change] = deque()
         self.room = True  # the consumer has taken the last chunk
         self.opened = 0.0
         self.seen = 0.0  # a sign of the consumer
-        self.closing: Closed | None = None  # after the chunk that is being made
         self.position = 0  # in the queue, as last told
 
-    def tell(self, prompt: str, event_id: str | None = None, recache: bool = True) -> None:
-        """Another prompt from the next chunk on (`Session.update`); Applied or Refused answers."""
-        self._worker.call(lambda: self._worker.told(self, Prompt(prompt, event_id, recache)))
+    def tell(
+        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
+        threshold: float | None = None,
+    ) -> None:  # fmt: skip
+        """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; Applied or Refused
+        answers."""
+        self._worker.call(lambda: self._worker.told(self, Change(prompt, event_id, recache, threshold)))
 
     def taken(self) -> None:
         """The last chunk is out of the consumer's hands; the next may be begun."""
-        self._worker.call(lambda: self._worker.taken(self))
+        now = self._worker.clock()  # what passes until the worker hears of it is not the consumer's time
+        self._worker.call(lambda: self._worker.taken(self, now))
 
     def touch(self) -> None:
         self.seen = self._worker.clock()  # a lone float: no need to wake the worker
@@ -186,6 +194,7 @@ class Worker:
             "jobs": len(self._jobs),
             "waiting": len(self._waiting),
             "max_sessions": self.limits.sessions,
+            "max_jobs": self.limits.jobs,
             "max_waiting": self.limits.waiting,
             "pressure": self.governor.pressure,
             "forwards": self.forwards,
@@ -296,6 +305,7 @@ class Worker:
                 order.prompt, seed=order.seed, num_frames=order.num_frames, height=order.height, width=order.width,
                 step_policy=task.policy, image=order.image,
             )  # fmt: skip
+            opening = task.session.opening()
             if order.snapshot is not None:
                 task.session.restore(order.snapshot)
         except Exception as error:
@@ -306,11 +316,14 @@ class Worker:
         task.opened = task.seen = self.clock()
         task.pace = Pace(pipe.fps, task.opened)
         height, width = order.height or pipe.height, order.width or pipe.width
-        self._emit(task, Opened(pipe.fps, height, width, task.session.index))
+        self._emit(task, Opened(pipe.fps, height, width, task.session.index, opening))
 
     def _policy(self, order: Order) -> Policy:
         engine = self.pipe.engine
-        steps = order.steps or self.limits.steps or ("fixed" if engine.head is None else "budget")
+        own = self.limits.steps or (None if engine.head is None else "budget")
+        if own == "budget" and not order.live:
+            own = None  # a job has no deadline, and what comes of it must not depend on the load
+        steps = order.steps or own
         if steps == "budget":
             if engine.head is None:
                 raise ValueError("steps='budget': needs a confidence head and this model has none; use 'fixed'")
@@ -319,24 +332,24 @@ class Worker:
             policy.check(self.pipe.max_steps)
             return policy
         return arguments.policy(
-            engine, steps, least=order.min_steps, most=order.max_steps, threshold=order.threshold
+            engine, steps, order.max_steps, order.min_steps, order.max_steps, order.threshold
         )  # fmt: skip
 
-    def told(self, task: Task, prompt: Prompt) -> None:
+    def told(self, task: Task, change: Change) -> None:
         if task.session is not None or task.id in self._waiting:
-            task.prompts.append(prompt)
+            task.changes.append(change)
             task.seen = self.clock()
 
-    def taken(self, task: Task) -> None:
-        task.room, task.seen = True, self.clock()
+    def taken(self, task: Task, now: float) -> None:
+        task.room, task.seen = True, now
         if task.pace is not None:
-            task.pace.taken(task.seen)
+            task.pace.taken(now)
 
     def _expire(self, now: float) -> None:
         for task in [*self._live.values(), *self._waiting.values()]:
-            if now - task.seen > self.limits.idle:
+            if now >= task.seen + self.limits.idle:
                 self.end(task, Closed("idle", f"no sign of the client for {self.limits.idle:g} s"))
-            elif now - task.opened > self.limits.lifetime and task.id in self._live:
+            elif now >= task.opened + self.limits.lifetime and task.id in self._live:
                 self.end(task, Closed("lifetime", f"open for {self.limits.lifetime:g} s, the longest there is"))
 
     def _begin(self, now: float) -> float | None:
@@ -358,8 +371,8 @@ class Worker:
     def _begin_chunk(self, task: Task) -> None:
         session = task.session
         try:
-            while task.prompts:
-                self._apply(task, task.prompts.popleft())
+            while task.changes:
+                self._apply(task, task.changes.popleft())
             if isinstance(task.policy, Budget):
                 for policy in session.rollout.policies:  # the session's own copy of it
                     policy.threshold = self.governor.threshold(task.policy.ceiling)
@@ -370,12 +383,31 @@ class Worker:
             return self.end(task, Closed("failed", str(error)))
         task.runner, task.room = runner, False
 
-    def _apply(self, task: Task, prompt: Prompt) -> None:
+    def _apply(self, task: Task, change: Change) -> None:
+        """All of a change or nothing of it."""
+        session = task.session
         try:
-            task.session.update(prompt.text, prompt.recache)
+            policy = task.policy if change.threshold is None else self._rethreshold(task.policy, change.threshold)
+            if change.prompt is not None:
+                session.update(change.prompt, change.recache)
         except ValueError as error:
-            return self._emit(task, Refused(prompt.event_id, str(error)))
-        self._emit(task, Applied(prompt.event_id, prompt.text, task.session.index))
+            return self._emit(task, Refused(change.event_id, str(error)))
+        if policy is not task.policy:
+            task.policy = policy
+            for own in session.rollout.policies:  # the session's copy of it
+                setattr(own, THRESHOLD_OF[type(policy)], change.threshold)
+        self._emit(task, Applied(change.event_id, session.prompt, session.index))
+
+    def _rethreshold(self, policy: Policy, threshold: float) -> Policy:
+        """The policy with another threshold; ValueError for one that confidence does not steer, or outside [0, 1]."""
+        if type(policy) not in THRESHOLD_OF:
+            raise ValueError(
+                f"threshold={threshold}: this stream's steps are {policy}, which confidence does not count for; "
+                "only streams begun with 'dsa', 'budget' or a preset can change it"
+            )
+        policy = replace(policy, **{THRESHOLD_OF[type(policy)]: threshold})
+        policy.check(self.pipe.max_steps)
+        return policy
 
     def _forward(self, runner: Runner) -> None:
         tasks = {id(task.session): task for task in self._tasks() if task.runner is runner}
@@ -453,7 +485,8 @@ def card(pipe: Pipeline) -> Card:
             f"model {pipe.name!r} has no {', no '.join(missing)}: it cannot be served; load it with vae=, text="
         )
     known = GRAMMAR if isinstance(engine.text, SlotTextEncoder) else None
+    chunks = tuple(engine.decoder.frames_of(pipe.config.chunk_frames, first) for first in (True, False))
     return Card(
         pipe.name, pipe.height, pipe.width, pipe.fps, pipe.frames, pipe.max_steps, engine.config.threshold,
-        dict(engine.config.presets), known,
+        dict(engine.config.presets), known, chunks,
     )  # fmt: skip

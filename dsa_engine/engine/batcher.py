@@ -24,10 +24,13 @@ class Want:
     commit: bool  # the chunk before is still to be committed
     deadline: float
     since: int  # forwards that had been made when it came, or with the one that served it last
+    replays: int = 0  # chunks that are still to be committed anew, each in a forward before
     step: int = 0  # the last one it was given
 
     def rows(self, capacity: int) -> list[Row]:
         """Those of its next forward: the commit rides with the first step, or goes alone where only one row fits."""
+        if self.replays:
+            return [Row(self.key, 0, True)]
         commit = [Row(self.key, 0, True)] if self.commit else []
         return [*commit, Row(self.key, self.step + 1, False)][:capacity]
 
@@ -50,7 +53,7 @@ class Batcher:
 
     For nobody gets before it afterwards, so those before it use all rows of a forward without it, or all but one when
     one is too few for it. In that case they are all pairs from then on, and pairs fill an even capacity: it happens
-    once. Of an odd capacity they leave one row each time.
+    once. Of an odd capacity they leave one row each time. A session that replays is served so once for each chunk.
 
     State is plain data, to be copied or pickled at any time; there is no clock and no thread in it.
     """
@@ -63,18 +66,19 @@ class Batcher:
         self._out: list[Want] = []  # whose rows are in the forward that is not yet reported
         self._forwards = 0
 
-    def add(self, key: Hashable, commit: bool, deadline: float | None = None) -> None:
+    def add(self, key: Hashable, commit: bool, deadline: float | None = None, replays: int = 0) -> None:
         """A session wants its next chunk.
 
         commit: the chunk before is to be committed, in the forward of the first step, or, with a capacity of 1, in a
-        forward before it. deadline: any number, only compared with other sessions'; None is later than all. Raises
-        ValueError for a key that is here already and for a deadline of NaN.
+        forward before it. deadline: any number, only compared with other sessions'; None is later than all. replays:
+        chunks to be committed anew, one a forward, before all that. Raises ValueError for a key that is here already
+        and for a deadline of NaN.
         """
         if key in self._wants:
             raise ValueError(f"session {key!r} already waits or runs: its chunk must be done or removed first")
         if deadline is not None and math.isnan(deadline):
             raise ValueError(f"deadline={deadline!r} of session {key!r}: must be a number, or None")
-        self._wants[key] = Want(key, commit, math.inf if deadline is None else deadline, self._forwards)
+        self._wants[key] = Want(key, commit, math.inf if deadline is None else deadline, self._forwards, replays)
 
     def remove(self, key: Hashable) -> None:
         """Forget a session, also one whose rows are out. Raises ValueError for a key that is not here."""
@@ -95,7 +99,11 @@ class Batcher:
             rows = want.rows(self.capacity)
             if len(forward) + len(rows) <= self.capacity:
                 forward += rows
-                want.commit, want.step, want.since = False, rows[-1].step, self._forwards
+                if want.replays:
+                    want.replays -= 1
+                else:
+                    want.commit, want.step = False, rows[-1].step
+                want.since = self._forwards
                 self._wants[want.key] = self._wants.pop(want.key)  # to the end
                 self._out.append(want)
         return sorted(forward, key=lambda row: not row.commit)

@@ -30,13 +30,15 @@ class Node(NamedTuple):
     decide: bool = False
 
 
-def chunk_plan(least: int, most: int, commit: bool = False, merge: bool = True) -> tuple[Node, ...]:
+def chunk_plan(
+    least: int, most: int, commit: bool = False, merge: bool = True, replays: int = 0
+) -> tuple[Node, ...]:  # fmt: skip
     """The forwards of a chunk of `least` to `most` steps. commit: the chunk before has yet to be committed; merge: in
-    the same forward as the first step, else in one of its own."""
+    the same forward as the first step, else in one of its own; replays: chunks that are committed anew before it."""
     steps = [Node(decide=least <= step < most) for step in range(1, most + 1)]
     if commit and merge:
         steps[0] = steps[0]._replace(commit=True)
-    return tuple([Node(commit=True, step=False)] * (commit and not merge) + steps)
+    return tuple([Node(commit=True, step=False)] * (replays + (commit and not merge)) + steps)
 
 
 def execute(

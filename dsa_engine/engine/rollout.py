@@ -61,6 +61,7 @@ class Rollout:
             for latents in self.given.split([short] * bool(short) + [size] * (self.given.shape[1] // size), dim=1):
                 self._remember(latents)
         self.committed = True
+        self.replays: list[tuple[int, Tensor]] = []  # of the past, that the chunk's forwards have yet to commit anew
         self.ahead = False  # the chunk before was committed by a forward of a chunk that is not accepted yet
         self.stale = bool(self.past)  # the cache has yet to be made, or was made under an earlier prompt
 
@@ -101,15 +102,19 @@ class Rollout:
     @torch.inference_mode()
     def begin(self) -> tuple[Node, ...]:
         """Make the inputs ready for the next chunk; returns the plan that makes it. `took` follows each forward."""
-        inputs = self.inputs
+        inputs, size = self.inputs, self.config.chunk_frames
         self._step_back()
-        commit = not self.committed and not self.stale and self.config.commit == "clean"
         # A sink that moves lies elsewhere for the chunk before, and a ring needs room for what that one still sees.
-        room = self.config.window is None or self.cache.spare >= self.config.chunk_frames
-        merge = room and self.cache.still is None
-        self.commit_seconds = 0.0
-        if commit and merge:
+        room = self.config.window is None or self.cache.spare >= size
+        merge = room and self.cache.still is None and self.config.commit == "clean"
+        whole = all(latents.shape[1] == size for _, latents in self.past)  # a picture at the start is less than a chunk
+        commit, self.replays, self.commit_seconds = merge and not self.committed and not self.stale, [], 0.0
+        if commit:
             inputs.x0[self.slot] = self.past[-1][1]
+        elif self.stale and merge and whole:
+            self.cache.clear(self.slot)
+            commit, self.replays = True, list(self.past)
+            self._replay()
         else:
             self._settle_timed()
         if self.text_kv is not self.told:
@@ -122,7 +127,16 @@ class Rollout:
         most = max(rule.most for rule in rules)
         inputs.begin(self.slot, self.noise.ahead(self.index, most), self.schedule.sigmas, rules)
         self.counts, self.before = dict.fromkeys(self.slots, 0), None
-        return chunk_plan(min(rule.least for rule in rules), most, commit and merge)
+        return chunk_plan(min(rule.least for rule in rules), most, commit, replays=len(self.replays))
+
+    def _replay(self) -> None:
+        """The next chunk that is to be committed anew. The last one is committed along with the first step, as if it
+        had just been made."""
+        position, latents = self.replays.pop(0)
+        self.cache.seek(self.slot, position)
+        self.inputs.x0[self.slot] = latents
+        if not self.replays:
+            self.stale, self.committed = False, False
 
     def _step_back(self) -> None:
         """Forget a commit that rode along with a chunk that was never accepted: a second try then does the same."""
@@ -132,6 +146,8 @@ class Rollout:
 
     def took(self, node: Node, live: Sequence[int]) -> None:
         """A forward of the plan has succeeded."""
+        if self.replays:
+            return self._replay()
         self.ahead = self.ahead or node.commit
         for slot in live:
             self.counts[slot] += node.step

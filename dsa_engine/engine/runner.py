@@ -53,11 +53,15 @@ class Runner:
         if self.inputs is not None and rollout.inputs is not self.inputs:
             raise ValueError("a session of another engine, size or window: give each such pool a runner of its own")
         if session.closed or rollout.slots[0] not in self._turns:
-            plan = list(session.begin())
-            self._turns[rollout.slots[0]] = Turn(session, plan)
-            self.batcher.add(rollout.slots[0], plan[0].commit, deadline)
+            self._turns[rollout.slots[0]] = Turn(session, list(session.begin()))
+            self._wait(rollout.slots[0], deadline)
         else:
             raise ValueError(f"the session in slot {rollout.slots[0]} already waits or runs: finish its chunk first")
+
+    def _wait(self, slot: int, deadline: float | None = None) -> None:
+        plan = self._turns[slot].plan
+        replays = sum(not node.step for node in plan)
+        self.batcher.add(slot, plan[replays].commit, deadline, replays)
 
     def remove(self, session: Session) -> None:
         """Forget a session, before it is closed or when its chunk is not wanted any more."""
@@ -83,7 +87,7 @@ class Runner:
             self.batcher.report(())
             for key in dict.fromkeys(row.key for row in rows):
                 self.batcher.remove(key)
-                self.batcher.add(key, self._turns[key].plan[0].commit)
+                self._wait(key)
             raise
         done = []
         for row in rows:
@@ -91,7 +95,10 @@ class Runner:
             rollout = turn.session.rollout
             if row.key in alone:
                 rollout.took(Node(commit=True, step=False), rollout.slots)
-                turn.plan[0] = turn.plan[0]._replace(commit=False)
+                if turn.plan[0].step:  # there was no room for both
+                    turn.plan[0] = turn.plan[0]._replace(commit=False)
+                else:
+                    turn.plan.pop(0)
             elif not row.commit:
                 node = turn.plan.pop(0)
                 rollout.took(node, rollout.slots)

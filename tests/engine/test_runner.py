@@ -16,7 +16,7 @@ POLICIES = [PerChunk([4, 1, 2, 3]), Confidence(0.5), PerChunk([1, 3, 1, 2])]
 
 @pytest.fixture(scope="module", params=[False, True], ids=["batched", "deterministic"])
 def pipe(request, untrained) -> Pipeline:
-    return Pipeline.from_pretrained(untrained, device="cpu", deterministic=request.param)
+    return Pipeline.from_pretrained(untrained, device="cpu", deterministic=request.param, max_sessions=6)
 
 
 def opened(pipe, which=range(3)):
@@ -63,6 +63,56 @@ def test_together_they_make_what_each_makes_alone(pipe, alone, data, capacity):
     for session, expected in zip(sessions, alone):
         check(pipe, made[id(session)], expected)
         session.close()
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 8])
+def test_a_past_that_is_made_anew_shares_the_forwards(pipe, capacity):
+    """All switch their prompt before their third chunk and again before their fourth; against the plain loop, which
+    replays each past by itself. Two chunks are replayed, then three (the window), the last with the first step."""
+    sessions, plain = opened(pipe), opened(pipe)
+    runner, forwards = Runner(capacity), 0
+    made = {id(session): [] for session in sessions}
+    for index in range(4):
+        for i, session in enumerate(sessions):
+            if index >= 2:
+                session.update(PROMPTS[(i + index) % 3])
+            runner.add(session)
+        while len(runner):
+            forwards += index == 3
+            for session in runner.forward():
+                made[id(session)].append(session.finish())
+    for i, (session, other) in enumerate(zip(sessions, plain)):
+        expected = []
+        for index in range(4):
+            if index >= 2:
+                other.update(PROMPTS[(i + index) % 3])
+            expected.append(other.next_chunk(on_step=lambda step: None))
+        check(pipe, made[id(session)], expected)
+        session.close()
+        other.close()
+    if capacity == 8:
+        assert forwards == 2 + max(made[id(session)][3].steps for session in sessions)
+
+
+@pytest.mark.parametrize("fault", [0, 1, 2])
+def test_a_replay_that_is_given_up_in_the_middle_is_begun_again(pipe, fault):
+    """After `fault` forwards of a chunk whose past is replayed the session is taken away and comes back."""
+    (session,), (plain,) = opened(pipe, [0]), opened(pipe, [0])
+    for one in (session, plain):
+        for _ in range(3):
+            one.next_chunk()
+        one.update(PROMPTS[1])
+    runner = Runner()
+    runner.add(session)
+    for _ in range(fault):
+        runner.forward()
+    runner.remove(session)
+    runner.add(session)
+    while not (done := runner.forward()):
+        pass
+    check(pipe, [done[0].finish()], [plain.next_chunk(on_step=lambda step: None)])
+    session.close()
+    plain.close()
 
 
 def test_one_that_stops_early_makes_room_at_once(pipe):

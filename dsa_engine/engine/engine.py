@@ -73,7 +73,7 @@ class Engine:
         rollout = Rollout(
             self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
         )
-        return Session(rollout, self.decoder, lambda text: self.text_kv(self.encode([text])), fps, prompt, frames)
+        return Session(rollout, self.decoder, self, embeds, fps, prompt, frames)
 
     def capture(
         self, *, height: int, width: int, frames: int | None, config: RolloutConfig,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dsa_engine.engine.plan import Node
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.models.codec import VideoCodec
+from dsa_engine.models.dit import TextKV
 from dsa_engine.sampling.denoise import Denoised, Step
 
 
@@ -40,6 +42,24 @@ class Chunk:
     prompt: str | None
 
 
+class Transition(NamedTuple):
+    """On the way from one prompt's embeddings to another's: from chunk `first` on, the last of so many chunks being all
+    the other's."""
+
+    before: Tensor
+    after: Tensor
+    first: int
+    chunks: int
+    recache: bool
+
+    def embeds(self, index: int) -> Tensor:
+        """Those of a chunk, linear between the two."""
+        share = min(1.0, (index - self.first + 1) / self.chunks)
+        length = max(self.before.shape[1], self.after.shape[1])  # what is behind a prompt's end is zero
+        before, after = (pad(e, (0, 0, 0, length - e.shape[1])) for e in (self.before, self.after))
+        return self.after if share == 1.0 else before.lerp(after, share)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A session's whole state at a chunk boundary, as `Session.snapshot` takes it and `restore` brings it back."""
@@ -48,7 +68,17 @@ class Snapshot:
     decoder: Any
     frames: int
     prompt: str | None
+    embeds: Tensor
+    transition: Transition | None
     shape: tuple[int, ...] = field(repr=False, default=())
+
+
+class Text(Protocol):
+    """What makes a prompt the model's: the engine."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor: ...
+
+    def text_kv(self, embeds: Tensor) -> TextKV: ...
 
 
 class Session:
@@ -59,10 +89,12 @@ class Session:
     """
 
     def __init__(
-        self, rollout: Rollout, decoder: VideoCodec, embed: Callable[[str], Tensor], fps: float, prompt: str | None,
+        self, rollout: Rollout, decoder: VideoCodec, text: Text, embeds: Tensor, fps: float, prompt: str | None,
         limit: int | None,
     ):  # fmt: skip
-        self.rollout, self._decoder, self._embed = rollout, decoder, embed
+        """embeds [1, L, text_dim]: of the prompt."""
+        self.rollout, self._decoder, self._text = rollout, decoder, text
+        self._embeds, self._transition = embeds, None
         self._limit = limit
         self._start = 0.0  # of the chunk that is being made
         self._stream: Any = None  # of the decoder, on a CUDA device
@@ -94,13 +126,13 @@ class Session:
         on_step: called after each denoising step, of the plain loop then (`Rollout.denoise`). Raises RuntimeError when
         the session is closed or has made all its frames.
         """
-        self._check_ready()
+        self._ready()
         self._start = time.perf_counter()
         return self._finish(self.rollout.denoise(on_step))
 
     def begin(self) -> tuple[Node, ...]:
         """The first half of `next_chunk` for a `Runner`: everything is ready for the forwards of the plan returned."""
-        self._check_ready()
+        self._ready()
         self._start = time.perf_counter()
         return self.rollout.begin()
 
@@ -108,10 +140,15 @@ class Session:
         """The second half: decode what the forwards have made."""
         return self._finish(self.rollout.denoised())
 
-    def _check_ready(self) -> None:
+    def _ready(self) -> None:
+        """For the next chunk, or for another try at it. Raises RuntimeError where there is none."""
         self._check_open()
         if self.exhausted:
             raise RuntimeError(f"the clip is complete: all {self._limit} latent frames that were asked for are there")
+        way = self._transition
+        if way is not None and self.index < way.first + way.chunks:
+            self._embeds = way.embeds(self.index)
+            self.rollout.switch(self._text.text_kv(self._embeds), way.recache)
 
     def chunks(self) -> Iterator[Chunk]:
         """All chunks up to the clip's end, each decoded while the next one is denoised: that in a thread of its own,
@@ -133,7 +170,7 @@ class Session:
 
     def _denoise(self) -> tuple[float, Denoised, AbstractContextManager]:
         """When the next chunk was begun, the chunk, and the context in which it can be decoded beside what follows."""
-        self._check_ready()
+        self._ready()
         start, device = time.perf_counter(), self.rollout.cache.k.device
         result = self.rollout.denoise()
         if device.type != "cuda":
@@ -186,20 +223,34 @@ class Session:
         with torch.inference_mode():
             return to_uint8(self._decoder.decode(self.rollout.given, None)[0][0])
 
-    def update(self, prompt: str, recache: bool = True) -> None:
+    def update(self, prompt: str, recache: bool = True, transition_chunks: int = 0) -> None:
         """Another prompt from the next chunk on.
 
         recache: make the window's keys and values anew under it, so that the past does not hold on to the old prompt.
-        Raises ValueError for a prompt that cannot be encoded; the session then goes on as before.
+        transition_chunks: chunks that the change takes, the last of them all the new prompt's; the embeddings between
+        are linear between the two. 0 and 1: at once. Raises ValueError for a prompt that cannot be encoded and a number
+        below 0; the session then goes on as before.
         """
         self._check_open()
-        self.rollout.switch(self._embed(prompt), recache)
+        if isinstance(transition_chunks, bool) or not isinstance(transition_chunks, int) or transition_chunks < 0:
+            raise ValueError(
+                f"transition_chunks={transition_chunks!r}: must be a whole number of at least 0; nearest is 0"
+            )
+        embeds = self._text.encode([prompt])
+        if transition_chunks > 1:
+            self._transition = Transition(self._embeds, embeds, self.index, transition_chunks, recache)
+        else:
+            self.rollout.switch(self._text.text_kv(embeds), recache)
+            self._embeds, self._transition = embeds, None
         self.prompt = prompt
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state. It stays good whatever the session does next."""
         self._check_open()
-        return Snapshot(self.rollout.save(), copy.deepcopy(self._decoder_state), self._frames, self.prompt, self._shape)
+        return Snapshot(
+            self.rollout.save(), copy.deepcopy(self._decoder_state), self._frames, self.prompt, self._embeds,
+            self._transition, self._shape,
+        )  # fmt: skip
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this session, or of one of the same model, size and window."""
@@ -212,10 +263,14 @@ class Session:
         self.rollout.load(snapshot.rollout)
         self._decoder_state = copy.deepcopy(snapshot.decoder)
         self._frames, self.prompt = snapshot.frames, snapshot.prompt
+        self._embeds, self._transition = snapshot.embeds, snapshot.transition
 
     def reset(self) -> None:
         """Back to the first chunk, under the prompt in force: the same seed gives the same frames again."""
         self._check_open()
+        if self._transition is not None:  # to begin with, the prompt that it was going to
+            self._embeds, self._transition = self._transition.after, None
+            self.rollout.switch(self._text.text_kv(self._embeds))
         self.rollout.restart()
         self._begin()
 

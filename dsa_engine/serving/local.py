@@ -42,9 +42,9 @@ class LocalStream:
 
     async def tell(
         self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None,
+        threshold: float | None = None, transition_chunks: int = 0,
     ) -> None:  # fmt: skip
-        self.task.tell(prompt, event_id, recache, threshold)
+        self.task.tell(prompt, event_id, recache, threshold, transition_chunks)
 
     def touch(self) -> None:
         self.task.touch()

@@ -22,8 +22,8 @@ class Order:
 
     steps: "dsa", "fixed", a preset of the model, "budget" (steps fall under load, `Governor`), or a policy's form on
     the command line such as "fixed:4"; None is the worker's own. threshold: confidence in [0, 1] at which a chunk is
-    done; of "budget": the ceiling. min_steps, max_steps: of "dsa" and "budget". num_frames: pixel frames, None for no end.
-    image: a picture to begin with (`given_frames.pixels`). live: it keeps the clip's pace and has deadlines; else it is
+    done; of "budget": the ceiling. min_steps, max_steps: of "dsa" and "budget". num_frames: pixel frames, None for no
+    end. image: a picture to begin with (`given_frames.pixels`). live: it keeps the clip's pace and has deadlines; else it is
     a job, made as fast as room is. snapshot: go on from there (of a stream of the same model and size);
     snapshot_every: a snapshot comes with every so many chunks, 0 for never.
     """
@@ -145,9 +145,10 @@ class Stream(Protocol):
 
     async def tell(
         self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None,
+        threshold: float | None = None, transition_chunks: int = 0,
     ) -> None:  # fmt: skip
-        """Another prompt, confidence threshold or both from the next chunk on; Applied or Refused answers."""
+        """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; Applied or Refused
+        answers."""
 
     def touch(self) -> None:
         """The consumer is there: its idle time starts anew."""

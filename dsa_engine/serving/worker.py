@@ -78,6 +78,7 @@ class Change(NamedTuple):
     event_id: str | None
     recache: bool
     threshold: float | None
+    transition_chunks: int
 
 
 class Task:
@@ -99,11 +100,12 @@ class Task:
 
     def tell(
         self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None,
+        threshold: float | None = None, transition_chunks: int = 0,
     ) -> None:  # fmt: skip
         """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; Applied or Refused
         answers."""
-        self._worker.call(lambda: self._worker.told(self, Change(prompt, event_id, recache, threshold)))
+        change = Change(prompt, event_id, recache, threshold, transition_chunks)
+        self._worker.call(lambda: self._worker.told(self, change))
 
     def taken(self) -> None:
         """The last chunk is out of the consumer's hands; the next may be begun."""
@@ -389,7 +391,7 @@ class Worker:
         try:
             policy = task.policy if change.threshold is None else self._rethreshold(task.policy, change.threshold)
             if change.prompt is not None:
-                session.update(change.prompt, change.recache)
+                session.update(change.prompt, change.recache, change.transition_chunks)
         except ValueError as error:
             return self._emit(task, Refused(change.event_id, str(error)))
         if policy is not task.policy:

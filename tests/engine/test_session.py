@@ -252,3 +252,54 @@ def test_the_sessions_leave_the_global_random_state_alone(pipe):
     with pipe.session(RED, seed=1) as session:
         take(session, 2)
     assert torch.random.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("recache", [True, False])
+def test_a_change_over_several_chunks_is_that_of_the_embeddings_in_between(pipe, recache):
+    """Against sessions that are told the mixed embeddings by hand, chunk by chunk."""
+    before, after = (pipe.engine.encode([prompt]) for prompt in (RED, BLUE))
+    with (
+        pipe.session(RED, seed=1, step_policy=POLICY) as session,
+        pipe.session(RED, seed=1, step_policy=POLICY) as other,
+    ):
+        for one in (session, other):
+            take(one, 2)
+        session.update(BLUE, recache, transition_chunks=3)
+        for share in (1 / 3, 2 / 3, 1.0, None):
+            if share is not None:
+                mixed = after if share == 1.0 else before + share * (after - before)
+                other.rollout.switch(pipe.engine.text_kv(mixed), recache)
+            made, expected = session.next_chunk(), other.next_chunk()
+            assert (made.latents - expected.latents).abs().max() < 1e-5 and made.prompt == BLUE
+        for one in (session, other):  # at once again
+            one.update(RED)
+        assert (session.next_chunk().latents - other.next_chunk().latents).abs().max() < 1e-5
+
+
+def test_a_change_over_several_chunks_survives_snapshots_failures_and_resets(pipe, monkeypatch):
+    with (
+        pipe.session(RED, seed=1, step_policy=POLICY) as session,
+        pipe.session(BLUE, seed=1, step_policy=POLICY) as other,
+    ):
+        take(session, 2)
+        session.update(BLUE, transition_chunks=3)
+        first = session.next_chunk()
+        snapshot = session.snapshot()
+        rest = take(session, 3)
+        session.restore(snapshot)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe.engine.dit.blocks[1], "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                session.next_chunk()
+        assert first.index == 2 and all(map(same, take(session, 3), rest))
+        session.restore(snapshot)
+        session.reset()  # the prompt in force is the one that it was changing to
+        assert all(map(same, take(session, 3), take(other, 3)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, True])
+def test_a_number_of_transition_chunks_is_checked(pipe, wrong):
+    with pipe.session(RED, seed=1, step_policy=POLICY) as session:
+        with pytest.raises(ValueError, match="transition_chunks.*nearest is 0"):
+            session.update(BLUE, transition_chunks=wrong)
+        assert session.prompt == RED

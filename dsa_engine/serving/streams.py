@@ -23,8 +23,8 @@ class Order:
     steps: "dsa", "fixed", a preset of the model, "budget" (steps fall under load, `Governor`), or a policy's form on
     the command line such as "fixed:4"; None is the worker's own. threshold: confidence in [0, 1] at which a chunk is
     done; of "budget": the ceiling. min_steps, max_steps: of "dsa" and "budget". num_frames: pixel frames, None for no
-    end. image: a picture to begin with (`given_frames.pixels`). live: it keeps the clip's pace and has deadlines; else it is
-    a job, made as fast as room is. snapshot: go on from there (of a stream of the same model and size);
+    end. image: a picture to begin with (`given_frames.pixels`). live: it keeps the clip's pace and has deadlines; else
+    it is a job, made as fast as room is. snapshot: go on from there (of a stream of the same model and size);
     snapshot_every: a snapshot comes with every so many chunks, 0 for never.
     """
 

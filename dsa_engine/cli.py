@@ -1,4 +1,4 @@
-"""The command `dsa-engine`: generate | info | convert | train | doctor.
+"""The command `dsa-engine`: generate | serve | info | convert | train | doctor.
 
 Results go to stdout; progress, log lines and errors to stderr. Exit codes: 0 done, 1 `doctor` found that the engine
 cannot run, 2 an error (one line, no traceback), 130 Ctrl-C.
@@ -44,6 +44,7 @@ from dsa_engine.training import run
 
 SHOWN_SIDE = 256  # px; smaller videos are scaled up until their shorter side has as many
 DTYPES = ("float32", "bfloat16", "float16")
+FAMILY = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(names.FAMILIES)
 WAN = tuple(name for name in PRESETS if name.startswith("wan"))
 
 
@@ -79,7 +80,6 @@ def parser() -> argparse.ArgumentParser:
     add("prompt", help=f"for the model shapes: {GRAMMAR}")
     add("-o", "--output", metavar="MP4", help="video file (out.mp4 where neither --report nor --json is given)")
     add("--report", metavar="PNG", help="picture of the clip over its steps and confidence")
-    add("--model", default="shapes", help="shipped name, folder or checkpoint (default shapes)")
     add("--seed", type=int, default=0)
     length.add_argument("--frames", type=int, help="length in frames, whole chunks (default: the model's own)")
     length.add_argument("--seconds", type=float, help="length in seconds, rounded to whole chunks")
@@ -101,22 +101,16 @@ def parser() -> argparse.ArgumentParser:
     add("--rope", choices=ROPE_MODES, help="where a sink is seen: where it was made, or always next to the window")
     add("--commit", choices=COMMIT_MODES, help="what a chunk leaves in the cache")
     add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--threads", type=threads, help="CPU threads (default: 1 for a small model, else torch's own count)")
-    family = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(names.FAMILIES)
-    add("--family", choices=tuple(names.FAMILIES), help=family)
-    add("--lora", metavar="FILE", help="an adapter to merge into a checkpoint")
-    add("--vae", metavar="PATH", help="video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)")
-    add("--text", metavar="PATH", help="text encoder of a checkpoint, or prompts encoded before")
-    add("--offload", metavar="PARTS", help="auto, or of text,vae: they live on the CPU and visit the device")
+    loading(add)
+    serving(command(serve, "answer over HTTP: jobs, live video over a WebSocket, and a page to watch it").add_argument)
     add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
     add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
-    add("--family", choices=tuple(names.FAMILIES), help=family)
+    add("--family", choices=tuple(names.FAMILIES), help=FAMILY)
     add = command(convert, "a checkpoint to this project's folder, or back to diffusers' layout").add_argument
     add("source", help="checkpoint file or folder, in any layout that generate reads")
     add("target", help="folder to write, which must not be there or be empty")
     add("--to", choices=converting.FORMATS, default=converting.FORMATS[0])
-    add("--family", choices=tuple(names.FAMILIES), help=family)
+    add("--family", choices=tuple(names.FAMILIES), help=FAMILY)
     add("--lora", metavar="FILE", help="an adapter to merge")
     add("--dtype", choices=DTYPES, help="of the written weights (default: as they are)")
     add = command(train, "train a model, a stage at a time; run again, it goes on where it was").add_argument
@@ -136,6 +130,36 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda (default: cuda where there is one)")
     command(doctor, "check this installation; exit code 1 where the engine cannot run")
     return top
+
+
+def loading(add: Callable) -> None:
+    """Flags of a model that is loaded to make video."""
+    add("--model", default="shapes", help="shipped name, folder or checkpoint (default shapes)")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--threads", type=threads, help="CPU threads (default: 1 for a small model, else torch's own count)")
+    add("--family", choices=tuple(names.FAMILIES), help=FAMILY)
+    add("--lora", metavar="FILE", help="an adapter to merge into a checkpoint")
+    add("--vae", metavar="PATH", help="video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)")
+    add("--text", metavar="PATH", help="text encoder of a checkpoint, or prompts encoded before")
+    add("--offload", metavar="PARTS", help="auto, or of text,vae: they live on the CPU and visit the device")
+
+
+def serving(add: Callable) -> None:
+    """Flags of a server; those left out take the values of `Limits` and `Settings`."""
+    loading(add)
+    add("--host", help="address to listen at (default 127.0.0.1: this machine only)")
+    add("--port", type=int, help="0 for any that is free (default 8000)")
+    add("--token", help="clients must send it as a bearer token (default: the environment's DSA_TOKEN, or none)")
+    add("--origin", action="append", metavar="URL", help="another page that may use the API, e.g. https://example.com")
+    add("--data", type=Path, metavar="FOLDER", help="the jobs' database and videos (default dsa-engine-data)")
+    add("--max-sessions", dest="sessions", type=int, metavar="N", help="live streams at once (default 32)")
+    add("--max-jobs", dest="jobs", type=int, metavar="N", help="jobs at once, 0 for a server without (default 4)")
+    add("--queue", dest="waiting", type=int, metavar="N", help="live streams that may wait for a place (default 32)")
+    add("--idle-timeout", dest="idle", type=float, metavar="S", help="of a client that gives no sign (default 30)")
+    add("--lifetime", type=float, metavar="S", help="of a live stream (default 3600)")
+    add("--rows", type=int, help="sequences of one forward, at most (default 16)")
+    add("--steps", metavar="POLICY", help="where a request does not say: budget, dsa, fixed, a preset or as generate's")
+    add("--deterministic", action="store_true", help="a video's bits never depend on what else is made; no batching")
 
 
 def threads(text: str) -> int:
@@ -198,6 +222,33 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         *(f"wrote {path}" for path in (args.output, args.report) if path is not None),
     ]
     return facts, lines, 0
+
+
+def serve(args: argparse.Namespace) -> tuple[None, list[str], int]:
+    """A server, until SIGTERM or Ctrl-C."""
+    from dsa_engine.serving import serve as server
+    from dsa_engine.serving.settings import Settings
+    from dsa_engine.serving.worker import Limits
+
+    def given(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+    def ready(address: str) -> None:
+        facts = {"address": address, "model": args.model}
+        sys.stdout.write((json.dumps(facts) if args.json else f"serving {args.model} at {address}") + "\n")
+        sys.stdout.flush()
+
+    args.token = args.token or os.environ.get("DSA_TOKEN") or None
+    settings = Settings(**given("host", "port", "token", "data"), origins=tuple(args.origin or ()))
+    limits = Limits(**given("sessions", "jobs", "waiting", "idle", "lifetime", "rows", "steps"))
+    parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text", "offload", "deterministic")}
+    with server.bind(settings) as sock:  # an address that cannot be had is an error before the model is loaded
+        places = limits.sessions + limits.jobs
+        with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=places, **parts) as pipe:
+            torch.set_num_threads(args.threads or pipe.cpu_threads)
+            warm_up(pipe)
+            server.run(pipe, limits, settings, ready, sock)
+    return None, [], 0
 
 
 def warm_up(pipe: Pipeline) -> float:

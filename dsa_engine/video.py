@@ -54,17 +54,18 @@ class Mp4Writer:
         with Mp4Writer("clip.mp4", fps=12, scale=4) as video:
             video.write(frames)
 
-    fps: frames per second; scale: each pixel becomes scale x scale pixels. The file appears when the block ends well.
+    fps: frames per second; scale: each pixel becomes scale x scale pixels; threads: of the encoder, None for its own
+    choice (the file's bytes depend on their number, and on nothing else). The file appears when the block ends well.
     Raises ValueError for a path that does not end in .mp4, fps or scale that are not above 0, or a clip of no frames.
     """
 
-    def __init__(self, path: str | Path, fps: float, scale: int = 1):
+    def __init__(self, path: str | Path, fps: float, scale: int = 1, threads: int | None = None):
         self.path = check_target(path, ".mp4")
         if isinstance(fps, bool) or not isinstance(fps, (int, float, Fraction)) or not 0 < fps <= 1000:
             raise ValueError(f"fps={fps!r}: must be a number above 0 and at most 1000, e.g. 16")
         if isinstance(scale, bool) or not isinstance(scale, (int, np.integer)) or scale < 1:
             raise ValueError(f"scale={scale!r}: must be a whole number of at least 1, e.g. 4")
-        self.fps, self.scale = Fraction(fps).limit_denominator(1001), int(scale)
+        self.fps, self.scale, self.threads = Fraction(fps).limit_denominator(1001), int(scale), threads
         self._container: Any = None
         self._stream: Any = None
 
@@ -113,6 +114,8 @@ class Mp4Writer:
         stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": str(CRF)})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
+        if self.threads is not None:
+            context.thread_count = self.threads
         context.color_primaries = context.color_trc = context.colorspace = BT709
         context.color_range = LIMITED_RANGE
         return stream

@@ -61,10 +61,10 @@ def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: 
 
 
 class LocalBackend:
-    """`streams.Backend` on a worker, which it starts and stops."""
+    """`streams.Backend` on a worker, which it starts and stops. grace: seconds that running chunks then get."""
 
-    def __init__(self, worker: Worker):
-        self.worker, self.card = worker, worker.card
+    def __init__(self, worker: Worker, grace: float = 3.0):
+        self.worker, self.card, self.grace = worker, worker.card, grace
 
     def start(self) -> None:
         self.worker.start()
@@ -84,5 +84,5 @@ class LocalBackend:
     def stats(self) -> dict[str, float]:
         return self.worker.stats()
 
-    async def close(self, grace: float = 3.0) -> None:
-        await asyncio.to_thread(self.worker.stop, grace)
+    async def close(self) -> None:
+        await asyncio.to_thread(self.worker.stop, self.grace)

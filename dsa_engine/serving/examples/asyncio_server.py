@@ -1,0 +1,66 @@
+"""The engine in an asyncio server of one's own: live video over plain TCP, line by line.
+
+    python -m dsa_engine.serving.examples.asyncio_server 7000
+
+A client's first line is its order, {"prompt": "a red circle rests", "num_frames": 48}; each line after it is another
+prompt. Every chunk comes as a line {"index", "steps", "shape"} and then the bytes of its frames; the last line says why
+no more come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+from dsa_engine.pipeline import Pipeline
+from dsa_engine.serving.local import LocalBackend, LocalStream
+from dsa_engine.serving.streams import Busy, Closed, Made, Order, Refused
+from dsa_engine.serving.worker import Limits, Worker
+
+
+async def talk(backend: LocalBackend, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        stream = await backend.open(Order(**json.loads(await reader.readline())))
+        listening = asyncio.create_task(listen(stream, reader))
+        async for event in stream:  # asking for the next event lets the next chunk begin
+            if isinstance(event, Made):
+                frames = event.chunk.frames
+                say(writer, index=event.chunk.index, steps=event.chunk.steps, shape=frames.shape)
+                writer.write(frames.tobytes())
+            elif isinstance(event, (Refused, Closed)):
+                say(writer, **vars(event))
+            await writer.drain()  # a slow client slows its own stream and nobody else's
+        listening.cancel()
+    except (ValueError, TypeError, Busy) as error:
+        say(writer, error=str(error))
+    except ConnectionError:
+        pass  # `listen` sees it too
+    finally:
+        writer.close()
+
+
+async def listen(stream: LocalStream, reader: asyncio.StreamReader) -> None:
+    try:
+        async for line in reader:
+            await stream.tell(line.decode(errors="replace").strip())
+    finally:  # the client is gone, or has had it all
+        await stream.close()
+
+
+def say(writer: asyncio.StreamWriter, **facts) -> None:
+    writer.write(json.dumps(facts).encode() + b"\n")
+
+
+async def main(model: str, port: int) -> None:
+    backend = LocalBackend(Worker(Pipeline.from_pretrained(model, max_sessions=8), Limits(sessions=8, jobs=0)))
+    backend.start()
+    try:
+        async with await asyncio.start_server(lambda *ends: talk(backend, *ends), "127.0.0.1", port) as server:
+            await server.serve_forever()
+    finally:
+        await backend.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main("shapes", int(sys.argv[1])))

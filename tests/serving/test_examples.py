@@ -1,0 +1,234 @@
+"""The two examples do what they say: frames of an undisturbed session, places given back, nothing global."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import json
+import queue
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from dsa_engine import Pipeline
+from dsa_engine.serving.examples import asyncio_server, custom_worker
+from dsa_engine.serving.local import LocalBackend
+from dsa_engine.serving.worker import Limits, Worker
+
+
+@pytest.fixture(scope="module")
+def exact(untrained):
+    return Pipeline.from_pretrained(untrained, device="cpu", max_sessions=4, deterministic=True)
+
+
+def session_frames(pipe, prompts, frames, **options):
+    """Of a session that is told each prompt from its chunk on: {index: prompt}."""
+    made = []
+    with pipe.session(prompts[0], num_frames=frames, **options) as session:
+        while not session.exhausted:
+            if session.index and session.index in prompts:
+                session.update(prompts[session.index])
+            made.append(session.next_chunk().frames)
+    return made
+
+
+# The asyncio server.
+
+
+class Client:
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def send(self, line):
+        self.writer.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
+
+    async def next(self):
+        """A line, and the frames that follow it."""
+        line = json.loads(await self.reader.readline())
+        if "shape" not in line:
+            return line, None
+        size = int(np.prod(line["shape"]))
+        return line, np.frombuffer(await self.reader.readexactly(size), np.uint8).reshape(line["shape"])
+
+
+def served(pipe, scenario, **limits):
+    """A scenario(connect, worker) with the server on a port that is free."""
+
+    async def main():
+        backend = LocalBackend(
+            Worker(pipe, Limits(**{"sessions": 2, "jobs": 0, "waiting": 0, "steps": "fixed"} | limits))
+        )
+        backend.start()
+        server = await asyncio.start_server(lambda *ends: asyncio_server.talk(backend, *ends), "127.0.0.1", 0)
+
+        async def connect():
+            return Client(*await asyncio.open_connection(*server.sockets[0].getsockname()))
+
+        try:
+            async with asyncio.timeout(60), server:
+                return await scenario(connect, backend.worker)
+        finally:
+            await backend.close()
+
+    return asyncio.run(main())
+
+
+def test_the_server_sends_a_sessions_frames(exact):
+    async def scenario(connect, worker):
+        client, frames = await connect(), []
+        client.send({"prompt": "a red circle rests", "seed": 4, "num_frames": 12})
+        while True:
+            line, chunk = await client.next()
+            if chunk is None:
+                return line, frames
+            assert line["index"] == len(frames) and line["steps"] == exact.max_steps
+            frames.append(chunk)
+
+    last, frames = served(exact, scenario)
+    assert last == {"reason": "done", "error": None}
+    expected = session_frames(exact, {0: "a red circle rests"}, 12, seed=4, step_policy="fixed")
+    assert len(frames) == len(expected) and all(map(np.array_equal, frames, expected))
+
+
+def test_another_prompt_changes_the_video(exact):
+    async def scenario(connect, worker):
+        client, frames = await connect(), []
+        client.send({"prompt": "a red circle rests", "num_frames": 30})
+        frames.append((await client.next())[1])
+        client.send(b"a blue square jumps")
+        client.send(b"nonsense")
+        refused = None
+        while True:
+            line, chunk = await client.next()
+            if chunk is not None:
+                frames.append(chunk)
+            elif "reason" in line:
+                return refused, frames
+            else:
+                refused = line
+
+    refused, frames = served(exact, scenario)
+    assert "must read" in refused["error"]
+    options = {"frames": 30, "step_policy": "fixed"}
+    possible = [
+        session_frames(exact, {0: "a red circle rests", i: "a blue square jumps"}, **options) for i in (1, 2, 3)
+    ]
+    assert any(all(map(np.array_equal, frames, expected)) for expected in possible)
+
+
+@pytest.mark.parametrize("line", [b"", b"garbage", b"[1]", b'{"prompt": "nonsense"}', b'{"unheard": 1}', b"{}"])
+def test_what_is_no_order_is_answered(exact, line):
+    async def scenario(connect, worker):
+        client = await connect()
+        client.send(line)
+        answer, _ = await client.next()
+        assert await client.reader.read() == b""
+        return answer
+
+    assert set(served(exact, scenario)) == {"error"}
+
+
+def test_clients_that_vanish_give_their_places_back(exact):
+    async def scenario(connect, worker):
+        for _ in range(4):
+            clients = [await connect() for _ in range(2)]
+            for client in clients:
+                client.send({"prompt": "a red circle rests"})
+            for client in clients:
+                await client.next()
+            full = await connect()
+            full.send({"prompt": "a red circle rests"})
+            assert "places are taken" in (await full.next())[0]["error"]
+            for client in clients:
+                client.writer.transport.abort()
+            while worker.stats()["live"]:
+                await asyncio.sleep(0.01)
+        return True
+
+    assert served(exact, scenario)
+
+
+# The worker with a loop of its own.
+
+
+def worked(pipe, requests, feed=None):
+    wanted, given = queue.Queue(), {}
+
+    def give(name, made):
+        given.setdefault(name, []).append(made)
+        if feed is not None:
+            feed(wanted, name, made)
+
+    for request in requests:
+        wanted.put(request)
+    custom_worker.work(pipe, wanted, give)
+    return given
+
+
+def test_the_worker_makes_sessions_frames(exact):
+    prompts = {"one": "a red circle rests", "two": "a blue square jumps", "three": "a cyan cross rests"}
+    given = worked(exact, [*prompts.items(), custom_worker.END])
+    for name, prompt in prompts.items():
+        expected = session_frames(exact, {0: prompt}, exact.frames)
+        assert [chunk.index for chunk in given[name]] == list(range(len(expected)))
+        assert all(np.array_equal(chunk.frames, frames) for chunk, frames in zip(given[name], expected))
+
+
+def test_it_takes_prompts_while_it_runs(exact):
+    def feed(wanted, name, made):
+        if name == "one" and getattr(made, "index", None) == 1:
+            for request in (("one", "a blue square jumps"), ("two", "a green cross rests"), ("three", "nonsense")):
+                wanted.put(request)
+        if name == "two" and getattr(made, "index", None) == 1:
+            wanted.put(("two", "nonsense"))
+            wanted.put(custom_worker.END)
+
+    given = worked(exact, [("one", "a red circle rests")], feed)
+    frames = [chunk.frames for chunk in given["one"]]
+    possible = [
+        session_frames(exact, {0: "a red circle rests", i: "a blue square jumps"}, exact.frames) for i in (2, 3)
+    ]
+    assert any(all(map(np.array_equal, frames, expected)) for expected in possible)
+    chunks = [made for made in given["two"] if not isinstance(made, ValueError)]
+    expected = session_frames(exact, {0: "a green cross rests"}, exact.frames)
+    assert len(given["two"]) == len(expected) + 1
+    assert all(np.array_equal(chunk.frames, one) for chunk, one in zip(chunks, expected))
+    assert [type(made) for made in given["three"]] == [ValueError]
+    sessions = [exact.session("a red circle rests", num_frames=12) for _ in range(4)]  # all slots are free again
+    for session in sessions:
+        session.close()
+
+
+# What both promise.
+
+
+@pytest.mark.parametrize("module", [asyncio_server, custom_worker])
+def test_they_are_short_and_keep_nothing_global(module):
+    tree = ast.parse(inspect.getsource(module))
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.Expr)
+    constants = [node for node in tree.body if isinstance(node, ast.Assign)]
+    assert all(isinstance(node, (*kinds, ast.Assign)) for node in tree.body)
+    assert all(isinstance(node.value, (ast.Constant, ast.Tuple)) for node in constants)
+    assert not any(isinstance(node, (ast.Global, ast.Nonlocal)) for node in ast.walk(tree))
+
+
+def test_the_worker_starts_no_thread_and_takes_no_signal(exact):
+    threads, handlers = threading.active_count(), [signal.getsignal(number) for number in signal.valid_signals()]
+    worked(exact, [("one", "a red circle rests"), custom_worker.END])
+    assert threading.active_count() == threads
+    assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+
+
+@pytest.mark.slow
+def test_they_run_as_modules(tmp_path):
+    name = "dsa_engine.serving.examples.custom_worker"
+    result = subprocess.run(
+        [sys.executable, "-m", name, "a red circle rests", "nonsense"], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "stream 0: 15\n" in result.stdout and "stream 1: the prompt 'nonsense'" in result.stdout

@@ -1,0 +1,224 @@
+"""Ray Serve with two replicas on this machine: a replica is killed, and nobody who watches can tell."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import av
+import httpx
+import numpy as np
+import pytest
+
+pytest.importorskip("ray", reason="needs the extra ray: pip install 'dsa-engine[ray]'")
+pytest.importorskip("fastapi", reason="needs the extra serving: pip install 'dsa-engine[serving]'")
+
+from dsa_engine import Pipeline
+from dsa_engine.serving.remote import RemoteBackend
+from dsa_engine.serving.streams import Applied, Closed, Made, Opened, Order, Refused
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),  # Ray's own
+]
+NAME = "dsa-engine-test"
+PROMPT, OTHER, THIRD = "a red circle rests", "a blue square jumps", "a green cross moves sideways"
+
+
+@pytest.fixture(scope="module")
+def server(untrained, tmp_path_factory):
+    """A cluster with two replicas; its address."""
+    import ray
+    from ray import serve
+
+    from dsa_engine.serving import ray_app
+
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as sock:
+        for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled"), ("OMP_NUM_THREADS", "1")):
+            patch.setenv(name, value)
+        port = sock.getsockname()[1]
+        sock.close()
+        options = {
+            "model": str(untrained), "device": "cpu", "replicas": 2, "deterministic": True, "steps": "dsa",
+            "sessions": 3, "jobs": 2, "waiting": 1, "snapshot_every": 2, "data": tmp_path_factory.mktemp("data"),
+            "gpus": 0,
+        }  # fmt: skip
+        ray.init(
+            num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False,
+            namespace=ray_app.NAME,
+        )  # fmt: skip
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(ray_app.app(options), name=NAME)
+            yield f"127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+            ray_app.forget(NAME)
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def exact(untrained):
+    return Pipeline.from_pretrained(untrained, device="cpu", deterministic=True)
+
+
+def test_only_who_asks_for_ray_needs_it():
+    script = (
+        "import sys, dsa_engine.cli, dsa_engine.serving.serve, dsa_engine.serving.remote\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] == 'ray'))\n"
+        "sys.modules['ray'] = None\n"
+        "try: import dsa_engine.serving.ray_app\n"
+        "except ImportError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("[]\n") and "pip install 'dsa-engine[ray]'" in result.stdout, result.stderr
+
+
+def test_options_are_checked_before_anything_starts():
+    from dsa_engine.serving.ray_app import Options, app
+
+    for wrong, words in (
+        ({"replicas": 0}, "replicas"),
+        ({"replicas": 3, "max_replicas": 2}, "max_replicas=2: must be at least replicas=3"),
+        ({"device": "cuda", "gpus": 0}, "gpus=1"),
+        ({"unheard": 1}, "unheard"),
+        ({"sessions": 0}, "sessions=0"),
+        ({"port": 70000}, "port"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            app(wrong)
+    args = {"replicas": "2", "max_replicas": "4", "gpus": "0.5", "deterministic": "true", "token": "t"}  # `serve run`
+    options = Options.model_validate(args).placed()
+    assert (options.replicas, options.gpus, options.deterministic, options.device) == (2, 0.5, True, "cuda")
+    assert options.data.is_absolute() and options.settings().token == "t"
+    assert "token" not in repr(Options().limits())
+
+
+def undisturbed(pipe, order, changes):
+    """Frames of a session in this process that is told the same at the same chunks: {index: [prompt, ...]}."""
+    frames = []
+    with pipe.session(order.prompt, seed=order.seed, num_frames=order.num_frames, step_policy="dsa") as session:
+        while not session.exhausted:
+            for prompt in changes.get(session.index, ()):
+                session.update(prompt)
+            frames.append(session.next_chunk().frames)
+    return frames
+
+
+def changes_of(applied):
+    found = {}
+    for index, prompt in applied:
+        found.setdefault(index, []).append(prompt)
+    return found
+
+
+def kill(home):
+    """End a replica's process, as when its machine goes."""
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    actor = next(one for one in named if home in one["name"])
+    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+
+
+def test_jobs_and_the_websocket_go_through_the_ingress(server, exact):
+    from websockets.sync.client import connect
+
+    with httpx.Client(base_url=f"http://{server}", timeout=30) as client:
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/v1/models").json()["data"][0]["id"] == "untrained"
+        refused = client.post("/v1/videos", json={"prompt": "nonsense"})
+        assert refused.status_code == 400 and "must read" in refused.json()["error"]["message"]
+        job = client.post("/v1/videos", json={"prompt": PROMPT, "seed": 3, "num_frames": 24}).json()
+        order, frames, applied = Order(PROMPT, seed=9, num_frames=36), [], []
+        with connect(f"ws://{server}/v1/realtime/video", max_size=None) as socket:
+            start = {"prompt": order.prompt, "seed": order.seed, "num_frames": order.num_frames, "format": "rgb24"}
+            socket.send(json.dumps({"type": "session.start", **start}))
+            while True:
+                message = json.loads(socket.recv(timeout=30))
+                if message["type"] == "video.chunk_metadata":
+                    shape = (message["num_frames"], message["height"], message["width"], 3)
+                    frames.append(np.frombuffer(socket.recv(timeout=30), np.uint8).reshape(shape))
+                    if message["chunk_index"] == 2:
+                        told = {"event_id": "e", "event": {"prompt": OTHER}}
+                        socket.send(json.dumps({"type": "session.interaction", "interaction": told}))
+                elif message["type"] == "session.interaction.applied":
+                    applied.append((message["chunk_index"], message["prompt"]))
+                elif message["type"] in ("session.done", "error"):
+                    break
+        assert message["type"] == "session.done" and message["reason"] == "done"
+        assert [prompt for _, prompt in applied] == [OTHER]
+        expected = undisturbed(exact, order, changes_of(applied))
+        assert len(frames) == len(expected) and all(map(np.array_equal, frames, expected))
+        deadline = time.monotonic() + 60
+        while (job := client.get(f"/v1/videos/{job['id']}").json())["status"] in ("queued", "in_progress"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert job["status"] == "completed"
+        with av.open(io.BytesIO(client.get(f"/v1/videos/{job['id']}/content").content)) as file:
+            assert sum(1 for _ in file.decode(video=0)) == 24
+        assert client.delete(f"/v1/videos/{job['id']}").status_code == 200
+        metrics = client.get("/metrics").text
+        assert "dsa_sessions_limit 6.0" in metrics
+        assert 'dsa_streams_closed_total{kind="live",reason="done"} 1.0' in metrics
+
+
+def test_streams_outlive_their_replica(server, exact):
+    """Three streams on two replicas; one is killed after a change is in force and while another one is told."""
+    from ray import serve
+
+    from dsa_engine.serving.ray_app import RayReplicas
+
+    orders = [Order(PROMPT, seed=seed, num_frames=48, live=seed < 2) for seed in range(3)]
+
+    async def play(stream, victim):
+        events = []
+        async for event in stream:
+            events.append(event)
+            if isinstance(event, Made) and event.chunk.index == 2:
+                await stream.tell(OTHER, "first")
+                await stream.tell("nonsense", "second")
+            if isinstance(event, Made) and event.chunk.index == 6:
+                await stream.tell(THIRD, "third")
+                if stream is victim:
+                    await asyncio.to_thread(kill, stream.home)
+        return events
+
+    async def main():
+        backend = await RemoteBackend.connect(RayReplicas(serve.get_deployment_handle("Engine", NAME)))
+        streams = [await backend.open(order) for order in orders]
+        homes = [stream.home for stream in streams]
+        async with asyncio.timeout(90):
+            events = await asyncio.gather(*(play(stream, streams[0]) for stream in streams))
+        return homes, [stream.moves for stream in streams], events
+
+    homes, moves, played = asyncio.run(main())
+    assert len(set(homes)) == 2  # the load is spread
+    assert [bool(moved) for moved in moves] == [home == homes[0] for home in homes]
+    for order, events in zip(orders, played):
+        assert isinstance(events[0], Opened) and events[-1] == Closed("done")
+        answers = [event for event in events if isinstance(event, (Applied, Refused))]
+        assert [answer.event_id for answer in answers] == ["first", "second", "third"]
+        applied = [(event.index, event.prompt) for event in answers if isinstance(event, Applied)]
+        assert [prompt for _, prompt in applied] == [OTHER, THIRD]
+        made = [event.chunk for event in events if isinstance(event, Made)]
+        expected = undisturbed(exact, order, changes_of(applied))
+        assert [chunk.index for chunk in made] == list(range(len(expected))) == list(range(16))
+        assert all(np.array_equal(chunk.frames, frames) for chunk, frames in zip(made, expected))
+
+
+def test_snapshots_are_gone_with_their_streams(server):
+    import ray
+
+    from dsa_engine.serving.ray_app import NAME as NAMESPACE
+
+    actor = ray.get_actor(f"{NAME}-snapshots", namespace=NAMESPACE)
+    deadline = time.monotonic() + 10
+    while ray.get(actor.sizes.remote()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

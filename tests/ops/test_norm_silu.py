@@ -174,7 +174,9 @@ def test_strides_are_followed_or_refused():
 def test_nothing_is_nothing():
     empty = torch.empty(2, 0, 4, device=DEVICE)
     vector = torch.ones(4, device=DEVICE)
-    assert kernel.norm_silu(empty, vector, out=empty) is empty and kernel.bias_residual(empty, empty, vector).numel() == 0
+    assert (
+        kernel.norm_silu(empty, vector, out=empty) is empty and kernel.bias_residual(empty, empty, vector).numel() == 0
+    )
 
 
 @pytest.mark.gpu

@@ -86,8 +86,8 @@ class Engine:
         """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share, and of their
         video VAE, if it is one that streams.
 
-        Returns the seconds it took; progress(done, of) is called after each of the pool's. Raises RuntimeError where there
-        is no CUDA device.
+        Returns the seconds it took; progress(done, of) is called after each of the pool's. Raises RuntimeError where
+        there is no CUDA device.
         """
         if self.dit.device.type != "cuda":
             raise RuntimeError(f"CUDA graphs on {self.dit.device}: they need a CUDA device")

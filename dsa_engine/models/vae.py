@@ -188,7 +188,7 @@ class CausalConv3d(Causal, nn.Conv3d):
         self.bias_later = bias_later
 
     def forward(self, x: Tensor, stream: Stream, write: Callable[[Tensor], object] | None = None) -> Tensor:
-        """write(part): puts what is convolved, a function of x of its shape, into memory of the layer's own; None: x."""
+        """write(part): puts what is convolved, a function of x of its shape, into memory of the layer's; None: x."""
         return self.convolve(stream.extend(x, self.kernel_size[0] - 1, write))
 
     def convolve(self, x: Tensor) -> Tensor:

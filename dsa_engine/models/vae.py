@@ -139,8 +139,8 @@ class StreamingVAE(nn.Module):
         """`step` on one piece after the other -> (results along axis 1, the state after the last)."""
         dtype = next(self.parameters()).dtype
         results = []
-        for i, piece in enumerate(pieces):
-            stream = Stream(state, self.time_axis, into if i == len(pieces) - 1 else None)
+        for piece in pieces:
+            stream = Stream(state, self.time_axis, into)  # each layer reads its past before it writes its tail
             results.append(step(piece.to(dtype), stream))
             state = tuple(stream.tails)
         return results[0] if len(results) == 1 else torch.cat(results, dim=1), state

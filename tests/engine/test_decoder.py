@@ -125,9 +125,16 @@ def test_a_state_survives_what_comes_after_it(codec, decoder):
     for number in range(2, 5):
         _, state = decoder.decode(latents(number), state)
     assert second.own is not None and torch.equal(decoder.decode(latents(2), second)[0], expected)
-    if hasattr(decoder, "cuda"):
+    _, state = decoder.decode(latents(3), second)
+    copied = copy.deepcopy(state)
+    before = [tail.clone() for tail in copied]
+    if hasattr(decoder, "cuda"):  # what lies in the buffers, too, when it is captured anew
+        assert state.buffer is not None
         decoder.cuda.capture(decoder)
-        assert torch.equal(decoder.decode(latents(2), second)[0], expected)
+        assert all(map(torch.equal, copy.deepcopy(state), before))
+    for number in range(2):
+        _, state = decoder.decode(latents(number), state)
+    assert all(map(torch.equal, copied, before))
 
 
 def test_a_state_of_another_shape_is_refused_by_the_codec(codec, decoder):

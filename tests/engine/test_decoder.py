@@ -128,10 +128,14 @@ def test_a_state_survives_what_comes_after_it(codec, decoder):
     _, state = decoder.decode(latents(3), second)
     copied = copy.deepcopy(state)
     before = [tail.clone() for tail in copied]
-    if hasattr(decoder, "cuda"):  # what lies in the buffers, too, when it is captured anew
-        assert state.buffer is not None
+    if hasattr(decoder, "cuda"):  # what lies in either buffer, too, when it is captured anew
+        _, later = decoder.decode(latents(4), state)
+        assert {state.buffer, later.buffer} == {0, 1}
+        after = copy.deepcopy(later)
         decoder.cuda.capture(decoder)
-        assert all(map(torch.equal, copy.deepcopy(state), before))
+        assert all(map(torch.equal, copy.deepcopy(state), before)) and all(
+            map(torch.equal, copy.deepcopy(later), after)
+        )
     for number in range(2):
         _, state = decoder.decode(latents(number), state)
     assert all(map(torch.equal, copied, before))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.work import KEY_FRAMES, Row, Sizes
+from benchmarks.work import KEY_FRAMES, VAE_LEVELS, Row, Sizes
 from dsa_engine.ops import CacheScales, HeadWeights, Projection, Rowwise, StopRule, reference
 
 EPS = 1e-6
@@ -131,6 +131,22 @@ def gaussian(d: Draw, row: Row, s: Sizes) -> tuple:
     return seed, d.whole([7]), d.whole([2]), (s.F, s.config.in_dim, *s.latent)
 
 
+def _activation(d: Draw, row: Row, s: Sizes) -> tuple[Tensor, int]:
+    """Channels last, of the level that the row names, and its channels."""
+    channels, scale = next(level for level in VAE_LEVELS if row.what.startswith(f"{level[0]} "))
+    return d.normal(1, s.F * min(scale, 4), scale * s.latent[0], scale * s.latent[1], channels), channels
+
+
+def norm_silu(d: Draw, row: Row, s: Sizes) -> tuple:
+    x, channels = _activation(d, row, s)
+    return x, d.normal(channels), True, d.normal(channels)
+
+
+def bias_residual(d: Draw, row: Row, s: Sizes) -> tuple:
+    x, channels = _activation(d, row, s)
+    return x, d.normal(*x.shape), d.normal(channels)
+
+
 MAKERS = {
     "norm_rope_append": norm_rope_append,
     "attention": attention,
@@ -143,6 +159,8 @@ MAKERS = {
     "fp8_linear": fp8_linear,
     "epilogue": epilogue,
     "gaussian": gaussian,
+    "norm_silu": norm_silu,
+    "bias_residual": bias_residual,
     "rms_norm": lambda d, row, s: (d.normal(1, s.T, s.C), d.normal(s.C), EPS),
     "quantise": lambda d, row, s: (d.normal(1, s.T, s.C),),
     "pool_frames": lambda d, row, s: (d.normal(1, s.T, s.C), s.F, EPS),

@@ -6,6 +6,9 @@
     python benchmarks/kernels.py --check --height 64 --width 96         # only whether the numbers are right
     python benchmarks/kernels.py --time --model shapes                  # plain torch on a CPU, to try the harness
 
+The VAE's decode of a chunk is planned by layer and stage, before and after its fusions (`vae_work.py`), and timed three
+ways on a GPU (`vae_decode.py`).
+
 An op's floor is the larger of its FLOP over the rate of the products and its bytes over the bandwidth, at the rates of
 the datasheets (`work.py`); "expect" takes rates that good kernels reach. Sums are of one forward of the whole model;
 a chunk is n denoising steps, each with its noise and epilogue, and the commit, which is a forward without them.
@@ -36,7 +39,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import work
+from benchmarks import vae_decode, vae_work, work
 from benchmarks.contenders import BACKENDS, DISPATCHED
 from benchmarks.judge import Job, ceilings, judge
 from benchmarks.record import aligned, commit, machine, save
@@ -92,7 +95,8 @@ def plan_forward(rows: Sequence[Row], s: Sizes, precision: str, frames: int) -> 
 
 def plan(rows: Sequence[Row], s: Sizes) -> dict:
     forwards = [plan_forward(rows, s, precision, frames) for precision in PRECISIONS for frames in work.KEY_FRAMES]
-    return {"plan": [plan_row(r) for r in rows], "forward": forwards, "not_timed": work.NOT_TIMED}
+    vae = vae_work.plan(*s.latent, s.F) if s.config != ModelConfig.preset("shapes") else None  # that has a pixel codec
+    return {"plan": [plan_row(r) for r in rows], "forward": forwards, "not_timed": work.NOT_TIMED, "vae": vae}
 
 
 def report_plan(found: dict) -> list[str]:
@@ -118,7 +122,16 @@ def report_plan(found: dict) -> list[str]:
     one = found["forward"][0]
     now, then = one["elementwise_gb"], one["elementwise_gb_in_epilogues"]
     more = "with GELU, gate and residual in the epilogues of the products"
-    return [*lines, "", f"elementwise in {one['precision']}: {now:.2f} GB a forward, {then:.2f} GB {more}"]
+    lines += ["", f"elementwise in {one['precision']}: {now:.2f} GB a forward, {then:.2f} GB {more}"]
+    if found["vae"]:
+        rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in found["vae"]["assumed_tflops"].items())
+        share = found["vae"]["assumed_of_bandwidth"]
+        lines += [
+            "",
+            *aligned(vae_work.report(found["vae"])),
+            f"assumed: TF/s of {rates}; {share:.1%} of the bandwidth",
+        ]
+    return lines
 
 
 def jobs(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str) -> Iterator[Job]:
@@ -162,6 +175,20 @@ def run(todo: Sequence[Job], device: str, until: float, worker: Worker | None) -
         if found["status"] != "absent":
             sys.stderr.write(f"{job.row.name:32} {job.backend:9} {found.get('us') or found['status']}\n")
     return limits, results
+
+
+def decoded(args: argparse.Namespace, s: Sizes, device: str, worker: Worker | None) -> list[dict]:
+    """The VAE's decode of a chunk in its ways, where a GPU is there and it is of this model."""
+    if device == "cpu" or args.model == "shapes" or args.backends or (args.ops and vae_decode.ROW not in args.ops):
+        return []
+    seconds = None if args.check else 1.0 if args.quick else 3.0
+    asked = (1, s.F, s.config.in_dim, *s.latent), device, args.seed, seconds
+    try:
+        if worker:
+            return worker.call(vae_decode.judge, *asked, seconds=4 * PATIENCE)
+        return vae_decode.judge(*asked)
+    except (Lost, RuntimeError) as reason:
+        return [{"op": vae_decode.ROW, "row": vae_decode.ROW, "backend": "all", "status": "failed", "why": str(reason)}]
 
 
 def absent(results: Sequence[dict]) -> dict[str, list[str]]:
@@ -243,6 +270,10 @@ def report(rows: Sequence[Row], found: dict) -> list[str]:
         kinds = ("ms", "products", "attention", "cross_attention", "elementwise")
         body = [[f["precision"], str(f["kv"]), *(f"{f[k]:.2f}" for k in kinds)] for f in forwards]
         lines += ["", *aligned([[f"one forward, {which}", "KV", *kinds], *body])] if body else []
+    if found["vae_decode"]:
+        body = [[r["backend"], f"{r['us'] / 1e3:.2f}" if "us" in r else "-", f"{r.get('error', float('nan')):.1e}",
+                 " ".join(filter(None, (r["status"], r.get("why"))))] for r in found["vae_decode"]]  # fmt: skip
+        lines += ["", *aligned([["VAE decode of a chunk", "ms", "error", ""], *body])]
     if found["ceilings"]:
         lines += ["", f"ceilings: {json.dumps(rounded(found['ceilings']))}"]
     return lines
@@ -265,11 +296,13 @@ def measured(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: st
     until = time.monotonic() + (args.limit or float("inf"))
     with nullcontext() if device == "cpu" or args.inline else Worker() as worker:
         limits, results = run(todo, device, until, worker)
+        decodes = decoded(args, s, device, worker) if time.monotonic() < until else []
     about = machine()
     capability = about["gpu"]["capability"] if about["gpu"] else "cpu"
     return {
         "ceilings": limits,
         "results": [r for r in results if r["status"] != "absent"],
+        "vae_decode": decodes,
         "absent": absent(results),
         "choice": {capability: choices(chosen(args, rows), results)},
         "measured_forward": {
@@ -300,7 +333,9 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     side = (64, 64) if args.model == "shapes" else (480, 832)
     args.height, args.width = args.height or side[0], args.width or side[1]
-    known = sorted({r.op for r in work.rows(Sizes(ModelConfig.preset(args.model), args.height, args.width))})
+    known = sorted(
+        {vae_decode.ROW} | {r.op for r in work.rows(Sizes(ModelConfig.preset(args.model), args.height, args.width))}
+    )
     if args.ops and not set(args.ops) <= set(known):
         parser.error(f"--ops {' '.join(args.ops)}: must be of {', '.join(known)}")
     if args.save:
@@ -328,7 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.save:
         save(result, args.save)
     sys.stdout.write(json.dumps(result, separators=(",", ":")) + "\n")
-    return int(any(r["status"] == "wrong" for r in result.get("results", ())))
+    some = [*result.get("results", ()), *result.get("vae_decode", ())]
+    return int(any(r["status"] == "wrong" for r in some))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ BF16, FP32 = 2, 4
 INDEX = 8
 PRECISIONS = ("bf16", "fp8")
 STEP_OPS = ("epilogue", "gaussian")  # run once in a denoising step, not in a forward; a commit has none
+VAE_LEVELS = ((384, 2), (96, 8))  # channels, and times the latents' sides; up to 4 times the frames
 NOT_TIMED = {
     "norm_rope": "`norm_rope_append` does the same and stores K and V; without a cache only training calls it",
     "velocity_to_x0": "a part of `epilogue`",
@@ -205,8 +206,20 @@ def ends(s: Sizes) -> list[Row]:
     ]
 
 
+def between_convolutions(s: Sizes) -> list[Row]:
+    """Ops of the Wan VAE, at its picture's level and at its widest, whose sums `vae_work.py` has."""
+    rows = []
+    for channels, scale in VAE_LEVELS:
+        pixels = s.F * min(scale, 4) * (scale * s.latent[0]) * (scale * s.latent[1])
+        one, vector = pixels * channels * BF16, channels * BF16
+        what = f"{channels} channels, x{scale}"
+        rows.append(Row("norm_silu", what, "bf16", 0, one + 2 * vector, one, once(0)))
+        rows.append(Row("bias_residual", what, "bf16", 0, 2 * one + vector, one, once(0)))
+    return rows
+
+
 def rows(s: Sizes) -> list[Row]:
-    return [*products(s), *attentions(s), *elementwise(s), *ends(s)]
+    return [*products(s), *attentions(s), *elementwise(s), *ends(s), *between_convolutions(s)]
 
 
 def forward(all_rows: Sequence[Row], precision: str, frames: int) -> list[Row]:

@@ -297,9 +297,31 @@ def attention_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def norm_silu_cases() -> list[Case]:
+    """Channels of the Wan VAE's levels, written behind two frames of the past."""
+    from dsa_engine.triton_kernels import norm_silu as op
+
+    def norm(channels: int, dtype=BF16, silu=True, biased=True, past=0):
+        x, vectors = meta(1, 12, 60, 104, channels, dtype=dtype), [meta(channels, dtype=dtype)] * 2
+        out = meta(1, 12 + past, 60, 104, channels, dtype=dtype)[:, past:]
+        return lambda: op.norm_silu(x, vectors[0], silu, vectors[1] if biased else None, out)
+
+    def residual(channels: int, dtype=BF16):
+        x = meta(1, 12, 60, 104, channels, dtype=dtype)
+        return lambda: op.bias_residual(x, x, meta(channels, dtype=dtype))
+
+    wide = "LDG.E.128 STG.E.128"
+    return [
+        *(Case(f"norm_silu {c} bf16", norm(c, past=2), {"norm_silu_kernel": wide}) for c in (96, 192, 384)),
+        Case("norm_silu 384 bf16, no silu, no bias", norm(384, silu=False, biased=False), {"norm_silu_kernel": wide}),
+        Case("norm_silu 96 float32", norm(96, F32), {"norm_silu_kernel": wide}),
+        *(Case(f"bias_residual {c} bf16", residual(c), {"bias_residual_kernel": wide}) for c in (96, 192, 384)),
+    ]
+
+
 def all_cases() -> list[Case]:
     """One function an op module."""
-    return [*norm_rope_cases(), *row_cases(), *epilogue_cases(), *attention_cases()]
+    return [*norm_rope_cases(), *row_cases(), *epilogue_cases(), *attention_cases(), *norm_silu_cases()]
 
 
 def table(kernels: list[Kernel]) -> str:

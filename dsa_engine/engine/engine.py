@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import device_loop
+from dsa_engine.engine.decoder import ChunkDecoder, too_large
 from dsa_engine.engine.graphs import StepGraphs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.rollout import Rollout
@@ -19,6 +20,7 @@ from dsa_engine.models.codec import VideoCodec
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.models.text import TextEncoder
+from dsa_engine.models.vae import StreamingVAE
 from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
@@ -56,6 +58,7 @@ class Engine:
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
         self.config, self.max_sessions, self.deterministic = config, max_sessions, deterministic
         self._pools: dict[PoolShape, StepInputs] = {}
+        self._decoders: dict[tuple[int, ...], ChunkDecoder] = {}  # by the shape of a chunk's latents
 
     def session(
         self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
@@ -73,27 +76,46 @@ class Engine:
         rollout = Rollout(
             self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
         )
-        return Session(rollout, self.decoder, self, embeds, fps, prompt, frames)
+        decoder = self._decoders.get(self._chunk(height, width, config), self.decoder)
+        return Session(rollout, decoder, self, embeds, fps, prompt, frames)
 
     def capture(
         self, *, height: int, width: int, frames: int | None, config: RolloutConfig,
         progress: Callable[[int, int], None] | None = None,
     ) -> float:  # fmt: skip
-        """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share.
+        """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share, and of their
+        video VAE, if it is one that streams.
 
-        Returns the seconds it took; progress(done, of) is called after each graph. Raises RuntimeError where there is
-        no CUDA device.
+        Returns the seconds it took; progress(done, of) is called after each of the pool's. Raises RuntimeError where
+        there is no CUDA device.
         """
         if self.dit.device.type != "cuda":
             raise RuntimeError(f"CUDA graphs on {self.dit.device}: they need a CUDA device")
-        inputs = self._shared(self._pool_shape(height, width, frames, config))
-        if inputs.graphs is not None:
+        inputs, seconds = self._shared(self._pool_shape(height, width, frames, config)), 0.0
+        if inputs.graphs is None:
+            why = device_loop.unavailable()
+            if why is not None:
+                logger.warning("no loop on the device, single steps are launched instead: %s", why)
+            inputs.graphs = StepGraphs(inputs, loop_rows=0 if why else 1)
+            seconds = inputs.graphs.capture(progress)
+        return seconds + self._capture_decoder(self._chunk(height, width, config))
+
+    def _capture_decoder(self, latents: tuple[int, ...]) -> float:
+        """Seconds; 0 where that is done already, or there is nothing to capture."""
+        if not isinstance(self.decoder, StreamingVAE) or latents in self._decoders:
             return 0.0
-        why = device_loop.unavailable()
+        why = too_large(self.decoder, latents)
         if why is not None:
-            logger.warning("no loop on the device, single steps are launched instead: %s", why)
-        inputs.graphs = StepGraphs(inputs, loop_rows=0 if why else 1)
-        return inputs.graphs.capture(progress)
+            logger.warning("the decoder was not captured, its chunks are launched op by op: %s", why)
+            return 0.0
+        decoder = ChunkDecoder(self.decoder, latents)
+        seconds = decoder.capture(tune=not self.deterministic)
+        self._decoders[latents] = decoder
+        return seconds
+
+    def _chunk(self, height: int, width: int, config: RolloutConfig) -> tuple[int, ...]:
+        """Shape of the latents that a session decodes at once."""
+        return 1, config.chunk_frames, self.dit.config.in_dim, height, width
 
     def _shared(self, shape: PoolShape) -> StepInputs:
         """The pool of all sessions of a shape."""
@@ -174,8 +196,9 @@ class Engine:
         return sum(pool.nbytes + pool.cache.nbytes for pool in self._pools.values())
 
     def close(self) -> None:
-        """Drop the cache pools. Sessions still open keep theirs alive."""
+        """Drop the cache pools and what was captured. Sessions still open keep theirs alive."""
         self._pools.clear()
+        self._decoders.clear()
 
 
 def guided(noise: Noise, guide: Tensor | None, strength: float, config: RolloutConfig) -> Noise:

@@ -282,6 +282,7 @@ class Session:
 
     def close(self) -> None:
         """Give the cache slot back; harmless when done twice."""
+        self._decoder_state = None  # so that a decoder need not keep it for nobody
         self.rollout.close()
 
     def __enter__(self) -> Session:

@@ -53,7 +53,7 @@ class TextSize:
     block: int
 
 
-WAN_VAE = Codec("the Wan VAE", 126_892_531, state=2365.0, work=580.0)
+WAN_VAE = Codec("the Wan VAE", 126_892_531, state=2365.0, work=435.0)
 TAEHV = Codec("TAEHV", 11_315_539, state=84.0, work=140.0)
 PIXELS = Codec("the pixel codec", 151_100, work=8.25, streams=False)
 UMT5_XXL = TextSize("umT5-XXL", 5_680_910_336, 192_948_224)

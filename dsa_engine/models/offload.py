@@ -77,12 +77,10 @@ class HomeStream(Stream):
     def __init__(self, state: State | None, axis: int, device: torch.device):
         super().__init__(None if state is None else (t.to(device, non_blocking=True) for t in state), axis)
 
-    def extend(self, x: Tensor, frames: int) -> Tensor:
-        x = super().extend(x, frames)
-        tail = self.tails.pop()
-        home = torch.empty(tail.shape, dtype=tail.dtype, device="cpu", pin_memory=tail.is_cuda)
-        self.tails.append(home.copy_(tail, non_blocking=True))
-        return x
+    def _kept(self, tail: Tensor) -> Tensor:
+        tail = super()._kept(tail)  # dense, and home in the same order, so that it goes as one piece
+        home = torch.empty_like(tail, device="cpu", pin_memory=tail.is_cuda)
+        return home.copy_(tail, non_blocking=True)
 
 
 class Offloaded(nn.Module):

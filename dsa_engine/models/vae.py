@@ -7,18 +7,24 @@ frames are therefore 1 + 4 n pixel frames. Apart from that rule a chunk of any l
 
 Source: Wan 2.1 (arXiv 2503.20314) and its `wan/modules/vae.py`, which goes frame by frame with the memory on the
 module; here the memory is an argument and a result.
+
+Activations are [B, C, T, H, W] with the channels last in memory (`channels_last_3d`), where the frames of a clip lie
+one after the other: what precedes a convolution writes right behind the frames that it remembers, frames are taken
+apart and pixels multiplied as views. Nothing is padded or copied for a convolution but those two frames.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsa_engine import ops
 from dsa_engine.models.checkpoint import load_strict, read_tensors
 from dsa_engine.models.vae_names import DIFFUSERS, WAN, expect, to_wan
 
@@ -40,32 +46,44 @@ class Stream:
     """One pass of a chunk through the layers: hands out what the chunk before left, in order, and collects anew.
 
     first: nothing was decoded before. tails: this chunk's state, complete after the pass. axis: the axis of time.
+    into: tensors that take the new state, others than those of `state`; None makes new ones.
     """
 
-    def __init__(self, state: State | None, axis: int):
+    def __init__(self, state: Iterable[Tensor] | None, axis: int, into: Sequence[Tensor] | None = None):
         self.first = state is None
         self.tails: list[Tensor] = []
-        self._past = iter(state or ())
-        self._axis = axis
+        self._past = iter(() if state is None else state)
+        self._axis, self._into = axis, into
 
-    def extend(self, x: Tensor, frames: int) -> Tensor:
+    def extend(self, x: Tensor, frames: int, write: Callable[[Tensor], object] | None = None) -> Tensor:
         """x with the `frames` frames before it, zeros at a clip's start; its last `frames` are kept for the next chunk.
 
+        write(part): puts a function of x, of its shape, into the part behind those frames; None copies x itself.
         Raises ValueError when the state does not fit x.
         """
-        shape = list(x.shape)
-        shape[self._axis] = frames
-        past = x.new_zeros(shape) if self.first else next(self._past, None)
-        if past is None or list(past.shape) != shape:
+        axis, count, shape = self._axis, x.shape[self._axis], list(x.shape)
+        shape[axis] = frames
+        past = None if self.first else next(self._past, None)
+        if not self.first and (past is None or list(past.shape) != shape):
             held = "nothing" if past is None else list(past.shape)
             raise ValueError(
                 f"state holds {held} where this chunk needs {shape}: give the state that the chunk before of the same "
                 "stream returned, or None at a clip's start"
             )
-        x = torch.cat((past, x), dim=self._axis)
-        tail = x.narrow(self._axis, x.shape[self._axis] - frames, frames)
-        self.tails.append(tail.clone())  # a view would keep the whole chunk alive
-        return x
+        shape[axis] += count
+        layout = torch.channels_last_3d if axis == 2 else torch.contiguous_format
+        whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        front = whole.narrow(axis, 0, frames)
+        front.zero_() if past is None else front.copy_(past)
+        part = whole.narrow(axis, frames, count)  # only now: autograd allows no older view beside the one written
+        part.copy_(x) if write is None else write(part)
+        self.tails.append(self._kept(whole.narrow(axis, count, frames)))
+        return whole
+
+    def _kept(self, tail: Tensor) -> Tensor:
+        if self._into is not None:
+            return self._into[len(self.tails)].copy_(tail)
+        return tail.clone()  # a view would keep the whole chunk alive
 
 
 class StreamingVAE(nn.Module):
@@ -81,15 +99,18 @@ class StreamingVAE(nn.Module):
     pass_frames = 3
     time_axis: int
 
-    def decode(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def decode(
+        self, latents: Tensor, state: State | None = None, into: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, State]:
         """latents [B, F, C, h, w] of any floating dtype and the state after the chunk before (None at a clip's start)
         -> frames [B, T, 3, 8 h, 8 w] in [0, 1] in the weights' dtype, T = 4 F (4 F - 3 at a clip's start), and the next
         state. The state given is not changed and may be used again.
 
+        into: tensors like those of a state of this stream, and others than the state given, which take the next one.
         Raises ValueError for another shape, or a state that is not of this stream.
         """
         self._check("latents", latents, self.latent_channels)
-        return self._run(self._decode, latents.split(self.pass_frames, dim=1), state)
+        return self._run(self._decode, latents.split(self.pass_frames, dim=1), state, into)
 
     def frames_of(self, latent_frames: int, first: bool) -> int:
         """Pixel frames that a chunk decodes to: 4 a latent frame, but 1 for the `first` one of a clip.
@@ -111,15 +132,18 @@ class StreamingVAE(nn.Module):
     def _decode(self, latents: Tensor, stream: Stream) -> Tensor:
         raise NotImplementedError
 
-    def _run(self, step: Callable[[Tensor, Stream], Tensor], pieces: Iterable[Tensor], state: State | None):
+    def _run(
+        self, step: Callable[[Tensor, Stream], Tensor], pieces: Sequence[Tensor], state: State | None,
+        into: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """`step` on one piece after the other -> (results along axis 1, the state after the last)."""
         dtype = next(self.parameters()).dtype
         results = []
         for piece in pieces:
-            stream = Stream(state, self.time_axis)
+            stream = Stream(state, self.time_axis, into)  # each layer reads its past before it writes its tail
             results.append(step(piece.to(dtype), stream))
             state = tuple(stream.tails)
-        return torch.cat(results, dim=1), state
+        return results[0] if len(results) == 1 else torch.cat(results, dim=1), state
 
     def _check_frames(self, frames: Tensor) -> None:
         self._check("frames", frames, 3)
@@ -150,52 +174,91 @@ class Chain(Causal, nn.Sequential):
 
 
 class CausalConv3d(Causal, nn.Conv3d):
-    """A convolution that is padded in space and preceded in time by the kernel's length less one frames."""
+    """A convolution that is padded in space and preceded in time by the kernel's length less one frames.
 
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1):
+    bias_later: it does not add its bias, which is left to what follows.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1,
+        bias_later: bool = False,
+    ):  # fmt: skip
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(inputs, outputs, kernel, stride=(time_stride, 1, 1), padding=padding)
+        self.bias_later = bias_later
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.convolve(stream.extend(x, self.kernel_size[0] - 1))
+    def forward(self, x: Tensor, stream: Stream, write: Callable[[Tensor], object] | None = None) -> Tensor:
+        """write(part): puts what is convolved, a function of x of its shape, into memory of the layer's; None: x."""
+        return self.convolve(stream.extend(x, self.kernel_size[0] - 1, write))
 
     def convolve(self, x: Tensor) -> Tensor:
         """x with its past in front -> the frames that the kernel fits on, which may be none (torch refuses that)."""
         if x.shape[2] < self.kernel_size[0]:
             return x.new_empty(len(x), self.out_channels, 0, *x.shape[3:])
-        return super().forward(x)
+        return self._conv_forward(x, self.weight, None if self.bias_later else self.bias)
+
+
+class PointwiseConv3d(nn.Conv3d):
+    """A 1 x 1 x 1 convolution as the product it is, over the channels that lie side by side."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _channels_first(F.linear(_channels_last(x), self.weight.flatten(1), self.bias))
 
 
 class RMSNorm(nn.Module):
-    """`x * sqrt(C) / ||x|| * gamma` over the channels, x [B, C, ...]; the norm is taken in at least float32."""
+    """`ops.norm_silu` over the channels, x [B, C, ...]."""
 
     def __init__(self, channels: int, axes: int = 3):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-        return unit.to(x.dtype) * (x.shape[1] ** 0.5 * self.gamma)
+    def forward(self, x: Tensor, silu: bool = False, bias: Tensor | None = None) -> Tensor:
+        return _channels_first(ops.norm_silu(_channels_last(x), self.gamma.flatten(), silu, bias))
+
+    def silu_into(self, x: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+        """silu(norm(x + bias)) into a tensor of x's shape."""
+        ops.norm_silu(_channels_last(x), self.gamma.flatten(), True, bias, _channels_last(out))
 
 
 class ResidualBlock(Causal, nn.Module):
-    """x [B, inputs, T, H, W] -> [B, outputs, T, H, W]."""
+    """x [B, inputs, T, H, W] -> [B, outputs, T, H, W].
+
+    The norms write where the convolutions read, and each convolution's bias is added by what follows it. The names
+    count two activations and a dropout that nobody calls.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.residual = Chain(
+        self.residual = nn.Sequential(
             RMSNorm(inputs),
-            nn.SiLU(),
-            CausalConv3d(inputs, outputs),
+            nn.Identity(),
+            CausalConv3d(inputs, outputs, bias_later=True),
             RMSNorm(outputs),
-            nn.SiLU(),
-            nn.Identity(),  # dropout in training: the names count it
-            CausalConv3d(outputs, outputs),
+            nn.Identity(),
+            nn.Identity(),
+            CausalConv3d(outputs, outputs, bias_later=True),
         )
-        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv3d(inputs, outputs, 1)
+        self.shortcut = nn.Identity() if inputs == outputs else PointwiseConv3d(inputs, outputs)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.shortcut(x) + self.residual(x, stream)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        y = conv1(x, stream, partial(norm1.silu_into, x))
+        y = conv2(y, stream, partial(norm2.silu_into, y, bias=conv1.bias))
+        return _channels_first(ops.bias_residual(_channels_last(self.shortcut(x)), _channels_last(y), conv2.bias))
+
+
+class Head(Causal, nn.Sequential):
+    """The last norm and convolution; its names count an activation too."""
+
+    def __init__(self, channels: int, outputs: int):
+        super().__init__(RMSNorm(channels), nn.Identity(), CausalConv3d(channels, outputs))
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        norm, _, conv = self
+        return conv(x, stream, partial(norm.silu_into, x))
 
 
 class AttentionBlock(nn.Module):
@@ -208,12 +271,11 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + _each_frame(self._attend, x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        tokens = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None]  # [B T, 1, H W, 3 C]
-        y = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
-        return self.proj(y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+        pixels = _channels_last(self.norm(x)).flatten(0, 1).flatten(1, 2)  # [B T, H W, C]
+        qkv = F.linear(pixels, self.to_qkv.weight.flatten(1), self.to_qkv.bias)[:, None]
+        y = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))[:, 0]
+        y = F.linear(y, self.proj.weight.flatten(1)).view(_channels_last(x).shape)
+        return _channels_first(ops.bias_residual(_channels_last(x), y, self.proj.bias))
 
 
 class Upsample(Causal, nn.Module):
@@ -222,17 +284,21 @@ class Upsample(Causal, nn.Module):
     def __init__(self, channels: int, in_time: bool):
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(channels, channels // 2, 3, padding=1)
+            nn.Identity(),  # the names count the enlargement
+            nn.Conv2d(channels, channels // 2, 3, padding=1),
         )
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        if self.time_conv is not None:
+        if self.time_conv is None:
+            large = _enlarged(_channels_last(x)[:, :, None])
+        else:
             # A clip's first frame is neither doubled nor the past of the others: zeros come before the second.
             pairs = self.time_conv(x[:, :, int(stream.first) :], stream).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
-            doubled = pairs.movedim(1, 3).flatten(2, 3)
-            x = torch.cat((x[:, :, :1], doubled), dim=2) if stream.first else doubled
-        return _each_frame(self.resample, x)
+            large = _enlarged(pairs.movedim((1, 2), (2, -1)))
+            if stream.first:
+                large = torch.cat((_enlarged(_channels_last(x[:, :, :1])[:, :, None]), large), dim=1)
+        return _each_frame(self.resample, _channels_first(large))
 
 
 class Downsample(Causal, nn.Module):
@@ -254,6 +320,23 @@ class Downsample(Causal, nn.Module):
         return torch.cat((x[:, :, :1], self.time_conv.convolve(x)), dim=2)
 
 
+def _enlarged(frames: Tensor) -> Tensor:
+    """[B, T, N, H, W, C], whatever its strides -> [B, T N, 2 H, 2 W, C], each pixel four times, in one copy."""
+    batch, time, count, height, width, channels = frames.shape
+    pixels = frames[:, :, :, :, None, :, None].expand(-1, -1, -1, -1, 2, -1, 2, -1)
+    return pixels.reshape(batch, time * count, 2 * height, 2 * width, channels)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] -> [B, T, H, W, C], a view."""
+    return x.movedim(1, -1)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """[B, T, H, W, C] -> [B, C, T, H, W], a view."""
+    return x.movedim(-1, 1)
+
+
 def _each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A layer for pictures [N, C, H, W] on every frame of x [B, C, T, H, W]."""
     return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
@@ -261,10 +344,6 @@ def _each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def _middle(channels: int) -> Chain:
     return Chain(ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels))
-
-
-def _head(channels: int, outputs: int) -> Chain:
-    return Chain(RMSNorm(channels), nn.SiLU(), CausalConv3d(channels, outputs))
 
 
 def _encoder(dim: int, widths: list[int], blocks: int, outputs: int, time_down: tuple[bool, ...]) -> Chain:
@@ -276,7 +355,7 @@ def _encoder(dim: int, widths: list[int], blocks: int, outputs: int, time_down: 
             layers.append(Downsample(width, time_down[level]))
         channels = width
     parts = ("conv1", CausalConv3d(3, dim)), ("downsamples", Chain(*layers)), ("middle", _middle(widths[-1]))
-    return Chain(OrderedDict([*parts, ("head", _head(widths[-1], outputs))]))
+    return Chain(OrderedDict([*parts, ("head", Head(widths[-1], outputs))]))
 
 
 def _decoder(widths: list[int], blocks: int, inputs: int, time_up: tuple[bool, ...]) -> Chain:
@@ -288,7 +367,7 @@ def _decoder(widths: list[int], blocks: int, inputs: int, time_up: tuple[bool, .
             layers.append(Upsample(width, time_up[level]))
             channels = width // 2
     parts = ("conv1", CausalConv3d(inputs, widths[0])), ("middle", _middle(widths[0])), ("upsamples", Chain(*layers))
-    return Chain(OrderedDict([*parts, ("head", _head(widths[-1], 3))]))
+    return Chain(OrderedDict([*parts, ("head", Head(widths[-1], 3))]))
 
 
 class WanVAE(StreamingVAE):
@@ -328,12 +407,20 @@ class WanVAE(StreamingVAE):
         self.temporal_stride = 2 ** sum(time_down)
         widths = [dim * m for m in multipliers]
         self.encoder = _encoder(dim, widths, blocks, 2 * latent_channels, tuple(time_down))
-        self.conv1 = nn.Conv3d(2 * latent_channels, 2 * latent_channels, 1)
-        self.conv2 = nn.Conv3d(latent_channels, latent_channels, 1)
+        self.conv1 = PointwiseConv3d(2 * latent_channels, 2 * latent_channels)
+        self.conv2 = PointwiseConv3d(latent_channels, latent_channels)
         self.decoder = _decoder(widths[::-1], blocks, latent_channels, tuple(time_down)[::-1])
         # Not in the files, so they must have their values even when the parameters are made on the meta device.
         self.register_buffer("mean", torch.tensor(mean, device="cpu")[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std, device="cpu")[:, None, None], persistent=False)
+
+    def lay_out(self) -> WanVAE:
+        """The weights in the order in memory that the convolutions read; else each call would copy them into it."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+                layout = torch.channels_last if isinstance(layer, nn.Conv2d) else torch.channels_last_3d
+                layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+        return self
 
     def encode(self, frames: Tensor) -> Tensor:
         """A whole clip: frames [B, 1 + 4 n, 3, H, W] in [0, 1] -> latents [B, 1 + n, 16, H / 8, W / 8], the mean of the
@@ -374,4 +461,4 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.
     with torch.device("meta"):
         vae = WanVAE(dim=tensors["decoder.upsamples.0.residual.0.gamma"].numel() // 4)
     load_strict(vae, tensors, path)
-    return vae.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return vae.to(device=device, dtype=dtype).requires_grad_(False).eval().lay_out()

@@ -6,6 +6,7 @@ from dsa_engine.ops.fp8_linear import fp8_linear, quantise
 from dsa_engine.ops.modulate import gate_residual, gelu_bias, modulate, residual_modulate
 from dsa_engine.ops.noise import gaussian
 from dsa_engine.ops.norm_rope import norm_rope, norm_rope_append, rms_norm
+from dsa_engine.ops.norm_silu import bias_residual, norm_silu
 from dsa_engine.ops.pooling import pool_frames
 from dsa_engine.structures import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
 
@@ -17,6 +18,7 @@ __all__ = [
     "Rowwise",
     "StopRule",
     "attention",
+    "bias_residual",
     "cross_attention",
     "epilogue",
     "fp8_linear",
@@ -26,6 +28,7 @@ __all__ = [
     "modulate",
     "norm_rope",
     "norm_rope_append",
+    "norm_silu",
     "pool_frames",
     "quantise",
     "renoise",

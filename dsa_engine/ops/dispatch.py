@@ -27,6 +27,7 @@ STEMS = {
     "epilogue": ("velocity_to_x0", "renoise", "epilogue"),
     "fp8_linear": ("quantise", "fp8_linear"),
     "noise": ("gaussian",),
+    "norm_silu": ("norm_silu", "bias_residual"),
 }
 STEM_OF = {op: stem for stem, ops in STEMS.items() for op in ops}
 KERNELS = ("triton", "cuda")

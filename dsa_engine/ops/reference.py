@@ -112,6 +112,20 @@ def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() * scale[:, None, :, None]).to(x.dtype)
 
 
+def norm_silu(
+    x: Tensor, gain: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    y = x.float() if bias is None else x.float() + bias.float()
+    y = y * (x.shape[-1] ** 0.5 / torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1e-12))
+    y = y * gain.float()  # a step at a time, since each keeps one more tensor of float32 alive
+    y = F.silu(y) if silu else y
+    return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+def bias_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    return (x.float() + (y.float() + bias.float())).to(x.dtype)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False):
     shift, scale = shift.float(), 1 + scale.float()
     if shift.shape[:2] == scale.shape[:2] == (1, 1):  # one modulation for all is LayerNorm's own weight and bias

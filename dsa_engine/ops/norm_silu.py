@@ -1,0 +1,40 @@
+"""What lies between two convolutions of the Wan VAE: bias, RMSNorm over the channels, SiLU; and bias with residual.
+
+Channels come last, as they do in memory (`channels_last_3d`), and everything is float32 inside. The biases are those of
+the convolutions before: cuDNN's own would be added in a pass over memory of their own.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsa_engine.ops.dispatch import implementation
+
+
+def norm_silu(
+    x: Tensor, gain: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`z = (x + bias) * sqrt(C) / max(||x + bias||, 1e-12) * gain` over the last dim; z * sigmoid(z), or z if not silu.
+
+    x [B, ..., C], gain and bias [C] -> x's shape and dtype. out: where to write it, returned: a tensor like x whose
+    rows of the batch may lie apart, as they do in a part of longer clips.
+    """
+    _check("norm_silu", x, gain, *([] if bias is None else [bias]))
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
+        raise ValueError(f"norm_silu: out {list(out.shape)} of {out.dtype} must be {list(x.shape)} of {x.dtype}, as x")
+    return implementation("norm_silu", x)(x, gain, silu, bias, out)
+
+
+def bias_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """x + (y + bias), rounded once. x, y [B, ..., C], bias [C] -> x's shape and dtype."""
+    _check("bias_residual", x, bias)
+    if x.shape != y.shape:
+        raise ValueError(f"bias_residual: x {list(x.shape)} and y {list(y.shape)} must be alike")
+    return implementation("bias_residual", x)(x, y, bias)
+
+
+def _check(op: str, x: Tensor, *vectors: Tensor) -> None:
+    wrong = [list(v.shape) for v in vectors if v.shape != x.shape[-1:]]
+    if x.ndim < 2 or wrong:
+        given = f" and a vector {wrong[0]}" if wrong else ""
+        raise ValueError(f"{op}: x {list(x.shape)}{given} must be [B, ..., C] and [C]")

@@ -19,6 +19,7 @@ from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
 from dsa_engine.models.found import Found
+from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.fp8 import quantization as named_quantization
 from dsa_engine.sampling.denoise import Denoised, Step
 from dsa_engine.sampling.noise import Renoise, check_seed
@@ -119,7 +120,7 @@ class Pipeline:
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
         )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
-        parts = package.place(parts, offload, config, max_sessions)
+        parts = package.place(parts, offload, config, max_sessions, E4M3 if fp8.cache else None)
         engine = Engine(
             parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic, fp8.cache
         )  # fmt: skip

@@ -18,6 +18,7 @@ from dsa_engine.models.dit import Block, CausalDiT, timestep_features
 from dsa_engine.ops.reference import E4M3_MAX
 from dsa_engine.structures import CacheScales
 
+E4M3 = torch.float8_e4m3fn
 CAPABILITY = (8, 9)  # e4m3 in hardware: Ada, Hopper and later
 
 

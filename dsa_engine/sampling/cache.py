@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from dsa_engine import ops
+from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.rope import axis_pairs, rates
 from dsa_engine.ops.reference import to_e4m3
 from dsa_engine.structures import CacheScales
-
-E4M3 = torch.float8_e4m3fn
 
 
 class KVCache:

@@ -19,7 +19,7 @@ from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
 from dsa_engine.models.found import Found
-from dsa_engine.models.fp8 import E4M3
+from dsa_engine.models.fp8 import E4M3, quantise_linears
 from dsa_engine.models.fp8 import quantization as named_quantization
 from dsa_engine.sampling.denoise import Denoised, Step
 from dsa_engine.sampling.noise import Renoise, check_seed
@@ -113,6 +113,8 @@ class Pipeline:
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         fp8 = named_quantization(quantization, device)  # before anything is read
         parts = package.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
+        if fp8.linear:
+            quantise_linears(parts.dit)
         if head is not None:
             parts = package.with_head(parts, head)
         steps = None if steps is None else tuple(steps)

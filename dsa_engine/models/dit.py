@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
+from dsa_engine.models.fp8_linear import Fp8Linear
 from dsa_engine.models.rope import rope_table
-from dsa_engine.structures import Projection
+from dsa_engine.structures import Projection, Rowwise
 
 
 class Memory(Protocol):
@@ -84,22 +85,27 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
-def joint(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+def joint(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
     """Every layer's output for one x [..., in], by a single product where that is faster.
 
     It is not on a CPU, and is none where the weights are to be trained, or under torch.compile, which knows no
     addresses: there each layer is a product of its own.
     """
     trained = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
-    if x.device.type == "cpu" or trained or torch.compiler.is_compiling():
+    if layers[0].weight.device.type == "cpu" or trained or torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     return one_product(x, layers)
 
 
-def one_product(x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+def one_product(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
     """Every layer's output for one x [..., in]: views of one tensor [..., sum of their widths]."""
     weight, bias = (side_by_side([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+    if isinstance(x, Rowwise):
+        scale = side_by_side([layer.scale for layer in layers])
+        y = ops.fp8_linear(x, Rowwise(weight, scale), bias, bias.dtype)
+    else:
+        y = F.linear(x, weight, bias)
+    return y.split([layer.out_features for layer in layers], dim=-1)
 
 
 def side_by_side(parts: Sequence[nn.Parameter]) -> Tensor:
@@ -146,7 +152,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x: Tensor, layer: int, memory: Memory, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor | Rowwise, layer: int, memory: Memory, rope: tuple[Tensor, Tensor]) -> Tensor:
         gains = (self.norm_q.weight, self.norm_k.weight)
         q, k, v = joint(x, (self.q, self.k, self.v))
         return self.o(memory.attend(layer, q, k, v, gains, rope, self.norm_q.eps))
@@ -158,7 +164,7 @@ class CrossAttention(Attention):
         k, v = joint(text, (self.k, self.v))
         return torch.stack((self.norm_k(k), v)).unflatten(-1, self.heads)
 
-    def forward(self, x: Tensor, layer: int, text: TextKV) -> Tensor:
+    def forward(self, x: Tensor | Rowwise, layer: int, text: TextKV) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
         return self.o(ops.cross_attention(q, *text.kv[layer], text.used, text.repeat).flatten(2))
 
@@ -167,6 +173,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim, self.eps = config.dim, config.eps
+        self.fp8 = False  # whether its products are, and their inputs come so (`models.fp8.quantise_linears`)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
@@ -176,20 +183,23 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, y: Tensor, mod: Vectors, then: Vectors | None, layer: int, rope, text: TextKV, memory: Memory
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self, x: Tensor, y: Tensor | Rowwise, mod: Vectors, then: Vectors | None, layer: int, rope, text: TextKV,
+        memory: Memory,
+    ) -> tuple[Tensor, Tensor | Rowwise | None]:  # fmt: skip
         """x [B, T, dim], the stream, and y, its norm modulated for this block -> the same for the next block.
 
         The end of each sub-layer and the norm of the next are one op, which reads and writes the stream once; so are
         this block's end and the norm of the next, modulated by `then`. After the last block there is no y.
         """
         y = self.self_attn(y, layer, memory, rope)
-        x, y = ops.residual_modulate(x, y, mod.gate1, mod.shift3, mod.scale3, self.eps)
-        x, y = ops.residual_modulate(x, self.cross_attn(y, layer, text), None, mod.shift2, mod.scale2, self.eps)
-        y = self.ffn[2](ops.linear_gelu(y, self.ffn[0].weight, self.ffn[0].bias))
+        x, y = ops.residual_modulate(x, y, mod.gate1, mod.shift3, mod.scale3, self.eps, self.fp8)
+        y = self.cross_attn(y, layer, text)
+        x, y = ops.residual_modulate(x, y, None, mod.shift2, mod.scale2, self.eps, self.fp8)
+        up, _, down = self.ffn
+        y = down(up.gelu(y) if self.fp8 else ops.linear_gelu(y, up.weight, up.bias))
         if then is None:
             return ops.gate_residual(x, y, mod.gate2), None
-        return ops.residual_modulate(x, y, mod.gate2, then.shift1, then.scale1, self.eps)
+        return ops.residual_modulate(x, y, mod.gate2, then.shift1, then.scale1, self.eps, self.fp8)
 
 
 class Head(nn.Module):
@@ -282,7 +292,7 @@ class CausalDiT(nn.Module):
         mod = self.time_projection(time).unflatten(-1, (6, -1)).float()
         rope = rope_table(frames, height // p, width // p, self.config.head_dim, self.config.rope_theta)
         vectors = [*self._vectors(mod), None]
-        y = ops.modulate(tokens, vectors[0].shift1, vectors[0].scale1, self.config.eps)
+        y = ops.modulate(tokens, vectors[0].shift1, vectors[0].scale1, self.config.eps, self.blocks[0].fp8)
         for layer, block in enumerate(self.blocks):
             tokens, y = block(tokens, y, *vectors[layer : layer + 2], layer, rope, text_kv, memory)
         return tokens, time

@@ -12,9 +12,10 @@ from math import sqrt
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsa_engine.models.dit import Block, CausalDiT, timestep_features
+from dsa_engine.models.dit import Attention, Block, CausalDiT, timestep_features
+from dsa_engine.models.fp8_linear import Fp8Linear
 from dsa_engine.ops.reference import E4M3_MAX
 from dsa_engine.structures import CacheScales
 
@@ -59,6 +60,28 @@ def unavailable(device: torch.device | str) -> str | None:
     return None if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}: e4m3 needs {needs}"
 
 
+def quantise_linears(dit: CausalDiT) -> None:
+    """Replace the products of every block by FP8 ones, in place: q, k, v and o of the self-attention, q and o of the
+    cross-attention, both of the feed-forward. The prompt's k and v run once a prompt and stay as they are.
+
+    Raises ValueError, with nothing replaced, for sizes that FP8's tensor cores do not take, and on a GPU for another
+    dtype than bfloat16, which is what a product with one scale a row gives there.
+    """
+    for name in ("dim", "ffn_dim"):
+        size = getattr(dit.config, name)
+        if size % 16:
+            near = max(16, round(size / 16) * 16)
+            raise ValueError(f"{name}={size}: FP8 products need a multiple of 16; nearest is {near}")
+    if dit.device.type == "cuda" and dit.dtype != torch.bfloat16:
+        raise ValueError(f"dtype={dit.dtype}: FP8 products on a GPU give torch.bfloat16; load the model in that dtype")
+    for block in dit.blocks:
+        own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
+        own.q, own.k, own.v = Fp8Linear.of((own.q, own.k, own.v))
+        for owner, name in ((own, "o"), (cross, "q"), (cross, "o"), (ffn, "0"), (ffn, "2")):
+            setattr(owner, name, *Fp8Linear.of((getattr(owner, name),)))
+        block.fp8 = True
+
+
 @torch.inference_mode()
 def cache_scales(dit: CausalDiT, timesteps: Sequence[float]) -> CacheScales:
     """Scales of an FP8 cache, from the weights alone: k, v [layers, H], shift [layers, H, D] of zeros.
@@ -100,6 +123,8 @@ def value_bounds(block: Block, mod: Tensor, heads: int) -> Tensor:
     return bound.amax(0).unflatten(0, (heads, -1)).amax(1)
 
 
-def value_weight(attention: nn.Module) -> tuple[Tensor, Tensor]:
-    """Of the values' projection, in float32."""
-    return attention.v.weight.float(), attention.v.bias.float()
+def value_weight(attention: Attention) -> tuple[Tensor, Tensor]:
+    """Of the values' projection, in float32: of an FP8 one what its numbers stand for."""
+    layer = attention.v
+    scale = layer.scale if isinstance(layer, Fp8Linear) else 1.0
+    return layer.weight.float() * scale, layer.bias.float()

@@ -10,8 +10,7 @@ from dsa_engine import Fixed, PerChunk, Pipeline
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.runner import Runner
-from dsa_engine.models.fp8 import cache_scales
-from dsa_engine.sampling.cache import E4M3
+from dsa_engine.models.fp8 import E4M3, cache_scales, quantise_linears
 from dsa_engine.sampling.schedule import Schedule
 
 COUNTS = (2, 1, 3, 2)
@@ -79,15 +78,18 @@ def test_an_fp8_cache_is_one_of_rounded_numbers(tiny_dit, monkeypatch, window, s
     assert apart(ours, rounded) < 0.1 * apart(full, rounded)
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(
     "options",
     [{"window": 6}, {"window": 7, "sink": 3}, {"window": 6, "sink": 2, "rope": "relative"}, {"window": None},
      {"window": 6, "commit": "exit_step"}],
 )  # fmt: skip
-def test_the_engine_is_the_plain_loop(tiny_dit, options):
+def test_the_engine_is_the_plain_loop(tiny_dit, options, linear):
     """Forwards on the step inputs, commits riding along, against `denoise_chunk` and a commit of its own: row by row
     they are the same products, so the same bits."""
     noise, given, embeds = drawn(1)
+    if linear:
+        quantise_linears(tiny_dit)
     made = engine(tiny_dit, deterministic=True, **options)
     plain, ours = (rollout(made, noise, embeds, given) for _ in range(2))
     for _ in range(CHUNKS):
@@ -115,13 +117,12 @@ def test_a_state_comes_back_and_a_recache_remakes_it(tiny_dit):
     assert roll.denoise().latents.isfinite().all()
 
 
-@pytest.fixture(scope="module")
-def fp8_pipe(untrained) -> Pipeline:
-    return Pipeline.from_pretrained(untrained, device="cpu", deterministic=True, quantization="fp8-cache")
+@pytest.fixture(scope="module", params=["fp8", "fp8-cache"])
+def fp8_pipe(request, untrained) -> Pipeline:
+    return Pipeline.from_pretrained(untrained, device="cpu", deterministic=True, quantization=request.param)
 
 
 def test_the_pipeline_makes_such_a_cache(fp8_pipe, pipe):
-    assert (fp8_pipe.quantization, pipe.quantization) == ("fp8-cache", None)
     with fp8_pipe.session("a red circle jumps") as session, pipe.session("a red circle jumps") as plain:
         cache, other = session.rollout.cache, plain.rollout.cache
         assert cache.k.dtype == cache.v.dtype == E4M3 and other.k.dtype == torch.float32

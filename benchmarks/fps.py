@@ -4,6 +4,7 @@ with the same weights in the same run (`baseline.py`).
     python benchmarks/fps.py                                                 # the small model, on a CPU in two minutes
     python benchmarks/fps.py --quick --plot timeline.png
     python benchmarks/fps.py --model wan2.1-t2v-1.3b --random-weights --save benchmarks/results/fps-h200.json
+    python benchmarks/fps.py --model wan2.1-t2v-1.3b --random-weights --quantization fp8 --vae taehv --sessions 4
     python benchmarks/fps.py --model self_forcing_dmd.pt --vae Wan2.1_VAE.pth --policy fixed:4
 
 fps holds four figures, each counting more of the work: dit, the denoising steps; dit_commit, the clean pass over each
@@ -25,6 +26,8 @@ rate: FLOP of the model's products and attention, all prompt keys counted (`work
 against that of a large product in this process and dtype. ops: where a steady chunk's time goes, by torch's profiler,
 whose own cost is in it; kernels are told apart by name. missed: chunks that took longer than they play. same: the
 engine's latents against the baseline's from the same noise. cold: a fresh process, with nothing warmed up.
+--quantization is the engine's; a baseline has the weights as they are. concurrent: --sessions streams at a time
+(`streams.py`).
 
 The last line of stdout is one JSON object.
 """
@@ -50,8 +53,10 @@ from benchmarks.costs import Work, by_op, decision_us, decode_ms, memory, produc
 from benchmarks.judge import brief
 from benchmarks.quality import count
 from benchmarks.record import aligned, commit, machine, save, versions
+from benchmarks.streams import concurrent
 from benchmarks.timeline import columns, draw, figures, play, ratio
 from dsa_engine import Fixed, Pipeline, arguments
+from dsa_engine.models.fp8 import QUANTIZATIONS, quantise_linears, quantization
 from dsa_engine.training.figures import rounded
 from dsa_engine.video import check_target
 
@@ -59,13 +64,20 @@ BASELINES = ("eager", "compile")
 SAME = 0.01  # of the largest latent: how far float32 may take two orders of the same sums apart over a few chunks
 
 
-def load(args: argparse.Namespace) -> Pipeline:
+def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
+    """plain: without --quantization."""
+    named = None if plain else args.quantization
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     if args.random_weights:
+        fp8 = quantization(named, device)
         pipe = contest.random_pipeline(args.model, device, args.vae)
+        pipe.quantization, pipe.engine.fp8_cache = named, fp8.cache
+        if fp8.linear:
+            quantise_linears(pipe.engine.dit)
     else:
-        pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, max_sessions=1)
+        pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, quantization=named)
+    pipe.engine.max_sessions = args.sessions or 1
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     pipe.frames = arguments.whole_chunks(pipe.engine, args.frames or pipe.frames)
     if device == "cpu":
@@ -109,7 +121,7 @@ def compared(bench: Bench, baseline: Baseline, quick: bool) -> dict:
     pipe, size = bench.pipe, bench.pipe.config.chunk_frames
     chunks = min(clip_chunks(pipe), (bench.steady(1, 1).window // size) + 2, 2 if quick else 99)
     found = difference(pipe, baseline, bench.embeds[0], bench.size, chunks)
-    if pipe.engine.dit.dtype == torch.float32 and not found["relative"] < SAME:
+    if pipe.engine.dit.dtype == torch.float32 and pipe.quantization is None and not found["relative"] < SAME:
         raise RuntimeError(f"the engine's latents are not the baseline's: {found}")
     return found
 
@@ -174,7 +186,8 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
     first = {"policy": bench.engine(bench.policy)}
     seconds |= warmed(first, warm)[0]
     used = memory(pipe)  # while there is no baseline
-    baselines = {name: Baseline(pipe, compiled=name == "compile") for name in args.baseline}
+    plain_pipe = load(args, plain=True) if args.quantization and args.baseline else pipe
+    baselines = {name: Baseline(plain_pipe, compiled=name == "compile") for name in args.baseline}
     rest = {name: bench.plain(baseline) for name, baseline in baselines.items()}
     counts = [str(n) for n in range(1, pipe.max_steps + 1)]
     rest |= {n: bench.engine(lambda regime, clip, n=int(n): Fixed(n)) for n in reversed(counts)}
@@ -199,6 +212,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
         "steady": {"kv_frames": steady.window, "clips": steady.clips, **own}
         | {"fixed": {counts[-1]: standings.of("steady", counts[-1])}, "baseline": standings.baselines("steady")},
         "baseline": plain | {name: {"skipped": why} for name, why in skipped.items()},
+        "concurrent": concurrent(bench, bench.steady(args.steady_chunks, args.sessions)) if args.sessions else None,
         "ops": by_op(bench, steady) | {"vae": decode_ms(runs["steady"]["policy"])},
         "product": limits,
         "memory": used,
@@ -218,7 +232,7 @@ def about(args: argparse.Namespace, pipe: Pipeline) -> dict:
         "prompts": "random" if pipe.engine.text is None else "of the synthetic world",
         "device": torch.cuda.get_device_name() if dit.device.type == "cuda" else "cpu",
         "dtype": str(dit.dtype).removeprefix("torch."),
-        "quantization": None,
+        "quantization": pipe.quantization,
         "vae": type(pipe.engine.decoder).__name__,
         "size": [pipe.height, pipe.width],
         "seed": args.seed,
@@ -260,6 +274,7 @@ def report(result: dict) -> list[str]:
         + ", ".join(f"{n} at {rate} fps" for rate, n in result["missed"].items()),
         f"stages over the wall clock: {result['clock']['stages_over_wall']:.4f}",
     ]
+    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("concurrent",) if result[name]]
     lines += [
         f"latents against {n}: {json.dumps(rounded(b['same']))}" for n, b in result["baseline"].items() if "same" in b
     ]
@@ -282,6 +297,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     add("--steady-clips", type=count, help="default 1 on a GPU, else 3")
     for name in ("--height", "--width", "--frames"):
         add(name, type=count, help="pixels" if name != "--frames" else "pixel frames of a clip")
+    add("--quantization", choices=QUANTIZATIONS, help="as for generate")
+    add("--sessions", type=count, help="also so many streams at a time (default: none)")
     add("--device", help="cpu, cuda (default: cuda where there is one)")
     add("--threads", type=count, help="of a CPU (default: 1 for a small model, else torch's own count)")
     add("--quick", action="store_true", help="1 clip, 8 steady chunks, a warm-up of 2 chunks, no fresh process")

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import contest, costs, fps, timeline, work
+from benchmarks import contest, costs, fps, streams, timeline, work
 from benchmarks.baseline import Baseline, BaselineStream, ShiftedCache, difference
 from benchmarks.contest import Bench, drawn, histogram_policy, random_pipeline
 from benchmarks.timeline import Chunk, Run, Stopwatch, play
 from dsa_engine import Fixed, PerChunk, Pipeline
-from dsa_engine.engine.session import to_uint8
+from dsa_engine.engine.session import Session, to_uint8
 
 SIZE = (8, 8)
 PROMPT = "a red circle jumps"
@@ -268,6 +268,41 @@ def test_random_weights_and_a_histogram(capsys, monkeypatch):
     assert result["baseline"]["compile"] == {"skipped": "RuntimeError: no compiler here"}
     assert "no baseline compile: RuntimeError: no compiler here" in out
     assert list(result["steady"]["baseline"]) == ["eager"]
+
+
+def test_fp8_beside_a_baseline_of_the_plain_weights(untrained, capsys):
+    """The baseline is not quantised, so their latents differ, by rounding; and three streams at a time."""
+    argv = "--quick --frames 6 --steady-chunks 2 --policy fixed:2 --quantization fp8 --sessions 3".split()
+    fps.main(["--model", str(untrained), *argv])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    same = result["baseline"]["eager"]["same"]
+    assert result["quantization"] == "fp8" and 1e-4 < same["relative"] < 0.3 and "\nconcurrent: {" in out
+    found = result["concurrent"]
+    assert (found["sessions"], found["kv_frames"], found["chunks"]) == (3, 9, found["chunks"]) and found["chunks"] >= 6
+    assert found["fps"] == pytest.approx(3 * found["a_stream"], rel=1e-4)
+
+
+def test_streams_at_a_time_are_those_of_a_runner(pipe, embeds, monkeypatch):
+    """All stay until the slowest is done; only chunks after every window is full are counted."""
+    made, closed = [], []
+    real = Session.finish
+    monkeypatch.setattr(Session, "finish", lambda self: made.append(real(self)) or made[-1])
+    monkeypatch.setattr(Session, "close", lambda self, close=Session.close: closed.append(self) or close(self))
+    bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(1 + clip), 0)
+    regime = bench.steady(3, 2)
+    found = streams.concurrent(bench, regime)
+    counts = Counter(chunk.steps for chunk in made)
+    assert regime.skip == 3 and counts[2] == 3 + 3 < counts[1]  # the one of two steps is the slower one
+    assert found["chunks"] < len(made) and found["sessions"] == 2 == len(closed)
+    assert all(pool.cache.in_use == 0 for pool in pipe.engine._pools.values())
+
+
+def test_figures_of_streams():
+    found = streams.figures([(100.0, 3), (200.0, 3), (300.0, 3), (190.0, 3)], wall=2.0, sessions=2)
+    assert (found["fps"], found["a_stream"], found["chunks"]) == (6.0, 3.0, 4)
+    assert found["chunk_ms"] == {"p50": 195.0, "p95": pytest.approx(285), "p99": pytest.approx(297), "max": 300.0}
+    assert found["missed"] == {"16": 3, "24": 3, "30": 3}  # 187.5, 125 and 100 ms
 
 
 def test_a_failure_of_any_other_contestant_is_one():

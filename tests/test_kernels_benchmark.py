@@ -323,6 +323,30 @@ def test_choices_and_sums():
     assert bf16["elementwise"] == 30 * 2 + 89 + 1 + 1 and fp8["elementwise"] == bf16["elementwise"] + 30 + 60
 
 
+def test_twins_do_the_same_in_both_precisions():
+    """The fastest of each; where bfloat16 has GELU in its product, FP8 has that of its own op added."""
+    times = {
+        "attention kv 4680": {"cuda": 100, "cudnn": 90}, "attention kv 4680 fp8": {"triton": 80, "cuda": 60},
+        "linear o": {"torch": 30}, "fp8_linear o fp8": {"triton": 25, "scaled_mm": 15},
+        "linear_gelu up": {"torch": 100}, "fp8_linear up fp8": {"triton": 40}, "gelu_bias fp8": {"triton": 20},
+        "linear qkv": {"torch": 50}, "modulate": {"triton": 5}, "modulate fp8": {"triton": 4},
+    }  # fmt: skip
+    assert set(times) <= {r.name for r in WAN_ROWS}
+    results = [{"row": row, "backend": b, "us": us} for row, of in times.items() for b, us in of.items()]
+    found = kernels.twins(WAN_ROWS, results, contenders.BACKENDS)
+    assert {name: (p["fp8"], p["bf16"], p["goal"]) for name, p in found.items()} == {
+        "attention kv 4680 fp8": ("cuda", "cudnn", True), "fp8_linear o fp8": ("scaled_mm", "torch", True),
+        "fp8_linear up fp8": ("triton", "torch", True),
+    }  # fmt: skip
+    assert [p["times"] for p in found.values()] == pytest.approx([2.0, 100 / 60, 1.5])
+    ours = kernels.twins(WAN_ROWS, results, contenders.DISPATCHED)
+    assert ours["attention kv 4680 fp8"]["times"] == pytest.approx(100 / 60)
+    assert not ours["fp8_linear o fp8"]["goal"] and ours["fp8_linear o fp8"]["times"] == pytest.approx(1.2)
+    assert kernels.twins(WAN_ROWS, [r for r in results if r["row"] != "gelu_bias fp8"], ["triton", "torch"]).keys() == {
+        "fp8_linear o fp8"
+    }
+
+
 def test_rowwise_outputs_are_judged_as_what_they_stand_for():
     row = row_of("gelu_bias fp8")
     (x, bias, fp8) = cases.inputs(row, SMALL_SIZES, "cpu", 0)

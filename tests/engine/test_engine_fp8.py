@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_stand_in import Cuda, masked_attention, patch
+from test_graphs import chunk as graphed_chunk
+from test_graphs import random_model
+from test_graphs import rollout as graphed_rollout
 from test_rollout import CHUNKS, FRAMES, SIZE, Everything, naive, rotated, run
 
 from dsa_engine import Fixed, PerChunk, Pipeline
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.engine import Engine
+from dsa_engine.engine.graphs import StepGraphs
 from dsa_engine.engine.runner import Runner
 from dsa_engine.models.fp8 import E4M3, cache_scales, quantise_linears
+from dsa_engine.ops import reference
 from dsa_engine.sampling.schedule import Schedule
 
 COUNTS = (2, 1, 3, 2)
@@ -161,3 +167,30 @@ def test_it_is_another_video_but_not_far_away(fp8_pipe, pipe):
     options = dict(latents=noise, prompt_embeds=embeds, renoise=torch.randn_like(noise), step_policy=Fixed(2))
     ours, plain = (p.generate_latents(**options) for p in (fp8_pipe, pipe))
     assert 1e-4 < apart(ours, plain) < 0.2
+
+
+@pytest.mark.parametrize("options", [{}, {"sink": 1, "rope": "relative"}], ids=["absolute", "relative"])
+def test_captured_forwards_are_the_eager_ones(monkeypatch, options):
+    """On the stand-in for CUDA: whole chunks as one launch, with FP8 products and cache, to the bits."""
+    patch(Cuda(), monkeypatch)
+
+    def attention(q, k, v, slot, keys, scales):
+        k, v = (x.float() * scale[:, None, None, :, None] for x, scale in ((k, scales.k), (v, scales.v)))
+        return masked_attention(q, k, v, slot, keys)
+
+    monkeypatch.setattr(reference, "attention", attention)
+    dit, head = random_model(dim=64, ffn_dim=96, num_heads=2, text_len=12)
+    quantise_linears(dit)
+    config = RolloutConfig(chunk_frames=FRAMES, shift=3.0, window=6, **options)
+    made = Engine(dit, head, None, None, config, 2, True, True)
+    pools = [made._pool(made._pool_shape(SIZE, SIZE, None, config), 2) for _ in range(2)]
+    graphs = StepGraphs(pools[0], (2,), loop_rows=2)
+    graphs.capture()
+    policies = [PerChunk([2, 1, 4, 3]), PerChunk([2, 3, 1, 1])]
+    captured, eager = (graphed_rollout(made, pool, policies) for pool in pools)
+    for _ in range(4):
+        (got, _), (expected, _) = graphed_chunk(captured, graphs, on_device=True), graphed_chunk(eager)
+        assert got.latents.equal(expected.latents) and got.steps == expected.steps
+        for name in ("k", "v"):
+            ours, theirs = (getattr(pool.cache, name).view(torch.uint8) for pool in pools)
+            assert ours.equal(theirs)

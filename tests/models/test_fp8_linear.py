@@ -4,6 +4,7 @@ every product is emulated so."""
 from __future__ import annotations
 
 import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,15 @@ def test_a_dit_of_fp8_products(tiny_dit, monkeypatch):
     found = velocity(ours, embeds, x)
     assert (found - expected).norm() < 0.1 * (plain - expected).norm()
     assert 0.001 < ((plain - expected).norm() / plain.norm()).item() < 0.3
+
+
+def test_producers_quantise_all_but_what_attention_gives(tiny_dit, monkeypatch):
+    module = sys.modules["dsa_engine.ops.fp8_linear"]
+    seen, real = [], module.quantise
+    quantise_linears(tiny_dit)
+    monkeypatch.setattr(module, "quantise", lambda x: seen.append(x.shape) or real(x))
+    velocity(tiny_dit, torch.randn(2, 5, 40), torch.randn(2, 2, 16, 4, 4))
+    assert seen == 2 * len(tiny_dit.blocks) * [(2, 8, tiny_dit.config.dim)]
 
 
 def test_what_is_replaced_and_what_stays(tiny_dit):

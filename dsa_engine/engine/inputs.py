@@ -98,7 +98,7 @@ class StepInputs:
         return self._sent(torch.tensor(list(zip(*columns))))
 
     def _sent(self, host: Tensor) -> Tensor:
-        """On the device, without a wait: torch keeps the page-locked memory until the copy is done, then for the next."""
+        """On the device, without a wait: torch keeps the page-locked memory until the copy is done, then reuses it."""
         return (host.pin_memory() if self.x.is_cuda else host).to(self.x.device, non_blocking=True)
 
     def forward(self, rows: Sequence[Row]) -> None:

@@ -131,8 +131,8 @@ def interleaved(contestants: dict[str, Contestant], regime: Regime) -> dict[str,
 
 
 def drawn(histogram: Sequence[float], count: int, seed: int) -> list[int]:
-    """Steps of `count` chunks: n in the share histogram[n - 1], as nearly as whole numbers can (of equal remainders more
-    steps win), in a random order."""
+    """Steps of `count` chunks: n in the share histogram[n - 1], as nearly as whole numbers can (of equal remainders
+    more steps win), in a random order."""
     exact = [share * count for share in histogram]
     quota = [int(x) for x in exact]
     for i in sorted(range(len(exact)), key=lambda i: (round(quota[i] - exact[i], 9), -i))[: count - sum(quota)]:

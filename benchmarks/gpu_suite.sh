@@ -18,8 +18,8 @@ KERNELS_ARGS=${KERNELS_ARGS:-"--quick --limit 70"}
 FPS_ARGS=${FPS_ARGS:-"--model wan2.1-t2v-1.3b --random-weights --quick --clips 2 --steady-chunks 16"}
 ABSENT=77 # exit code of a part whose tool or file is not there
 
-PARTS=(build kernels fps tests memcheck racecheck) # the figures first, in case the time is cut short
-declare -A LIMIT=([build]=75 [kernels]=90 [fps]=210 [tests]=70 [memcheck]=40 [racecheck]=40)
+PARTS=(build kernels fps notes tests memcheck racecheck) # the figures first, in case the time is cut short
+declare -A LIMIT=([build]=75 [kernels]=90 [fps]=210 [notes]=10 [tests]=70 [memcheck]=40 [racecheck]=40)
 declare -A ABOUT=(
   [build]="the package with its CUDA kernels, from this machine's nvcc"
   [tests]="pytest -m gpu on tests/ops and tests/engine"
@@ -27,6 +27,7 @@ declare -A ABOUT=(
   [racecheck]="compute-sanitizer on small shapes: races in shared memory"
   [kernels]="benchmarks/kernels.py: every op, every backend"
   [fps]="benchmarks/fps.py: whole chunks, and the targets"
+  [notes]="benchmarks/notes.py: floors, predictions and what was measured, part by part"
 )
 
 part_build() {
@@ -64,6 +65,10 @@ part_fps() {
   # Two clips of 7 chunks: the least in which 2.5 steps on average come out even.
   # shellcheck disable=SC2086 # several words on purpose
   "$PYTHON" benchmarks/fps.py $FPS_ARGS --save "$OUT/gpu-fps.json"
+}
+
+part_notes() {
+  "$PYTHON" benchmarks/notes.py --kernels "$OUT/gpu-kernels.json" --fps "$OUT/gpu-fps.json" --to "$OUT/gpu-NOTES.md"
 }
 
 list() {

@@ -86,13 +86,13 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
 
 
 def joint(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
-    """Every layer's output for one x [..., in], by a single product where that is faster.
+    """Every layer's output for one x [..., in], on a GPU by a single product.
 
-    It is not on a CPU, and is none where the weights are to be trained, or under torch.compile, which knows no
-    addresses: there each layer is a product of its own.
+    On a CPU that is no faster. Where the weights are to be trained, and under torch.compile, which knows no addresses,
+    each layer is a product of its own as well.
     """
     trained = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
-    if layers[0].weight.device.type == "cpu" or trained or torch.compiler.is_compiling():
+    if layers[0].weight.device.type != "cuda" or trained or torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     return one_product(x, layers)
 

@@ -102,10 +102,10 @@ def predict(
     Held: weights; each session's keys and values (`cache_bytes`), its prompt's, 2 * layers * text_len * dim elements,
     twice and once more for a row that has nothing to say, its latents and noise with them, and its decoder's state.
     Work: a forward in which the commit rides along, so over 2 T tokens a session, at the larger of its two peaks, the
-    feed-forward's 2 ffn_dim + 4 dim elements a token and RoPE's 15 dim, with 30 dim a frame for modulation and the
-    prompts of its rows; a decode, `Codec.work` and one more state, since the one before stays good; a prompt in one
-    layer of an offloaded text encoder. An offloaded decoder holds nothing, its states least of all, and works on one
-    latent frame at a time (`Offloaded`).
+    feed-forward's 2 ffn_dim + 5 dim elements a token and RoPE's 15 dim, with (30 + 12 layers) dim a frame for
+    modulation and the prompts of its rows; a decode, `Codec.work` and one more state, since the one before stays good;
+    a prompt in one layer of an offloaded text encoder. An offloaded decoder holds nothing, its states least of all, and
+    works on one latent frame at a time (`Offloaded`).
     """
     size, tokens = load.dtype.itemsize, model.tokens_per_frame(load.height, load.width)
     counts = {"generator": dit_parameters(model), "confidence": head_parameters(model)}
@@ -121,7 +121,8 @@ def predict(
     held["kv_cache"] = cache_bytes(model, rollout, load)
     held["prompt_kv"] = (2 * load.sessions + 1) * prompt
     held["inputs"] = (load.sessions + 1) * (2 + len(rollout.steps)) * latents
-    a_frame = tokens * max(2 * model.ffn_dim + 4 * model.dim, 15 * model.dim) + 30 * model.dim
+    a_frame = tokens * max(2 * model.ffn_dim + 5 * model.dim, 15 * model.dim)
+    a_frame += (30 + 12 * model.num_layers) * model.dim
     work = {"denoise": (load.rows or 2 * load.sessions) * (rollout.chunk_frames * a_frame * size + prompt)}
     if codec:
         pixels = 64 * load.height * load.width

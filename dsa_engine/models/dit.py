@@ -92,7 +92,8 @@ def joint(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Seque
     each layer is a product of its own as well.
     """
     trained = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
-    if layers[0].weight.device.type != "cuda" or trained or torch.compiler.is_compiling():
+    device = x.values.device if isinstance(x, Rowwise) else x.device
+    if device.type != "cuda" or trained or torch.compiler.is_compiling():
         return [layer(x) for layer in layers]
     return one_product(x, layers)
 

@@ -18,6 +18,7 @@ Source: Self-Forcing (arXiv 2506.08009), its `pipeline/causal_inference.py` and 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -175,17 +176,18 @@ class PlainDiT:
 
 
 class Baseline:
-    """Opens streams of one pipeline's model, decoder and schedule."""
+    """Opens streams of one pipeline's model, decoder and schedule. dit: another one in place of its own."""
 
-    def __init__(self, pipe: Pipeline, compiled: bool = False):
+    def __init__(self, pipe: Pipeline, compiled: bool = False, dit: CausalDiT | None = None):
         if pipe.config.rope == "relative" and pipe.config.sink:
             raise ValueError(f"rope={pipe.config.rope!r} with sink={pipe.config.sink}: the baseline's sink never moves")
-        self.pipe, self.model = pipe, PlainDiT(pipe.engine.dit, compiled)
+        self.pipe, self.dit = pipe, dit or pipe.engine.dit
+        self.model = PlainDiT(self.dit, compiled)
         self.sigmas = Schedule(pipe.config.steps, pipe.config.shift).sigmas
 
     def attention(self):
         """Which SDPA: torch's choice or, compiled and on a GPU, cuDNN's."""
-        force = self.model.compiled and self.pipe.engine.dit.device.type == "cuda"
+        force = self.model.compiled and self.dit.device.type == "cuda"
         return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if force else nullcontext()
 
 
@@ -197,8 +199,8 @@ class BaselineStream:
         chunks: int | None = None, noise: Noise | None = None, decode: bool = True,
     ):  # fmt: skip
         self.baseline, self.watch, self.chunks, self.decode = baseline, watch, chunks, decode
-        pipe = baseline.pipe
-        dit, config = pipe.engine.dit, pipe.config
+        pipe, dit = baseline.pipe, baseline.dit
+        config = pipe.config
         self.frames, self.decoder = config.chunk_frames, pipe.engine.decoder
         shape = (1, self.frames, dit.config.in_dim, *size)
         options = {"device": dit.device, "dtype": dit.dtype}
@@ -247,30 +249,60 @@ class BaselineStream:
 
 
 def difference(pipe: Pipeline, baseline: Baseline, embeds: Tensor, size: tuple[int, int], chunks: int) -> dict:
-    """The engine's latents of a clip against the baseline's, both from the same noise and with all steps: the largest
-    absolute difference, that relative to the largest magnitude, and PSNR in dB with this magnitude as the peak."""
-    config, dit, levels = pipe.config, pipe.engine.dit, len(pipe.config.steps)
-    frames = config.chunk_frames
+    """The engine's latents of a clip against the baseline's, both from the same noise and with all steps."""
+    noise = drawn_noise(pipe, size, chunks)
+    return {"chunks": chunks} | apart(engine_latents(pipe, embeds, noise), plain_latents(baseline, embeds, noise))
+
+
+def fidelity(
+    pipe: Pipeline, embeds: Tensor, size: tuple[int, int], chunks: int, dit: CausalDiT | None = None
+) -> dict:  # fmt: skip
+    """How far the engine's latents are from those of plain PyTorch in float32, from the same noise and with all steps;
+    eager: how far plain PyTorch in the engine's dtype is. dit: the weights as they are, where the engine's are FP8."""
+    dit = pipe.engine.dit if dit is None else dit
+    noise = drawn_noise(pipe, size, chunks)
+    truth = plain_latents(Baseline(pipe, dit=copy.deepcopy(dit).float()), embeds, noise)
+    eager = plain_latents(Baseline(pipe, dit=dit), embeds, noise)
+    return {"chunks": chunks} | apart(engine_latents(pipe, embeds, noise), truth) | {"eager": apart(eager, truth)}
+
+
+def drawn_noise(pipe: Pipeline, size: tuple[int, int], chunks: int) -> Tensor:
+    """[S, 1, F, C, h, w]: to begin with, and after each step but the last; numbers of the model's dtype."""
+    dit, levels = pipe.engine.dit, len(pipe.config.steps)
+    shape = (levels, 1, chunks * pipe.config.chunk_frames, dit.config.in_dim, *size)
     generator = torch.Generator(dit.device).manual_seed(0)
-    shape = (levels, 1, chunks * frames, dit.config.in_dim, *size)
-    noise = torch.randn(shape, generator=generator, device=dit.device).to(dit.dtype)
-    ours = pipe.generate_latents(noise[0], embeds, noise[1:] if levels > 1 else None, Fixed(levels), commit="clean")
+    return torch.randn(shape, generator=generator, device=dit.device).to(dit.dtype)
+
+
+def engine_latents(pipe: Pipeline, embeds: Tensor, noise: Tensor) -> Tensor:
+    return pipe.generate_latents(
+        noise[0], embeds, noise[1:] if len(noise) > 1 else None, Fixed(len(noise)), commit="clean"
+    )
+
+
+def plain_latents(baseline: Baseline, embeds: Tensor, noise: Tensor) -> Tensor:
+    frames, dit = baseline.pipe.config.chunk_frames, baseline.dit
+    chunks = noise.shape[2] // frames
 
     def given(chunk: int, step: int) -> Tensor:
-        return noise[step, :, chunk * frames : (chunk + 1) * frames]
+        return noise[step, :, chunk * frames : (chunk + 1) * frames].to(dit.dtype)
 
-    window = config.window or chunks * frames
-    watch = Stopwatch(dit.device)
-    stream = BaselineStream(baseline, watch, embeds, window, size, chunks, given, decode=False)
-    theirs = []
+    window, size = baseline.pipe.config.window or chunks * frames, noise.shape[-2:]
+    stream = BaselineStream(baseline, Stopwatch(dit.device), embeds, window, size, chunks, given, decode=False)
+    latents = []
     for _ in range(chunks):
         stream.next()
-        theirs.append(stream.latents)
-    apart, peak = (ours.double() - torch.cat(theirs, dim=1).double()).abs(), ours.double().abs().max().item()
-    square = apart.square().mean().item()
+        latents.append(stream.latents)
+    return torch.cat(latents, dim=1)
+
+
+def apart(ours: Tensor, theirs: Tensor) -> dict:
+    """The largest absolute difference, that relative to the largest magnitude of theirs, and PSNR in dB with this
+    magnitude as the peak, None where they are equal."""
+    found, peak = (ours.double() - theirs.double()).abs(), theirs.double().abs().max().item()
+    square = found.square().mean().item()
     return {
-        "chunks": chunks,
-        "max_abs": apart.max().item(),
-        "relative": apart.max().item() / peak,
+        "max_abs": found.max().item(),
+        "relative": found.max().item() / peak,
         "psnr_db": 10 * math.log10(peak**2 / square) if square else None,
     }

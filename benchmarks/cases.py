@@ -108,6 +108,11 @@ def linear(d: Draw, row: Row, s: Sizes) -> tuple:
     return d.normal(1, s.T, k), d.normal(n, k, std=k**-0.5), d.normal(n) if bias else None
 
 
+def linear_gelu(d: Draw, row: Row, s: Sizes) -> tuple:
+    n, k, _, _ = s.products[row.what]
+    return d.normal(1, s.T, k), d.normal(n, k, std=k**-0.5), d.normal(n)
+
+
 def fp8_linear(d: Draw, row: Row, s: Sizes) -> tuple:
     n, k, _, bias = s.products[row.what]
     return d.rowwise(1, s.T, k), d.rowwise(n, k), d.normal(n) if bias else None, torch.bfloat16
@@ -156,6 +161,7 @@ MAKERS = {
     "residual_modulate": residual_modulate,
     "gelu_bias": gelu_bias,
     "linear": linear,
+    "linear_gelu": linear_gelu,
     "fp8_linear": fp8_linear,
     "epilogue": epilogue,
     "gaussian": gaussian,
@@ -182,6 +188,8 @@ def truth(row: Row, args: tuple) -> list[Tensor]:
     wide = widened(args)
     if row.op == "linear":
         return [F.linear(*wide)]
+    if row.op == "linear_gelu":
+        return [F.gelu(F.linear(*wide), approximate="tanh")]
     if row.op == "quantise":
         return [wide[0]]
     if row.op == "fp8_linear":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -69,6 +69,17 @@ class Bench:
         window = self.pipe.config.window or clip_chunks(self.pipe) * self.pipe.config.chunk_frames
         return Regime("steady", clips, 1, chunks, -(-window // self.pipe.config.chunk_frames), window, None)
 
+    def capture(self, regime: Regime) -> float:
+        """Seconds in which the CUDA graphs of a regime's streams are captured, 0 where there is no GPU."""
+        engine, config, frames = self.pipe.engine, self.pipe.config, regime.frames
+        if engine.dit.device.type != "cuda":
+            return 0.0
+        if frames is None:
+            config = replace(config, window=regime.window)
+        else:
+            frames = arguments.latent_frames(engine, frames)
+        return engine.capture(height=self.size[0], width=self.size[1], frames=frames, config=config)
+
     def stream(self, regime: Regime, clip: int, policy: Policy, commit: str = "clean", pixels: bool = True):
         session = self.pipe.session(
             prompt_embeds=self.embeds[clip % len(self.embeds)], seed=self.seed + clip, step_policy=policy,
@@ -120,29 +131,53 @@ def interleaved(contestants: dict[str, Contestant], regime: Regime) -> dict[str,
 
 
 def drawn(histogram: Sequence[float], count: int, seed: int) -> list[int]:
-    """Steps of `count` chunks: n in the share histogram[n - 1], as nearly as whole numbers can, in a random order."""
+    """Steps of `count` chunks: n in the share histogram[n - 1], as nearly as whole numbers can (of equal remainders
+    more steps win), in a random order."""
     exact = [share * count for share in histogram]
     quota = [int(x) for x in exact]
-    for i in sorted(range(len(exact)), key=lambda i: quota[i] - exact[i])[: count - sum(quota)]:
+    for i in sorted(range(len(exact)), key=lambda i: (round(quota[i] - exact[i], 9), -i))[: count - sum(quota)]:
         quota[i] += 1
     steps = [n for n, times in enumerate(quota, 1) for _ in range(times)]
     random.Random(seed).shuffle(steps)
     return steps
 
 
-def histogram_policy(histogram: Sequence[float], limit: int, seed: int) -> Callable[[Regime, int], Policy]:
-    """Counts drawn once for all recorded chunks of a regime, and cut into its clips."""
+def check_histogram(histogram: Sequence[float], limit: int) -> None:
     if len(histogram) > limit or min(histogram) < 0 or abs(sum(histogram) - 1) > 1e-6:
         raise ValueError(
-            f"histogram {','.join(f'{x:g}' for x in histogram)}: must be at most {limit} shares of at least 0 whose sum"
-            f" is 1, of chunks with 1, 2, ... steps; e.g. {','.join(map(str, HISTOGRAM))}"
+            f"{label(histogram)}: must be shares of at least 0 whose sum is 1, of chunks with 1 to {limit} steps; e.g. "
+            f"{label(HISTOGRAM)}"
         )
+
+
+def histogram_policy(histogram: Sequence[float], limit: int, seed: int) -> Callable[[Regime, int], Policy]:
+    """Counts drawn once for all recorded chunks of a regime, and cut into its clips."""
+    check_histogram(histogram, limit)
 
     def policy(regime: Regime, clip: int) -> Policy:
         steps = drawn(histogram, regime.clips * regime.chunks, seed)[clip * regime.chunks :][: regime.chunks]
         return PerChunk([limit] * regime.skip + steps)
 
     return policy
+
+
+def label(histogram: Sequence[float]) -> str:
+    """(0.25, 0, 0.75) -> histogram:1=0.25,3=0.75."""
+    return "histogram:" + ",".join(f"{n}={share:g}" for n, share in enumerate(histogram, 1) if share)
+
+
+def parse_histogram(text: str) -> tuple[float, ...]:
+    """What `label` writes, in any order; or the shares of 1, 2, ... steps alone: 0.25,0,0.75."""
+    parts = text.removeprefix("histogram:").split(",")
+    try:
+        if not any("=" in part for part in parts):
+            return tuple(float(part) for part in parts)
+        shares = {int(n): float(share) for n, _, share in (part.partition("=") for part in parts)}
+    except ValueError as error:
+        raise ValueError(f"{text}: must be STEPS=SHARE,..., e.g. {label(HISTOGRAM)}") from error
+    if len(shares) < len(parts) or min(shares) < 1 or max(shares) > 1000:
+        raise ValueError(f"{text}: must name each number of steps once, from 1 on; e.g. {label(HISTOGRAM)}")
+    return tuple(shares.get(n, 0.0) for n in range(1, max(shares) + 1))
 
 
 def random_pipeline(name: str, device: str, vae: str | None) -> Pipeline:

@@ -4,7 +4,8 @@ with the same weights in the same run (`baseline.py`).
     python benchmarks/fps.py                                                 # the small model, on a CPU in two minutes
     python benchmarks/fps.py --quick --plot timeline.png
     python benchmarks/fps.py --model wan2.1-t2v-1.3b --random-weights --save benchmarks/results/fps-h200.json
-    python benchmarks/fps.py --model self_forcing_dmd.pt --vae Wan2.1_VAE.pth --policy fixed:4
+    python benchmarks/fps.py --model wan2.1-t2v-1.3b --random-weights --quantization fp8 --vae taehv --sessions 4
+    python benchmarks/fps.py --model self_forcing_dmd.pt --vae Wan2.1_VAE.pth --steps fixed:4
 
 fps holds four figures, each counting more of the work: dit, the denoising steps; dit_commit, the clean pass over each
 chunk too; decode, to uint8 on the device, the one to quote; delivered, copied to the host, by the host's clock. The
@@ -16,15 +17,22 @@ committed, here nor in a baseline.
 Two regimes: clips of the model's own length, whose keys grow with every chunk, and `steady`, chunks of an endless
 stream after its window is full. A clip has one prompt, so that few of its chunks are hard. Each clip is made by every
 contestant in turn: the policy, baselines, fixed counts; `ratio` compares run with run. --rounds repeats all clips; fps
-is the median over rounds, chunk_ms over all chunks but each clip's first. Random weights cannot choose their steps:
-these come in the shares of --histogram, as exactly as all chunks of a regime allow, in a random order. Such counts are
-known ahead, so no decision is read from the device in between: `decision_us`, of one decision after a forward that is
-complete, until the host knows who goes on, is measured by itself.
+is the median over rounds, chunk_ms over all chunks but each clip's first. On a GPU the CUDA graphs of both regimes are
+captured before anything is timed.
+
+Random weights cannot choose their steps: these come in the shares of a histogram (--steps
+histogram:1=0.2,2=0.3,3=0.3,4=0.2 is the default, 2.5 on average), as exactly as all chunks of a regime allow, in an
+order drawn from --seed. Such counts are known ahead, so no decision is read from the device in between: `decision_us`,
+of one decision after a forward that is complete, until the host knows who goes on, is measured by itself.
 
 rate: FLOP of the model's products and attention, all prompt keys counted (`work.py`), over the time of dit_commit,
 against that of a large product in this process and dtype. ops: where a steady chunk's time goes, by torch's profiler,
-whose own cost is in it; kernels are told apart by name. missed: chunks that took longer than they play. same: the
-engine's latents against the baseline's from the same noise. cold: a fresh process, with nothing warmed up.
+whose own cost is in it; kernels are told apart by name. missed: chunks that took longer than they play.
+first_frame_ms: from the prompt's embeddings, the text being encoded, to the first chunk's frames on the host. cold: the
+same in a fresh process, with nothing warmed up. same: the engine's latents against the baseline's from the same noise;
+fidelity: against plain PyTorch in float32. targets: what this is to reach (`targets.py`), and whether it did.
+--quantization is the engine's; a baseline has the weights as they are. concurrent: --sessions streams at a time
+(`streams.py`).
 
 The last line of stdout is one JSON object.
 """
@@ -43,29 +51,39 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import contest
-from benchmarks.baseline import Baseline, difference
+from benchmarks import contest, targets
+from benchmarks.baseline import Baseline, difference, fidelity
 from benchmarks.contest import HISTOGRAM, VAES, Bench, Contestant, Regime, Rounds, clip_chunks, interleaved
 from benchmarks.costs import Work, by_op, decision_us, decode_ms, memory, product
 from benchmarks.judge import brief
 from benchmarks.quality import count
 from benchmarks.record import aligned, commit, machine, save, versions
+from benchmarks.streams import concurrent
 from benchmarks.timeline import columns, draw, figures, play, ratio
 from dsa_engine import Fixed, Pipeline, arguments
+from dsa_engine.models.fp8 import QUANTIZATIONS, quantise_linears, quantization
 from dsa_engine.training.figures import rounded
 from dsa_engine.video import check_target
 
 BASELINES = ("eager", "compile")
+FEW = 3  # chunks of the float32 reference, whose forwards take ten times as long on a GPU
 SAME = 0.01  # of the largest latent: how far float32 may take two orders of the same sums apart over a few chunks
 
 
-def load(args: argparse.Namespace) -> Pipeline:
+def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
+    """plain: without --quantization."""
+    named = None if plain else args.quantization
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     if args.random_weights:
+        fp8 = quantization(named, device)
         pipe = contest.random_pipeline(args.model, device, args.vae)
+        pipe.quantization, pipe.engine.fp8_cache = named, fp8.cache
+        if fp8.linear:
+            quantise_linears(pipe.engine.dit)
     else:
-        pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, max_sessions=1)
+        pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, quantization=named)
+    pipe.engine.max_sessions = args.sessions or 1
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     pipe.frames = arguments.whole_chunks(pipe.engine, args.frames or pipe.frames)
     if device == "cpu":
@@ -75,16 +93,22 @@ def load(args: argparse.Namespace) -> Pipeline:
 
 def bench_of(args: argparse.Namespace, pipe: Pipeline) -> tuple[Bench, str, float | None]:
     """With what the policy is called, and its threshold."""
-    histogram = args.histogram or (HISTOGRAM if args.random_weights and args.policy is None else None)
+    histogram = asked_histogram(args)
     embeds = contest.embeddings(pipe, args.clips, args.seed)
     if histogram:
-        label = "histogram:" + ",".join(f"{share:g}" for share in histogram)
         drawn = contest.histogram_policy(histogram, pipe.max_steps, args.seed)
-        return Bench(pipe, embeds, drawn, args.seed), label, None
+        return Bench(pipe, embeds, drawn, args.seed), contest.label(histogram), None
     policy = arguments.policy(pipe.engine, args.policy)
     threshold = getattr(policy, "threshold", None)
     label = args.policy or (f"fixed:{policy.n}" if isinstance(policy, Fixed) else f"confidence:{threshold:g}")
     return Bench(pipe, embeds, lambda regime, clip: policy, args.seed), label, threshold
+
+
+def asked_histogram(args: argparse.Namespace) -> tuple[float, ...] | None:
+    """Shares of chunks with 1, 2, ... steps; None where a policy decides."""
+    if args.policy is None:
+        return HISTOGRAM if args.random_weights else None
+    return contest.parse_histogram(args.policy) if args.policy.startswith("histogram:") else None
 
 
 def warmed(contestants: dict[str, Contestant], regime: Regime) -> tuple[dict[str, float], dict[str, str]]:
@@ -103,15 +127,20 @@ def warmed(contestants: dict[str, Contestant], regime: Regime) -> tuple[dict[str
     return seconds, failed
 
 
-def compared(bench: Bench, baseline: Baseline, quick: bool) -> dict:
-    """The engine's latents against a baseline's, over a window that rolls if it ever does. Raises RuntimeError where
-    they are not the same but for float32's rounding; bfloat16 rounds so often that its distance is only reported."""
-    pipe, size = bench.pipe, bench.pipe.config.chunk_frames
-    chunks = min(clip_chunks(pipe), (bench.steady(1, 1).window // size) + 2, 2 if quick else 99)
+def compared(bench: Bench, baseline: Baseline, chunks: int) -> dict:
+    """The engine's latents against a baseline's. Raises RuntimeError where they are not the same but for float32's
+    rounding; bfloat16 rounds so often that its distance is only reported."""
+    pipe = bench.pipe
     found = difference(pipe, baseline, bench.embeds[0], bench.size, chunks)
-    if pipe.engine.dit.dtype == torch.float32 and not found["relative"] < SAME:
+    if pipe.engine.dit.dtype == torch.float32 and pipe.quantization is None and not found["relative"] < SAME:
         raise RuntimeError(f"the engine's latents are not the baseline's: {found}")
     return found
+
+
+def compared_chunks(bench: Bench, quick: bool) -> int:
+    """Over a window that rolls if it ever does."""
+    rolls = bench.steady(1, 1).window // bench.pipe.config.chunk_frames + 2
+    return min(clip_chunks(bench.pipe), rolls, 2 if quick else 99)
 
 
 def cold(argv: Sequence[str]) -> dict:
@@ -171,10 +200,12 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
     steady = bench.steady(args.steady_chunks, args.steady_clips)
     warm = bench.clip(2, 1) if args.quick else clip
 
+    seconds |= {"capture": bench.capture(clip) + bench.capture(steady)}
     first = {"policy": bench.engine(bench.policy)}
     seconds |= warmed(first, warm)[0]
     used = memory(pipe)  # while there is no baseline
-    baselines = {name: Baseline(pipe, compiled=name == "compile") for name in args.baseline}
+    dit = load(args, plain=True).engine.dit if args.quantization else pipe.engine.dit
+    baselines = {name: Baseline(pipe, compiled=name == "compile", dit=dit) for name in args.baseline}
     rest = {name: bench.plain(baseline) for name, baseline in baselines.items()}
     counts = [str(n) for n in range(1, pipe.max_steps + 1)]
     rest |= {n: bench.engine(lambda regime, clip, n=int(n): Fixed(n)) for n in reversed(counts)}
@@ -185,10 +216,12 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
 
     standings = Standings(pipe, runs, [name for name in baselines if name in rest], limits["tflops"])
     own, plain = standings.of("steady", "policy"), standings.baselines("clip")
+    chunks = compared_chunks(bench, args.quick)
     for name, row in plain.items():
-        row["same"] = compared(bench, baselines[name], args.quick)
-    return about(args, pipe) | {
+        row["same"] = compared(bench, baselines[name], chunks)
+    result = about(args, pipe) | {
         "policy": label,
+        "histogram": asked_histogram(args),
         "threshold": threshold,
         "clips": {"frames": pipe.frames, "chunks": clip.chunks, "clips": clip.clips, "rounds": clip.rounds},
         "tokens_a_frame": pipe.engine.dit.config.tokens_per_frame(*bench.size),
@@ -199,6 +232,8 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
         "steady": {"kv_frames": steady.window, "clips": steady.clips, **own}
         | {"fixed": {counts[-1]: standings.of("steady", counts[-1])}, "baseline": standings.baselines("steady")},
         "baseline": plain | {name: {"skipped": why} for name, why in skipped.items()},
+        "concurrent": concurrent(bench, bench.steady(args.steady_chunks, args.sessions)) if args.sessions else None,
+        "fidelity": fidelity(pipe, bench.embeds[0], bench.size, min(chunks, FEW), dit),
         "ops": by_op(bench, steady) | {"vae": decode_ms(runs["steady"]["policy"])},
         "product": limits,
         "memory": used,
@@ -207,6 +242,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
         "timeline": standings.timeline(),
         "machine": machine(),
     }
+    return result | {"targets": targets.judged(result)}
 
 
 def about(args: argparse.Namespace, pipe: Pipeline) -> dict:
@@ -218,7 +254,7 @@ def about(args: argparse.Namespace, pipe: Pipeline) -> dict:
         "prompts": "random" if pipe.engine.text is None else "of the synthetic world",
         "device": torch.cuda.get_device_name() if dit.device.type == "cuda" else "cpu",
         "dtype": str(dit.dtype).removeprefix("torch."),
-        "quantization": None,
+        "quantization": pipe.quantization,
         "vae": type(pipe.engine.decoder).__name__,
         "size": [pipe.height, pipe.width],
         "seed": args.seed,
@@ -260,21 +296,23 @@ def report(result: dict) -> list[str]:
         + ", ".join(f"{n} at {rate} fps" for rate, n in result["missed"].items()),
         f"stages over the wall clock: {result['clock']['stages_over_wall']:.4f}",
     ]
+    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("concurrent",) if result[name]]
     lines += [
         f"latents against {n}: {json.dumps(rounded(b['same']))}" for n, b in result["baseline"].items() if "same" in b
     ]
+    lines += [f"latents against float32: {json.dumps(rounded(result['fidelity']))}", *targets.lines(result["targets"])]
     return lines + [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("ops", "product", "memory", "warmup_s")]
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, steps = parser.add_argument, parser.add_mutually_exclusive_group()
+    add = parser.add_argument
     add("--model", default="shapes", help="shipped name, folder or checkpoint; with --random-weights a preset")
     add("--random-weights", action="store_true", help="a preset of the true sizes: right for speed, not for steps")
     add("--vae", help=f"of a checkpoint, as for generate; with --random-weights {' or '.join(VAES)} (default wan)")
     add("--head", type=Path, metavar="FILE", help="confidence head, as for Pipeline.from_pretrained")
-    steps.add_argument("--policy", help="as for generate --steps (default: the model's own)")
-    steps.add_argument("--histogram", type=shares, metavar="SHARE,SHARE,..", help="steps of a chunk drawn, not decided")
+    add("--steps", "--policy", dest="policy", metavar="POLICY", help="as for generate (default: the model's own), or "
+        "histogram:STEPS=SHARE,...: drawn, not decided (default with --random-weights)")  # fmt: skip
     add("--baseline", nargs="*", choices=BASELINES, help="default: eager, on a GPU compile too")
     add("--clips", type=count, help="default 5")
     add("--rounds", type=count, default=1, help="how often all clips are made; the median counts")
@@ -282,6 +320,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     add("--steady-clips", type=count, help="default 1 on a GPU, else 3")
     for name in ("--height", "--width", "--frames"):
         add(name, type=count, help="pixels" if name != "--frames" else "pixel frames of a clip")
+    add("--quantization", choices=QUANTIZATIONS, help="as for generate")
+    add("--sessions", type=count, help="also so many streams at a time (default: none)")
     add("--device", help="cpu, cuda (default: cuda where there is one)")
     add("--threads", type=count, help="of a CPU (default: 1 for a small model, else torch's own count)")
     add("--quick", action="store_true", help="1 clip, 8 steady chunks, a warm-up of 2 chunks, no fresh process")
@@ -302,10 +342,6 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         if path is not None:
             check_target(path, suffix)  # before the work, not after it
     return args
-
-
-def shares(text: str) -> tuple[float, ...]:
-    return tuple(float(share) for share in text.split(","))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

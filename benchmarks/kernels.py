@@ -18,8 +18,10 @@ the worst output, at most twice that of plain torch in the same dtype. Then it i
 fresh random inputs that take turns and together exceed the L2 cache. us is the median, again what a second round
 differed by: differences below that are noise. "of limit" is the rate or the bandwidth reached, whichever bounds the op,
 over that of a large product or copy measured in the same process. `choice` holds, by compute capability, the fastest
-correct backend that `ops.dispatch` may pick, over the sum of an op's rows. A backend that raises or hangs is reported
-and the others go on.
+correct backend that `ops.dispatch` may pick, over the sum of an op's rows. `twins` sets every FP8 product and attention
+beside what does the same in bfloat16: how many times faster the fastest is than the fastest, the goal being 1.4. Where
+GELU is in the bfloat16 product's epilogue the FP8 one has the time of `gelu_bias` added. A backend that raises or hangs
+is reported and the others go on.
 
 The exit code is 1 if the numbers of any backend are wrong. The last line of stdout is one JSON object.
 """
@@ -233,6 +235,27 @@ def choices(rows: Sequence[Row], results: Sequence[dict]) -> dict[str, dict]:
     return table
 
 
+GOAL = 1.4  # times as fast as in bfloat16
+
+
+def twins(rows: Sequence[Row], results: Sequence[dict], names: Sequence[str]) -> dict[str, dict]:
+    """By FP8 row with products: the fastest of the named in both precisions, and how many times faster FP8 is; those
+    with both timed."""
+
+    def best(row: Row) -> dict | None:
+        return fastest([r for r in results if r["row"] == row.name], names)
+
+    found = {}
+    gelu = next((best(r) for r in rows if r.op == "gelu_bias" and r.precision == "fp8"), None)
+    for row in (r for r in rows if r.precision == "fp8" and r.flop):
+        twin = next(t for t in rows if (t.precision, t.what, work.kind(t)) == ("bf16", row.what, work.kind(row)))
+        fp8, bf16, more = best(row), best(twin), gelu if twin.op == "linear_gelu" else {"us": 0.0}
+        if fp8 and bf16 and more:
+            times = bf16["us"] / (fp8["us"] + more["us"])
+            found[row.name] = {"fp8": fp8["backend"], "bf16": bf16["backend"], "times": times, "goal": times >= GOAL}
+    return found
+
+
 def key(row: Row) -> str:
     return row.op + (" fp8" if row.precision == "fp8" and "fp8" not in row.op else "")
 
@@ -274,6 +297,10 @@ def report(rows: Sequence[Row], found: dict) -> list[str]:
         body = [[r["backend"], f"{r['us'] / 1e3:.2f}" if "us" in r else "-", f"{r.get('error', float('nan')):.1e}",
                  " ".join(filter(None, (r["status"], r.get("why"))))] for r in found["vae_decode"]]  # fmt: skip
         lines += ["", *aligned([["VAE decode of a chunk", "ms", "error", ""], *body])]
+    for which, pairs in found["twins"].items():
+        body = [[n, p["fp8"], p["bf16"], f"{p['times']:.2f}", "yes" if p["goal"] else "NO"] for n, p in pairs.items()]
+        head = [f"FP8 beside bfloat16, {which}", "fp8", "bf16", "times as fast", f"{GOAL} reached"]
+        lines += ["", *aligned([head, *body])] if body else []
     if found["ceilings"]:
         lines += ["", f"ceilings: {json.dumps(rounded(found['ceilings']))}"]
     return lines
@@ -309,6 +336,7 @@ def measured(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: st
             "fastest": measured_forwards(rows, s, results, BACKENDS),
             "dispatched": measured_forwards(rows, s, results, DISPATCHED),
         },
+        "twins": {"fastest": twins(rows, results, BACKENDS), "dispatched": twins(rows, results, DISPATCHED)},
         "machine": about,
     }
 

@@ -26,6 +26,11 @@ teacher, no such chunk, beyond a curve's end) is null. The last line of --json i
     python benchmarks/quality.py --clips 64 --chunks 16            # drift: valid by quarter of a 48-frame clip
     python benchmarks/quality.py --compare runs/control            # another model minus this one, paired by clip, at
                                                                    # fixed counts and each at its own presets
+    python benchmarks/quality.py --brief --quantization fp8        # the same model in FP8 minus itself without
+    python benchmarks/quality.py --brief --commit exit_step        # keys and values of the exit step, no clean pass
+
+Of a model that is compared, `inside` says whether its valid lies in the 95 % interval of this one's; of the same model
+run another way `psnr` says how like its clips are, and for a yardstick those in bfloat16 (`likeness.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -49,12 +54,15 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
+from benchmarks.likeness import likeness
 from benchmarks.record import aligned, commit, machine, save
 from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, arguments
-from dsa_engine.config import ModelConfig
+from dsa_engine.config import COMMIT_MODES, ModelConfig
 from dsa_engine.models import package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.fp8 import QUANTIZATIONS
+from dsa_engine.pipeline import changed
 from dsa_engine.training.evaluate import (
     TOGETHER,
     Table,
@@ -66,8 +74,8 @@ from dsa_engine.training.evaluate import (
     tabulate,
     trace,
 )
-from dsa_engine.training.figures import KINDS, compare, figures, head_figures, rounded, versus
-from dsa_engine.training.stats import spread
+from dsa_engine.training.figures import KINDS, compare, figures, head_figures, per_clip, rounded, versus
+from dsa_engine.training.stats import mean_interval, spread
 from dsa_engine.video import check_target, replacing
 
 TEACHER = "shapes-teacher"
@@ -76,7 +84,8 @@ SPREAD_CHANGE = (2.1, 2.4, 2.8, 3.2, 3.6)
 EXITS = (0.8, 0.6, 0.45, 0.3, 0.15)  # of `random`, after each step
 BY_INDEX = ([2, 1], [4, 1], [4, 2, 1], [4, 2], [4, 3])  # the last count holds
 WAN = "wan2.1-t2v-1.3b"
-OTHER = "other "  # before the names of the rows of --compare
+OTHER = "other "  # before the names of the rows of the model that is compared
+ALIKE = 64  # clips whose PSNR is taken
 
 
 @dataclass(frozen=True)
@@ -94,10 +103,17 @@ class Clips:
 
 @dataclass(frozen=True)
 class Source:
-    """A model, by name or folder, and the file of another head for it."""
+    """A model, by name or folder, the file of another head for it, and how it is run."""
 
     model: str
     head: Path | None = None
+    quantization: str | None = None
+    commit: str | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def label(self) -> str:
+        return ", ".join(filter(None, (self.model, self.quantization, self.commit and f"commit {self.commit}")))
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,11 @@ class Result:
 
 @lru_cache(maxsize=4)
 def load(source: Source) -> Pipeline:
-    return Pipeline.from_pretrained(source.model, head=source.head)
+    pipe = Pipeline.from_pretrained(
+        source.model, head=source.head, dtype=source.dtype, quantization=source.quantization
+    )
+    pipe.engine.config = changed(pipe.config, commit=source.commit)
+    return pipe
 
 
 def measure(job: Job, clips: Clips) -> Result:
@@ -273,12 +293,14 @@ def report(result: dict) -> list[str]:
     body = [[name, *map(gain, r["versus"].values())] for name, r in rows.items() if "versus" in r]
     lines += aligned([["policy", *result["confidence"][0]["versus"]], *body])
     if result["compare"]:
-        lines += ["", f"{result['compare']['model']} minus {result['model']}, paired by clip"]
+        lines += ["", f"{result['compare']['label']} minus {result['model']}, paired by clip"]
         body = [
             [name, " / ".join(f"{n:.2f}" for n in reversed(r["mean_steps"])), gain(r["valid"]), gain(r["valid_hard"])]
+            + [" / ".join(f"{v:.3f}" for v in reversed(r["valid_of"])), "yes" if r["inside"] else "NO"]
             for name, r in result["compare"]["rows"].items()
         ]
-        lines += aligned([["policy", "mean steps", "valid", "valid_hard"], *body])
+        lines += aligned([["policy", "mean steps", "valid", "valid_hard", "valid of both", "inside"], *body])
+        lines += [f"psnr, {way}: {row}" for way, row in (result["compare"]["psnr"] or {}).items()]
     lines += ["", *(f"{name}: {result[name]}" for name in FIGURES)]
     lines += [""]
     lines += [
@@ -357,6 +379,35 @@ def draw(result: dict, path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
+def compared(args: argparse.Namespace) -> Source | None:
+    """The model that is compared: --compare, or the same one, run as is told."""
+    if args.compare:
+        return Source(args.compare, None, args.quantization, args.commit)
+    if args.quantization or args.commit:
+        return Source(args.model, args.head, args.quantization, args.commit)
+    return None
+
+
+def comparison(
+    args: argparse.Namespace, pipe: Pipeline, clips: Clips, mine: dict[str, Table], others: dict[str, Result]
+) -> dict | None:  # fmt: skip
+    """The model that is compared: what it is, its rows by policy, and its PSNR where it is the same one."""
+    rival = compared(args)
+    if rival is None:
+        return None
+    rows, psnr = {}, None
+    for name, other in others.items():
+        one, low, high = mean_interval(per_clip(mine[name]))
+        value = float(per_clip(other.table).mean())
+        rows[name] = compare(mine[name], other.table) | {"valid_of": [one, value], "inside": low <= value <= high}
+    if rival.model == args.model:
+        rounding = replace(rival, quantization=None, commit=None, dtype=torch.bfloat16)
+        ways = {"bfloat16": load(rounding), "as compared": load(rival)}
+        psnr = {"clips": min(ALIKE, clips.clips)} | likeness(pipe, ways, clips.captions[:ALIKE], clips.seed)
+    about = {name: getattr(rival, name) for name in ("model", "quantization", "commit", "label")}
+    return {**about, "rows": rows, "psnr": psnr}
+
+
 def evaluate(args: argparse.Namespace) -> dict:
     """All rows and figures as one object."""
     source = Source(args.model, args.head)
@@ -371,11 +422,12 @@ def evaluate(args: argparse.Namespace) -> dict:
         options = (("steps", args.teacher_steps), ("guidance", args.guidance))
         jobs["teacher"] = Job(Source(teacher), "teacher", options)
     jobs |= known_jobs(source, clips, limit, args.brief) | {"ground_truth": Job(source, "truth")}
-    if args.compare:
-        other = load(Source(args.compare))
+    rival = compared(args)
+    if rival:
+        other = load(rival)
         policies = {f"fixed:{n}": Fixed(n) for n in range(1, min(limit, other.max_steps) + 1)}
         policies |= {n: Confidence(other.config.presets[n]) for n in presets if n in other.config.presets}
-        jobs |= {OTHER + name: Job(Source(args.compare), policy) for name, policy in policies.items()}
+        jobs |= {OTHER + name: Job(rival, policy) for name, policy in policies.items()}
     spawn = multiprocessing.get_context("spawn")  # forked workers would share torch's threads
     pool = ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1 else nullcontext()
     with pool as workers, tqdm(total=len(jobs), unit="row") as bar:
@@ -412,7 +464,6 @@ def assembled(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: d
     head = head_figures(fixed[limit].trace, [(r.sure, r.table) for r in fixed.values()], own)
     mine = {name: r.table for name, r in results.items()}
     mine |= {name: mine[f"confidence:{value}"] for name, value in presets.items()}
-    pairs = {name: compare(mine[name], other.table) for name, other in others.items()}
     return rounded({
         "benchmark": "quality",
         "model": pipe.name,
@@ -435,7 +486,7 @@ def assembled(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: d
         **head,
         "head": head_cost(Source(args.model, args.head), clips),
         "claims": claims(list(confidence.values()), head, limit),
-        "compare": {"model": args.compare, "rows": pairs} if args.compare else None,
+        "compare": comparison(args, pipe, clips, mine, others),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "commit": commit(),
@@ -451,7 +502,13 @@ def main() -> None:
     add("--teacher-steps", type=int, default=24, help="Euler steps of the teacher")
     add("--guidance", type=float, default=1.0, help="of the teacher, against the null prompt")
     add("--compare", metavar="MODEL", help="another model, whose rows are compared with the model's, paired by clip")
-    add("--brief", action="store_true", help="only fixed counts, presets and --compare: no baselines, no teacher")
+    add("--quantization", choices=QUANTIZATIONS, help="of the model that is compared, else the same one")
+    add("--commit", choices=COMMIT_MODES, help="of the model that is compared, else the same one")
+    add(
+        "--brief",
+        action="store_true",
+        help="only fixed counts, presets and the model compared: no baselines, no teacher",
+    )
     add("--clips", type=count, default=512)
     add("--chunks", type=count, default=4, help="chunks a clip (4 is the training length)")
     add("--seed", type=int, default=0, help="of the noise; the prompts are always the same")

@@ -5,9 +5,10 @@ kept in cache between ops. An op's floor is the larger of FLOP / rate and bytes 
 out: the heaviest, GELU, is a tenth of its bytes' time. At D = 128 the exponentials of attention (16 a clock and
 multiprocessor, of 8,192 FLOP in FP8) take as long as its FP8 products: that floor is reached only if the two overlap.
 
-The forward is that of the op contracts with one product for q, k and v. The end of each sub-layer is fused with the
-norm of the next, also across blocks, so `modulate` runs once, before the first, and `gate_residual` once, after the
-last. Left out: patch embedding (0.01 % of the FLOP), and the embeddings of text and time, made once a prompt or level.
+The forward is the model's (`models.dit`): one product for q, k and v; the end of each sub-layer fused with the norm of
+the next, also across blocks, so `modulate` runs once, before the first, and `gate_residual` once, after the last; in
+bfloat16 GELU in the epilogue of its product. With FP8 products it is an op of its own, which quantises too. Left out:
+patch embedding (0.01 % of the FLOP), and the embeddings of text and time, made once a prompt or level.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class Sizes:
 
     @property
     def products(self) -> dict[str, tuple[int, int, int, bool]]:
-        """The forward's linear layers: N, K, how many a block, and whether the product adds the bias (`gelu_bias` adds
-        that of `up`). o is the shape of the output projections and of the queries of cross-attention."""
+        """The forward's linear layers: N, K, how many a block, and whether an FP8 product adds the bias (that of `up`
+        `gelu_bias` adds). o is the shape of the output projections and of the queries of cross-attention."""
         c, ffn = self.C, self.config.ffn_dim
         return {"qkv": (3 * c, c, 1, True), "o": (c, c, 3, True), "up": (ffn, c, 1, False), "down": (c, ffn, 1, True)}
 
@@ -100,7 +101,7 @@ class Sizes:
 class Row:
     """One op at one shape. calls: in a forward of each precision at a KV length; of `STEP_OPS`, in a step."""
 
-    op: str  # a public function of `ops`, or linear: a bfloat16 product
+    op: str  # a public function of `ops`, or linear: a bfloat16 product that does nothing else
     what: str
     precision: str
     flop: int
@@ -154,7 +155,7 @@ def elementwise(s: Sizes) -> list[Row]:
             row("norm_rope_append", qkv, tokens * BF16 + 2 * tokens * size, layers),
             row("modulate", tokens * BF16 + 2 * vector, tokens * size + per_row, 1),
             row("residual_modulate", 2 * tokens * BF16 + 3 * vector, tokens * (BF16 + size) + per_row, 3 * layers - 1),
-            row("gelu_bias", (wide + s.config.ffn_dim) * BF16, wide * size + per_row, layers),
+            row("gelu_bias", (wide + s.config.ffn_dim) * BF16, wide * size + per_row, layers * fp8),
         ]
     rows += [
         Row("gate_residual", "", "bf16", 0, 2 * tokens * BF16 + vector, tokens * BF16, once(1)),
@@ -183,10 +184,10 @@ def attentions(s: Sizes) -> list[Row]:
 def products(s: Sizes) -> list[Row]:
     rows = []
     for what, (n, k, count, bias) in s.products.items():
-        calls, flop, extra = count * s.config.num_layers, 2 * s.T * n * k, n * BF16 * bias
-        read = (s.T * k + n * k) * BF16 + extra
-        rows.append(Row("linear", what, "bf16", flop, read, s.T * n * BF16, once(calls, 0)))
-        read = s.T * k + n * k + (s.T + n) * FP32 + extra
+        calls, flop = count * s.config.num_layers, 2 * s.T * n * k
+        read, op = (s.T * k + n * k + n) * BF16, "linear" if bias else "linear_gelu"
+        rows.append(Row(op, what, "bf16", flop, read, s.T * n * BF16, once(calls, 0)))
+        read = s.T * k + n * k + (s.T + n) * FP32 + n * BF16 * bias
         rows.append(Row("fp8_linear", what, "fp8", flop, read, s.T * n * BF16, once(0, calls)))
     return rows
 
@@ -228,7 +229,7 @@ def forward(all_rows: Sequence[Row], precision: str, frames: int) -> list[Row]:
 
 
 def kind(row: Row) -> str:
-    if row.op in ("linear", "fp8_linear"):
+    if row.op in ("linear", "linear_gelu", "fp8_linear"):
         return "products"
     return row.op if row.flop else "elementwise"
 
@@ -256,8 +257,8 @@ def elementwise_bytes(some: Sequence[Row], precision: str) -> int:
 
 
 def in_epilogues(some: Sequence[Row], s: Sizes) -> list[Row]:
-    """The rows as they were if the products' epilogues did more: GELU there moves nothing, and with bias, gate and
-    residual there the stream is written by the product itself, which takes one read of it."""
+    """The rows as they were if the products' epilogues did still more: GELU in all of them moves nothing, and with
+    bias, gate and residual there the stream is written by the product itself, which takes one read of it."""
     tokens = s.T * s.C * BF16
     saved = {"residual_modulate": (0, tokens), "gate_residual": (tokens, tokens)}
     rows = []

@@ -34,6 +34,7 @@ from dsa_engine.models import memory, names, package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.found import inspect
+from dsa_engine.models.fp8 import E4M3, QUANTIZATIONS
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
@@ -45,6 +46,7 @@ from dsa_engine.training import run
 SHOWN_SIDE = 256  # px; smaller videos are scaled up until their shorter side has as many
 DTYPES = ("float32", "bfloat16", "float16")
 FAMILY = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(names.FAMILIES)
+QUANTISED = "what is in FP8: products and cache, or one of them (compute capability 8.9)"
 WAN = tuple(name for name in PRESETS if name.startswith("wan"))
 
 
@@ -106,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
     add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
     add("--family", choices=tuple(names.FAMILIES), help=FAMILY)
+    add("--quantization", choices=QUANTIZATIONS, help=QUANTISED)
     add = command(convert, "a checkpoint to this project's folder, or back to diffusers' layout").add_argument
     add("source", help="checkpoint file or folder, in any layout that generate reads")
     add("target", help="folder to write, which must not be there or be empty")
@@ -142,6 +145,7 @@ def loading(add: Callable) -> None:
     add("--vae", metavar="PATH", help="video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)")
     add("--text", metavar="PATH", help="text encoder of a checkpoint, or prompts encoded before")
     add("--offload", metavar="PARTS", help="auto, or of text,vae: they live on the CPU and visit the device")
+    add("--quantization", choices=QUANTIZATIONS, help=QUANTISED)
 
 
 def serving(add: Callable) -> None:
@@ -184,7 +188,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     for path, suffix in ((args.output, ".mp4"), (args.report, ".png")):
         if path is not None:
             video.check_target(path, suffix)
-    parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text", "offload")}
+    parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text", "offload", "quantization")}
     with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=1, **parts) as pipe:
         options = {name: getattr(args, name) for name in SESSION_OPTIONS}
         options |= {"step_policy": args.steps, **given_pixels(args)}
@@ -206,7 +210,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     backend = dispatch.choice("attention", pipe.engine.dit.device.type).backend
     facts |= {"policy": policy, "warmup_ms": round(1e3 * warmup, 1)}
     facts |= {"device": str(pipe.engine.dit.device), "backend": backend}
-    facts |= {"threads": torch.get_num_threads()}
+    facts |= {"threads": torch.get_num_threads(), "quantization": pipe.quantization}
     title = (
         f"{facts['frames']} frames in {len(chunks)} chunks, {facts['mean_steps']:.2f} steps a chunk ({policy}), "
         f"{facts['fps']:.1f} frames per second"
@@ -218,7 +222,8 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         title,
         f"{facts['seconds']:g} s of {facts['size']} at {pipe.fps:g} fps from {args.model}, seed {args.seed}",
         f"first frame after {facts['first_frame_ms']:.0f} ms, with a warm-up of {facts['warmup_ms']:.0f} ms before it",
-        f"on {facts['device']} with the {facts['backend']} ops",
+        f"on {facts['device']} with the {facts['backend']} ops"
+        + (f", {pipe.quantization}" if pipe.quantization else ""),
         *(f"wrote {path}" for path in (args.output, args.report) if path is not None),
     ]
     return facts, lines, 0
@@ -241,7 +246,10 @@ def serve(args: argparse.Namespace) -> tuple[None, list[str], int]:
     args.token = args.token or os.environ.get("DSA_TOKEN") or None
     settings = Settings(**given("host", "port", "token", "data"), origins=tuple(args.origin or ()))
     limits = Limits(**given("sessions", "jobs", "waiting", "idle", "lifetime", "rows", "steps"))
-    parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text", "offload", "deterministic")}
+    parts = {
+        name: getattr(args, name)
+        for name in ("family", "lora", "vae", "text", "offload", "deterministic", "quantization")
+    }
     with server.bind(settings) as sock:  # an address that cannot be had is an error before the model is loaded
         places = limits.sessions + limits.jobs
         with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=places, **parts) as pipe:
@@ -393,16 +401,16 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         if found.kind != names.ENGINE:  # told by the headers alone: nothing is loaded
             facts = found.to_dict()
             if found.config is not None:
-                facts["memory"] = memory.report(found.config, found.rollout, memory.Workload())
+                facts["memory"] = memory.report(found.config, found.rollout, memory.Workload(**in_fp8(args)))
             return facts, info_lines(facts), 0
     before = memory.resident()
-    pipe = without_weights(args.model) if bare else Pipeline.from_pretrained(args.model)
+    pipe = without_weights(args.model) if bare else Pipeline.from_pretrained(args.model, quantization=args.quantization)
     engine, config, model = pipe.engine, pipe.config, pipe.engine.dit.config
     parts = {"generator": engine.dit, "confidence": engine.head, "codec": engine.decoder, "text": engine.text}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     stride = 8 if engine.decoder is None else engine.decoder.spatial_stride  # without one: the sizes of Wan's VAE
     frames = (pipe.frames - 1) // 4 + 1 if engine.decoder is None else engine.decoder.latent_frames_of(pipe.frames)
-    load = memory.Workload(pipe.height // stride, pipe.width // stride, frames, dtype=engine.dit.dtype)
+    load = memory.Workload(pipe.height // stride, pipe.width // stride, frames, dtype=engine.dit.dtype, **in_fp8(args))
     facts = {
         "name": pipe.name,
         "weights": None if bare else args.model,
@@ -413,6 +421,7 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "sigmas": [round(sigma, 4) for sigma in Schedule(config.steps, config.shift).sigmas],
         "cache_bytes": memory.cache_bytes(model, config, load),
         "dtype": str(engine.dit.dtype).removeprefix("torch."),
+        "quantization": args.quantization,
         "size": f"{pipe.width}x{pipe.height}",
         "frames": pipe.frames,
         "fps": pipe.fps,
@@ -426,6 +435,12 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         measured["loading"] = None if before is None or now is None else now - before
         facts["memory"]["measured"] = measured
     return facts, info_lines(facts), 0
+
+
+def in_fp8(args: argparse.Namespace) -> dict[str, torch.dtype]:
+    """What of a `memory.Workload` --quantization asks for."""
+    chosen = QUANTIZATIONS.get(args.quantization)
+    return {} if chosen is None else {name: E4M3 for name, wanted in chosen._asdict().items() if wanted}
 
 
 def info_lines(facts: dict[str, Any]) -> list[str]:

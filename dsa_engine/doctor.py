@@ -20,6 +20,7 @@ from dsa_engine.engine.engine import Engine
 from dsa_engine.models import package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.fp8 import unavailable
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
 
@@ -57,6 +58,7 @@ def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "ok": not fails,
         "versions": {"python": platform.python_version()} | required,
         "device": device_facts() | {"cudnn": cudnn},
+        "fp8": unavailable("cuda" if cuda else "cpu") or ("in hardware" if cuda else "only its numbers, on a CPU"),
         "ops": backends("cuda" if cuda else "cpu"),
         "optional": optional,
         "models": package.shipped(),

@@ -19,6 +19,8 @@ from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
 from dsa_engine.models.found import Found
+from dsa_engine.models.fp8 import E4M3, quantise_linears
+from dsa_engine.models.fp8 import quantization as named_quantization
 from dsa_engine.sampling.denoise import Denoised, Step
 from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Fixed, Policy
@@ -52,10 +54,11 @@ class Pipeline:
 
     def __init__(
         self, engine: Engine, *, name: str, height: int | None, width: int | None, frames: int, fps: float,
-        calibration: package.Calibration = (), found: Found | None = None,
+        calibration: package.Calibration = (), found: Found | None = None, quantization: str | None = None,
     ):  # fmt: skip
         self.engine, self.name, self.found = engine, name, found
         self.height, self.width, self.frames, self.fps = height, width, frames, fps
+        self.quantization = quantization  # as `from_pretrained` was told
         self.calibration = calibration  # (confidence, expected error) by rising confidence, empty: never measured
 
     @classmethod
@@ -80,6 +83,7 @@ class Pipeline:
         max_sessions: int = 4,
         deterministic: bool = False,
         offload: str | Sequence[str] | None = None,
+        quantization: str | None = None,
     ) -> Pipeline:
         """Load a model.
 
@@ -99,13 +103,18 @@ class Pipeline:
         config says. max_sessions: cache slots of a pool. deterministic: a session's bits never depend on which others
         run beside it, at the price of batching. offload: parts of "text" and "vae" that live on the CPU and are on the
         device only where they are at work, or "auto": as few as the device's free memory asks for (`models.memory`).
+        quantization: "fp8", or only its halves "fp8-linear" (products) and "fp8-cache" (keys and values), see
+        `models.fp8`; it needs compute capability 8.9, or a CPU, where it is a slow way to see FP8's numbers.
         Raises FileNotFoundError or ValueError naming the file and what was expected of it.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        fp8 = named_quantization(quantization, device)  # before anything is read
         parts = package.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
+        if fp8.linear:
+            quantise_linears(parts.dit)
         if head is not None:
             parts = package.with_head(parts, head)
         steps = None if steps is None else tuple(steps)
@@ -113,11 +122,13 @@ class Pipeline:
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
         )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
-        parts = package.place(parts, offload, config, max_sessions)
-        engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic)
+        parts = package.place(parts, offload, config, max_sessions, E4M3 if fp8.cache else None)
+        engine = Engine(
+            parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic, fp8.cache
+        )  # fmt: skip
         return cls(
             engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps,
-            calibration=parts.calibration, found=parts.found,
+            calibration=parts.calibration, found=parts.found, quantization=quantization,
         )  # fmt: skip
 
     @property

@@ -413,6 +413,25 @@ def test_info_says_what_memory_a_model_takes(facts, model, run):
     assert mine["memory"]["measured"]["process_peak"] >= mine["memory"]["measured"]["process"] > 10**7
 
 
+@pytest.mark.parametrize(
+    "name, linear, cache", [("fp8", True, True), ("fp8-linear", True, False), ("fp8-cache", False, True)]
+)
+def test_info_in_fp8(facts, name, linear, cache):
+    """Half the cache, and the blocks' weights in a byte each: 2.84 GB become 1.59."""
+    plain, said = facts("info", "wan2.1-t2v-1.3b"), facts("info", "wan2.1-t2v-1.3b", "--quantization", name)
+    assert (plain["quantization"], said["quantization"]) == (None, name)
+    assert said["memory"]["held"]["generator"] / 1e9 == pytest.approx(1.59 if linear else 2.84, abs=0.005)
+    assert said["cache_bytes"] / plain["cache_bytes"] == pytest.approx(0.5 if cache else 1.0, abs=1e-4)
+    assert ("linear in FP8" in said["memory"]["for"], "cache in FP8" in said["memory"]["for"]) == (linear, cache)
+    table = said["memory"]["sessions"]["80 GB, window 12"]
+    assert table["float8_e4m3fn"] > table["bfloat16"] >= 8
+
+
+def test_generate_in_fp8(facts, model):
+    said = facts("generate", PROMPT, "--model", model, "--frames", "3", "--quantization", "fp8")
+    assert said["quantization"] == "fp8" and said["frames"] == 3
+
+
 def test_info_of_a_checkpoint_says_what_memory_it_would_take(facts, model, tmp_path):
     dit = Pipeline.from_pretrained(model).engine.dit
     save_file(dit.state_dict(), tmp_path / "longlive.safetensors")
@@ -425,6 +444,12 @@ def test_info_of_a_checkpoint_says_what_memory_it_would_take(facts, model, tmp_p
 
 
 # doctor
+
+
+def test_doctor_says_whether_fp8_runs(facts, monkeypatch):
+    assert facts("doctor")["fp8"] == ("in hardware" if torch.cuda.is_available() else "only its numbers, on a CPU")
+    monkeypatch.setattr("dsa_engine.doctor.unavailable", lambda device: "compute capability 8.0: e4m3 needs 8.9")
+    assert facts("doctor")["fp8"] == "compute capability 8.0: e4m3 needs 8.9"
 
 
 def test_doctor_finds_this_machine_fit(facts):

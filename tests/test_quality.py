@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import quality
+from benchmarks import likeness, quality
 from dsa_engine import Change, Confidence
 from dsa_engine.training.evaluate import Table, Trace
 from dsa_engine.training.figures import compare, distance, figures, head_figures, rounded, versus
@@ -146,6 +146,37 @@ def test_the_whole_benchmark(untrained, few, tmp_path, monkeypatch, capsys):
     assert found["ground_truth"]["distance"]["place"] is not None
     for name in ("fixed:4", "random:0.45", "by_index:4,2,1", "x0_change:", "teacher", "ground_truth"):
         assert f"\n{name}" in out
+
+
+def test_the_same_model_run_another_way(untrained, monkeypatch, capsys):
+    """This model's rows stay as they are; of the others, the first chunk has no past that a commit could change."""
+    monkeypatch.setattr("dsa_engine.training.stats.RESAMPLES", 50)
+    argv = ["quality.py", "--model", str(untrained), "--brief", "--clips", "3", "--chunks", "2", "--json"]
+    found = {}
+    for way in ((), ("--quantization", "fp8-cache"), ("--commit", "exit_step")):
+        monkeypatch.setattr(sys, "argv", [*argv, *way])
+        quality.main()
+        out = capsys.readouterr().out
+        found[way[-1:]] = json.loads(out.splitlines()[-1])
+    plain, fp8, exit_step = found.values()
+    assert plain["compare"] is None and plain["fixed"]["4"]["mse"] == fp8["fixed"]["4"]["mse"]
+    assert (fp8["compare"]["label"], exit_step["compare"]["commit"]) == (f"{untrained}, fp8-cache", "exit_step")
+    assert f"{untrained}, commit exit_step minus untrained, paired by clip" in out and "psnr, bfloat16" in out
+    for part in ("latents", "frames"):
+        assert all(30 < fp8["compare"]["psnr"][way][part]["first"] < 100 for way in ("as compared", "bfloat16"))
+    assert exit_step["compare"]["psnr"]["as compared"]["latents"]["first"] is None
+    assert exit_step["compare"]["psnr"]["as compared"]["latents"]["median"] is not None
+    for row in (*fp8["compare"]["rows"].values(), *exit_step["compare"]["rows"].values()):
+        one, other = row["valid_of"]
+        assert row["valid"]["difference"] == pytest.approx(other - one, abs=1e-4)
+
+
+def test_psnr_of_clips():
+    squares = np.zeros((3, 4, 2))
+    squares[0], squares[1, 2:] = 1.0, 0.02
+    found = likeness.figures(squares, 10.0, chunks=2)
+    assert found["all"] == pytest.approx(10 * math.log10(100 / (1.01 / 3)))
+    assert found["median"] == pytest.approx(40.0) and math.isnan(found["first"])
 
 
 def test_without_a_teacher_it_says_so(untrained, few, monkeypatch, capsys):

@@ -19,12 +19,14 @@ from dsa_engine.engine.session import Session
 from dsa_engine.models.codec import VideoCodec
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.models.fp8 import E4M3, cache_scales
 from dsa_engine.models.text import TextEncoder
 from dsa_engine.models.vae import StreamingVAE
 from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
-from dsa_engine.sampling.schedule import Schedule
+from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
+from dsa_engine.structures import CacheScales
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,16 @@ class Engine:
 
     def __init__(
         self, dit: CausalDiT, head: ConfidenceHead | None, decoder: VideoCodec | None, text: TextEncoder | None,
-        config: RolloutConfig, max_sessions: int = 4, deterministic: bool = False,
+        config: RolloutConfig, max_sessions: int = 4, deterministic: bool = False, fp8_cache: bool = False,
     ):  # fmt: skip
-        """deterministic: a session's bits never depend on which others share its forwards (`StepInputs`)."""
+        """deterministic: a session's bits never depend on which others share its forwards (`StepInputs`); fp8_cache:
+        keys and values in e4m3 instead of the model's dtype."""
         if max_sessions < 1:
             raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
         self.config, self.max_sessions, self.deterministic = config, max_sessions, deterministic
+        self.fp8_cache = fp8_cache
+        self._scales: CacheScales | None = None  # of the FP8 cache, made with the first pool
         self._pools: dict[PoolShape, StepInputs] = {}
         self._decoders: dict[tuple[int, ...], ChunkDecoder] = {}  # by the shape of a chunk's latents
 
@@ -166,10 +171,18 @@ class Engine:
         model = self.dit.config
         cache = KVCache(
             model.num_layers, model.num_heads, model.head_dim, model.tokens_per_frame(shape.height, shape.width),
-            shape.window, shape.sink, slots, self.dit.device, self.dit.dtype, shape.rope, model.rope_theta, shape.spare,
+            shape.window, shape.sink, slots, self.dit.device, E4M3 if self.fp8_cache else self.dit.dtype, shape.rope,
+            model.rope_theta, shape.spare, self._cache_scales() if self.fp8_cache else None,
         )  # fmt: skip
         size, levels = (shape.height, shape.width), len(self.config.steps)
         return StepInputs(self.dit, self.head, cache, shape.frames, size, levels, self.deterministic)
+
+    def _cache_scales(self) -> CacheScales:
+        """Of every pool alike: for all levels that a rollout of this engine can have, and the commit's."""
+        if self._scales is None:
+            levels = Schedule(self.config.steps, self.config.shift).sigmas
+            self._scales = cache_scales(self.dit, [0.0, *(TIMESTEPS * sigma for sigma in levels)])
+        return self._scales
 
     @torch.inference_mode()
     def text_kv(self, embeds: Tensor) -> TextKV:

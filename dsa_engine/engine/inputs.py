@@ -43,12 +43,11 @@ class StepInputs:
         self.x = torch.zeros(slots + 1, *latents, **options)
         self.x0 = torch.zeros_like(self.x)
         self.noise = torch.zeros(slots + 1, levels, *latents, **options)
-        self.sigmas = torch.zeros(slots + 1, levels + 1, device=dit.device)
+        # What the host tells of a chunk, one row a slot, so that it takes one copy. Its floats lie there as their bits.
+        self.told = torch.zeros(slots + 1, levels + 5, dtype=torch.int32, device=dit.device)
+        self.sigmas, self.threshold, self.least, self.most, self.reduce = told(self.told)
         self.step = torch.zeros(slots + 1, dtype=torch.long, device=dit.device)
         self.state = torch.zeros(slots + 1, frames + 1, device=dit.device)
-        counts = torch.zeros(3, slots + 1, dtype=torch.int32, device=dit.device)
-        self.least, self.most, self.reduce = counts
-        self.threshold = torch.zeros(slots + 1, device=dit.device)
         heads = (config.num_heads, config.head_dim)
         self.text = TextKV(
             torch.zeros(config.num_layers, 2, slots + 1, config.text_len, *heads, **options),
@@ -60,8 +59,8 @@ class StepInputs:
 
     @property
     def nbytes(self) -> int:
-        own = (self.x, self.x0, self.noise, self.sigmas, self.step, self.state, self.threshold, *self.text)
-        return sum(t.nbytes for t in own) + 3 * self.least.nbytes
+        own = (self.x, self.x0, self.noise, self.told, self.step, self.state, *self.text)
+        return sum(t.nbytes for t in own)
 
     def prompt(self, slot: Tensor, text: TextKV) -> None:
         """The slots' prompts from now on."""
@@ -76,14 +75,16 @@ class StepInputs:
         """Start a chunk in the slots [B]: noise [B, K, F, C, h, w], entry 0 at level sigmas[0]; one rule a slot."""
         self.x[slot] = noise[:, 0]
         self.noise[slot, : noise.shape[1]] = noise
-        self.sigmas[slot] = 0.0
-        self.sigmas[slot, : len(sigmas)] = torch.tensor(sigmas, device=slot.device)
         self.step[slot] = 0
         self.state[slot] = 0.0
-        counts = [(rule.least, rule.most, REDUCE.index(rule.reduce)) for rule in rules]
-        counts = torch.tensor(counts, dtype=torch.int32, device=slot.device)
-        self.least[slot], self.most[slot], self.reduce[slot] = counts.unbind(1)
-        self.threshold[slot] = torch.tensor([_at_least(rule.threshold) for rule in rules], device=slot.device)
+        host = torch.zeros(len(rules), self.told.shape[1], dtype=torch.int32)
+        levels, threshold, *counts = told(host)
+        levels[:, : len(sigmas)] = torch.tensor(sigmas)
+        for row, rule in enumerate(rules):
+            threshold[row] = _at_least(rule.threshold)
+            for count, value in zip(counts, (rule.least, rule.most, REDUCE.index(rule.reduce))):
+                count[row] = value
+        self.told[slot] = self._sent(host)
 
     def rows(self, rows: Sequence[Row], size: int = 0) -> Tensor:
         """Rows as the device reads them: [4, R] slot, commit, frames ahead, counts.
@@ -94,7 +95,10 @@ class StepInputs:
         """
         columns = [(row.slot, row.commit, self.frames * row.ahead, True) for row in rows]
         columns = [(*columns[0][:3], False)] * (size - len(rows)) + columns
-        host = torch.tensor(list(zip(*columns)))
+        return self._sent(torch.tensor(list(zip(*columns))))
+
+    def _sent(self, host: Tensor) -> Tensor:
+        """On the device, without a wait: torch keeps the page-locked memory until the copy is done, then reuses it."""
         return (host.pin_memory() if self.x.is_cuda else host).to(self.x.device, non_blocking=True)
 
     def forward(self, rows: Sequence[Row]) -> None:
@@ -153,6 +157,12 @@ class StepInputs:
         if slot.device.type == "cpu" and longest == full and self.text.used[slot].eq(full).all():
             return TextKV(kv)  # nothing to mask and nothing that counts more than once
         return TextKV(kv, self.text.used[slot], self.text.repeat[slot])
+
+
+def told(rows: Tensor) -> tuple[Tensor, ...]:
+    """Views of int32 rows [R, S + 5]: levels [R, S + 1] and threshold [R] as float32, then least, most and reduce."""
+    floats = rows.view(torch.float32)
+    return floats[:, :-4], floats[:, -4], *rows[:, -3:].unbind(1)
 
 
 def _at_least(threshold: float) -> float:

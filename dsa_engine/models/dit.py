@@ -7,6 +7,7 @@ Source: Wan 2.1 `wan/modules/model.py`; per-frame modulation as in Self-Forcing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
+from dsa_engine.models.fp8_linear import Fp8Linear
 from dsa_engine.models.rope import rope_table
-from dsa_engine.structures import Projection
+from dsa_engine.structures import Projection, Rowwise
 
 
 class Memory(Protocol):
@@ -32,7 +34,10 @@ class Memory(Protocol):
         rope: tuple[Tensor, Tensor],
         eps: float,
     ) -> Tensor:
-        """Raw q, k, v [B, T, C] of this chunk -> attention output [B, T, C] over the past and the chunk."""
+        """Raw q, k, v [B, T, C] of this chunk -> attention output [B, T, C] over the past and the chunk.
+
+        They may be views of one [B, T, 3 C]: only their last dim is contiguous.
+        """
 
 
 class TextKV(NamedTuple):
@@ -50,6 +55,20 @@ class TextKV(NamedTuple):
         return TextKV(self.kv[:, :, rows], *(None if x is None else x[rows] for x in (self.used, self.repeat)))
 
 
+class Vectors(NamedTuple):
+    """What modulates one block, float32 [B, F, dim] each: shift, scale and gate of the self-attention, then of the
+    feed-forward; shift3 and scale3 [1, 1, dim], norm3's bias and its weight minus one, for the cross-attention."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+    shift3: Tensor
+    scale3: Tensor
+
+
 class DiTOutput(NamedTuple):
     """velocity [B, F, C, H, W]; hidden [B, T, dim] of the last block; time [B, F, dim], the timestep embedding."""
 
@@ -64,6 +83,52 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
     rates = 10000.0 ** (-torch.arange(half, device=t.device, dtype=torch.float64) / half)
     angles = t.to(torch.float64)[..., None] * rates
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def joint(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
+    """Every layer's output for one x [..., in], on a GPU by a single product.
+
+    On a CPU that is no faster. Where the weights are to be trained, and under torch.compile, which knows no addresses,
+    each layer is a product of its own as well.
+    """
+    trained = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
+    device = x.values.device if isinstance(x, Rowwise) else x.device
+    if device.type != "cuda" or trained or torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    return one_product(x, layers)
+
+
+def one_product(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
+    """Every layer's output for one x [..., in]: views of one tensor [..., sum of their widths]."""
+    weight, bias = (side_by_side([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    if isinstance(x, Rowwise):
+        scale = side_by_side([layer.scale for layer in layers])
+        y = ops.fp8_linear(x, Rowwise(weight, scale), bias, bias.dtype)
+    else:
+        y = F.linear(x, weight, bias)
+    return y.split([layer.out_features for layer in layers], dim=-1)
+
+
+def side_by_side(parts: Sequence[nn.Parameter]) -> Tensor:
+    """Parameters [n, ...] as one tensor [sum of n, ...], whose memory is theirs.
+
+    They are moved together when they are first asked for, and again after whatever parts them: `Module.to`, a copy, a
+    checkpoint. So nothing else has to know of it: each stays a parameter of its own, with its name.
+    """
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous():
+            break
+        end += part.nbytes
+    else:
+        storage = first.untyped_storage()  # neighbours may still be allocations of their own
+        if end <= storage.data_ptr() + storage.nbytes():
+            return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    with torch.inference_mode(False), torch.no_grad():  # trained later, they must not be inference tensors
+        whole = torch.cat([part.detach() for part in parts])
+        for part, place in zip(parts, whole.split([len(part) for part in parts])):
+            part.data = place
+    return whole
 
 
 class RMSNorm(nn.Module):
@@ -88,17 +153,19 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x: Tensor, layer: int, memory: Memory, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor | Rowwise, layer: int, memory: Memory, rope: tuple[Tensor, Tensor]) -> Tensor:
         gains = (self.norm_q.weight, self.norm_k.weight)
-        return self.o(memory.attend(layer, self.q(x), self.k(x), self.v(x), gains, rope, self.norm_q.eps))
+        q, k, v = joint(x, (self.q, self.k, self.v))
+        return self.o(memory.attend(layer, q, k, v, gains, rope, self.norm_q.eps))
 
 
 class CrossAttention(Attention):
     def keys_values(self, text: Tensor) -> Tensor:
         """text [B, L, dim] -> [2, B, L, H, D]: this layer's keys and values of a prompt, computed once per prompt."""
-        return torch.stack((self.norm_k(self.k(text)), self.v(text))).unflatten(-1, self.heads)
+        k, v = joint(text, (self.k, self.v))
+        return torch.stack((self.norm_k(k), v)).unflatten(-1, self.heads)
 
-    def forward(self, x: Tensor, layer: int, text: TextKV) -> Tensor:
+    def forward(self, x: Tensor | Rowwise, layer: int, text: TextKV) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
         return self.o(ops.cross_attention(q, *text.kv[layer], text.used, text.repeat).flatten(2))
 
@@ -107,6 +174,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim, self.eps = config.dim, config.eps
+        self.fp8 = False  # whether its products are, and their inputs come so (`models.fp8.quantise_linears`)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
@@ -115,14 +183,24 @@ class Block(nn.Module):
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
 
-    def forward(self, x: Tensor, mod: Tensor, layer: int, rope, text: TextKV, memory: Memory) -> Tensor:
-        """x [B, T, dim], mod [B, F, 6, dim] (shift, scale, gate of attention, then of the feed-forward)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + mod).unbind(2)
-        shift3, scale3 = self.norm3.bias.float()[None, None], self.norm3.weight.float()[None, None] - 1
-        y = self.self_attn(ops.modulate(x, shift1, scale1, self.eps), layer, memory, rope)
-        x, y = ops.residual_modulate(x, y, gate1, shift3, scale3, self.eps)
-        x, y = ops.residual_modulate(x, self.cross_attn(y, layer, text), None, shift2, scale2, self.eps)
-        return ops.gate_residual(x, self.ffn(y), gate2)
+    def forward(
+        self, x: Tensor, y: Tensor | Rowwise, mod: Vectors, then: Vectors | None, layer: int, rope, text: TextKV,
+        memory: Memory,
+    ) -> tuple[Tensor, Tensor | Rowwise | None]:  # fmt: skip
+        """x [B, T, dim], the stream, and y, its norm modulated for this block -> the same for the next block.
+
+        The end of each sub-layer and the norm of the next are one op, which reads and writes the stream once; so are
+        this block's end and the norm of the next, modulated by `then`. After the last block there is no y.
+        """
+        y = self.self_attn(y, layer, memory, rope)
+        x, y = ops.residual_modulate(x, y, mod.gate1, mod.shift3, mod.scale3, self.eps, self.fp8)
+        y = self.cross_attn(y, layer, text)
+        x, y = ops.residual_modulate(x, y, None, mod.shift2, mod.scale2, self.eps, self.fp8)
+        up, _, down = self.ffn
+        y = down(up.gelu(y) if self.fp8 else ops.linear_gelu(y, up.weight, up.bias))
+        if then is None:
+            return ops.gate_residual(x, y, mod.gate2), None
+        return ops.residual_modulate(x, y, mod.gate2, then.shift1, then.scale1, self.eps, self.fp8)
 
 
 class Head(nn.Module):
@@ -214,9 +292,18 @@ class CausalDiT(nn.Module):
         time = self.time_embedding(timestep_features(t, self.config.freq_dim).to(self.dtype))
         mod = self.time_projection(time).unflatten(-1, (6, -1)).float()
         rope = rope_table(frames, height // p, width // p, self.config.head_dim, self.config.rope_theta)
+        vectors = [*self._vectors(mod), None]
+        y = ops.modulate(tokens, vectors[0].shift1, vectors[0].scale1, self.config.eps, self.blocks[0].fp8)
         for layer, block in enumerate(self.blocks):
-            tokens = block(tokens, mod, layer, rope, text_kv, memory)
+            tokens, y = block(tokens, y, *vectors[layer : layer + 2], layer, rope, text_kv, memory)
         return tokens, time
+
+    def _vectors(self, mod: Tensor) -> list[Vectors]:
+        """Every block's, from the projected timesteps [B, F, 6, dim]: made at once, not in small ops block by block."""
+        levels = torch.stack([block.modulation for block in self.blocks]).float()[:, :, None] + mod
+        norms = ([getattr(block.norm3, name) for block in self.blocks] for name in ("bias", "weight"))
+        shift3, scale3 = (torch.stack(vectors).float()[:, None, None] for vectors in norms)
+        return [Vectors(*own.unbind(2), *plain) for own, *plain in zip(levels, shift3, scale3 - 1)]
 
     def _patchify(self, x: Tensor) -> Tensor:
         """The strided convolution as one matrix product: [B, F, C, H, W] -> [B, F * H/p * W/p, dim]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_engine.config import ModelConfig, RolloutConfig
+from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.pixel_codec import PixelCodec
 from dsa_engine.models.tiny_vae import TinyVAE
@@ -26,7 +28,10 @@ from dsa_engine.models.vae import StreamingVAE, WanVAE
 logger = logging.getLogger(__name__)
 
 CONTEXT = 500_000_000  # bytes
-CARDS = (8, 12, 16, 24, 32, 48, 80)  # GB of 10^9 bytes; a card sold as 12 GB has 12.88
+CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GB of 10^9 bytes; a card sold as 12 GB has 12.88
+BIG_CARDS, WINDOWS = (80, 141), (21, 12)  # of `report`'s table of sessions, GB and latent frames
+ROWS = 8  # of a forward, at most, where many sessions share it (`engine.Runner`)
+MOST = 100_000  # sessions that are counted
 # What may live on the CPU, the cheapest to do without first: prompts change seldom, every chunk is decoded.
 PLACEMENTS: tuple[tuple[str, ...], ...] = ((), ("text",), ("text", "vae"))
 
@@ -62,8 +67,9 @@ UMT5_XXL = TextSize("umT5-XXL", 5_680_910_336, 192_948_224)
 @dataclass(frozen=True)
 class Workload:
     """What is asked of a model. height, width: of the latents; frames: latent frames of a clip, which are the window
-    where the rollout has none; sessions: cache slots; dtype: of weights and activations; cache: of keys and values,
-    None for the same."""
+    where the rollout has none; sessions: cache slots; rows: of a forward, None for two a session, all at once; dtype:
+    of weights and activations; cache: of keys and values, linear: of the weights of the blocks' products, None for the
+    same."""
 
     height: int = 60
     width: int = 104
@@ -71,6 +77,8 @@ class Workload:
     sessions: int = 1
     dtype: torch.dtype = torch.bfloat16
     cache: torch.dtype | None = None
+    linear: torch.dtype | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,15 +102,18 @@ def predict(
     Held: weights; each session's keys and values (`cache_bytes`), its prompt's, 2 * layers * text_len * dim elements,
     twice and once more for a row that has nothing to say, its latents and noise with them, and its decoder's state.
     Work: a forward in which the commit rides along, so over 2 T tokens a session, at the larger of its two peaks, the
-    feed-forward's 2 ffn_dim + 4 dim elements a token and RoPE's 15 dim, with 30 dim a frame for modulation and the
-    prompts of its rows; a decode, `Codec.work` and one more state, since the one before stays good; a prompt in one
-    layer of an offloaded text encoder. An offloaded decoder holds nothing, its states least of all, and works on one
-    latent frame at a time (`Offloaded`).
+    feed-forward's 2 ffn_dim + 5 dim elements a token and RoPE's 15 dim, with (30 + 12 layers) dim a frame for
+    modulation and the prompts of its rows; a decode, `Codec.work` and one more state, since the one before stays good;
+    a prompt in one layer of an offloaded text encoder. An offloaded decoder holds nothing, its states least of all, and
+    works on one latent frame at a time (`Offloaded`).
     """
     size, tokens = load.dtype.itemsize, model.tokens_per_frame(load.height, load.width)
     counts = {"generator": dit_parameters(model), "confidence": head_parameters(model)}
     counts |= {"vae": codec.parameters if codec else 0, "text": text.parameters if text else 0}
-    own = {part: size * count for part, count in counts.items()} | dict(weights or {})
+    own = {part: size * count for part, count in counts.items()}
+    if load.linear == E4M3:
+        own["generator"] -= fp8_saves(model, size)
+    own |= weights or {}
     away = {part for part in offload if part != "text" or text}  # of an encoder without a size nothing can be moved
     prompt = 2 * model.num_layers * model.dim * model.text_len * size
     latents = rollout.chunk_frames * model.in_dim * load.height * load.width * size
@@ -110,8 +121,9 @@ def predict(
     held["kv_cache"] = cache_bytes(model, rollout, load)
     held["prompt_kv"] = (2 * load.sessions + 1) * prompt
     held["inputs"] = (load.sessions + 1) * (2 + len(rollout.steps)) * latents
-    a_frame = tokens * max(2 * model.ffn_dim + 4 * model.dim, 15 * model.dim) + 30 * model.dim
-    work = {"denoise": 2 * load.sessions * (rollout.chunk_frames * a_frame * size + prompt)}
+    a_frame = tokens * max(2 * model.ffn_dim + 5 * model.dim, 15 * model.dim)
+    a_frame += (30 + 12 * model.num_layers) * model.dim
+    work = {"denoise": (load.rows or 2 * load.sessions) * (rollout.chunk_frames * a_frame * size + prompt)}
     if codec:
         pixels = 64 * load.height * load.width
         state = size * round(codec.state * pixels)
@@ -128,12 +140,47 @@ def predict(
 
 def cache_bytes(model: ModelConfig, rollout: RolloutConfig, load: Workload) -> int:
     """Bytes of the KV cache: 2 * layers * frames * S * dim elements a session, of the whole clip, or of the window and
-    a chunk more, where commits ride along; and a sink's keys once more where it moves with the window."""
+    a chunk more, where commits ride along; and a sink's keys once more where it moves with the window. In e4m3 also
+    the float32 scales of each layer's heads, and their shift."""
     window = rollout.window and rollout.window + rollout.chunk_frames
     frames = window or max(load.frames, rollout.sink + rollout.chunk_frames)
     halves = 2 * frames + (rollout.sink if rollout.rope == "relative" else 0)
     a_frame = model.num_layers * model.dim * model.tokens_per_frame(load.height, load.width)
-    return halves * a_frame * load.sessions * (load.cache or load.dtype).itemsize
+    dtype = load.cache or load.dtype
+    scales = 4 * model.num_layers * (2 * model.num_heads + model.dim) if dtype == E4M3 else 0
+    return load.sessions * (halves * a_frame * dtype.itemsize + scales)
+
+
+def fp8_saves(config: ModelConfig, size: int) -> int:
+    """Bytes by which a `CausalDiT` of parameters of `size` bytes is smaller with its blocks' products in e4m3: q, k, v,
+    o, the prompt's q and o, and the feed-forward; each output channel has a float32 scale."""
+    weights = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
+    return config.num_layers * ((size - 1) * weights - 4 * (7 * config.dim + config.ffn_dim))
+
+
+def sessions(model: ModelConfig, rollout: RolloutConfig, load: Workload, room: int, **sizes: Any) -> int:
+    """How many sessions fit in `room` bytes, of forwards of at most ROWS rows; sizes as for `predict`."""
+
+    def peak(count: int) -> int:
+        one = replace(load, sessions=count, rows=min(2 * count, ROWS))
+        return predict(model, rollout, one, **sizes).peak
+
+    return bisect_right(range(1, MOST + 1), room, key=peak)
+
+
+def sessions_table(model: ModelConfig, rollout: RolloutConfig, load: Workload, **sizes: Any) -> dict[str, Any]:
+    """`sessions` by card, rolling window and dtype of the cache."""
+
+    def count(card: int, window: int, cache: torch.dtype) -> int:
+        rolling = replace(rollout, window=max(window, rollout.sink + rollout.chunk_frames))
+        return sessions(model, rolling, replace(load, cache=cache), card * 10**9, **sizes)
+
+    caches = {str(dtype).removeprefix("torch."): dtype for dtype in (load.dtype, E4M3)}
+    return {
+        f"{card} GB, window {window}": {name: count(card, window, dtype) for name, dtype in caches.items()}
+        for card in BIG_CARDS
+        for window in WINDOWS
+    }
 
 
 def dit_parameters(config: ModelConfig) -> int:
@@ -158,7 +205,8 @@ def head_parameters(config: ModelConfig) -> int:
 
 def report(model: ModelConfig, rollout: RolloutConfig, load: Workload, **sizes: Any) -> dict[str, Any]:
     """A prediction for people and JSON, sizes as for `predict`: what it is for, bytes held and worked with when nothing
-    is offloaded, the peak of each placement, and the first placement that fits a card (None: none does)."""
+    is offloaded, the peak of each placement, the first placement that fits a card (None: none does), and how many
+    sessions fit the big ones, with nothing offloaded."""
     peaks = {name: predict(model, rollout, load, offload=name, **sizes).peak for name in PLACEMENTS}
     whole = predict(model, rollout, load, **sizes)
     codec, text = sizes.get("codec", WAN_VAE), sizes.get("text", UMT5_XXL)
@@ -166,6 +214,7 @@ def report(model: ModelConfig, rollout: RolloutConfig, load: Workload, **sizes: 
     parts = [part.name for part in (codec, text) if part]
     about = [f"latents of {load.width}x{load.height}", f"a window of {window} latent frames"]
     about += [str(load.dtype).removeprefix("torch."), f"{load.sessions} session{'s' * (load.sessions > 1)}", *parts]
+    about += [f"{name} in FP8" for name in ("linear", "cache") if getattr(load, name) == E4M3]
     fits = {card: next((name for name, peak in peaks.items() if peak <= card * 10**9), None) for card in CARDS}
     return {
         "for": ", ".join(about),
@@ -173,6 +222,7 @@ def report(model: ModelConfig, rollout: RolloutConfig, load: Workload, **sizes: 
         "work": whole.work,
         "peak": {f"offload {named(name)}": peak for name, peak in peaks.items()},
         "fits": {f"{card} GB": None if name is None else f"offload {named(name)}" for card, name in fits.items()},
+        "sessions": sessions_table(model, rollout, load, **sizes),
     }
 
 
@@ -181,9 +231,9 @@ def named(placement: Sequence[str]) -> str:
 
 
 def shown(facts: Any) -> Any:
-    """The same with bytes as people read them: 6.04 GB, of 10^9 bytes."""
+    """The same with bytes as people read them: 6.04 GB, of 10^9 bytes. Sessions are not bytes."""
     if isinstance(facts, dict):
-        return {name: shown(value) for name, value in facts.items()}
+        return {name: value if name == "sessions" else shown(value) for name, value in facts.items()}
     if not isinstance(facts, int):
         return facts
     return f"{facts / 1e9:.2f} GB" if facts >= 1e7 else f"{facts / 1e6:.2f} MB"

@@ -173,17 +173,23 @@ def load_decoder(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def place(
-    parts: Parts, offload: str | Sequence[str] | None, rollout: RolloutConfig | None = None, sessions: int = 1
-) -> Parts:
+    parts: Parts, offload: str | Sequence[str] | None, rollout: RolloutConfig | None = None, sessions: int = 1,
+    cache: torch.dtype | None = None,
+) -> Parts:  # fmt: skip
     """The same model with the parts that `offload` names on the CPU, on the device only while they are used.
 
     "text": umT5, a layer at a time for a new prompt (any other text encoder is small, or its maker's business);
     "vae": the decoder's weights and the states of its streams, a latent frame at a time. "auto": the first of
     `memory.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's own video
-    size, which is logged; nothing where the device is not CUDA. None: nothing. The DiT and its cache always stay.
+    size, whose keys and values are of dtype `cache` (None: the DiT's own), which is logged; nothing where the device is
+    not CUDA. None: nothing. The DiT and its cache always stay.
     """
     device = parts.dit.device
-    chosen = _fitting(parts, rollout or parts.rollout, sessions) if offload == "auto" else memory.placement_of(offload)
+    chosen = (
+        _fitting(parts, rollout or parts.rollout, sessions, cache)
+        if offload == "auto"
+        else memory.placement_of(offload)
+    )
     if "text" in chosen and isinstance(parts.text, UMT5):
         parts.text.send_home()
     if "vae" in chosen and parts.decoder is not None and not isinstance(parts.decoder, Offloaded):
@@ -191,14 +197,14 @@ def place(
     return parts
 
 
-def _fitting(parts: Parts, rollout: RolloutConfig, sessions: int) -> tuple[str, ...]:
+def _fitting(parts: Parts, rollout: RolloutConfig, sessions: int, cache: torch.dtype | None) -> tuple[str, ...]:
     device, stride = parts.dit.device, getattr(parts.decoder, "spatial_stride", 8)
     if device.type != "cuda":
         logger.info("offload nothing: %s is where it would go", device)
         return ()
     frames = parts.decoder.latent_frames_of(parts.frames) if parts.decoder else (parts.frames - 1) // 4 + 1
     load = memory.Workload(
-        (parts.height or 480) // stride, (parts.width or 832) // stride, frames, sessions, parts.dit.dtype
+        (parts.height or 480) // stride, (parts.width or 832) // stride, frames, sessions, parts.dit.dtype, cache
     )
     sizes = memory.sizes_of(parts.modules)
     needs = {

@@ -3,7 +3,7 @@
 from dsa_engine.ops.attention import attention, cross_attention
 from dsa_engine.ops.epilogue import epilogue, renoise, velocity_to_x0
 from dsa_engine.ops.fp8_linear import fp8_linear, quantise
-from dsa_engine.ops.modulate import gate_residual, gelu_bias, modulate, residual_modulate
+from dsa_engine.ops.modulate import gate_residual, gelu_bias, linear_gelu, modulate, residual_modulate
 from dsa_engine.ops.noise import gaussian
 from dsa_engine.ops.norm_rope import norm_rope, norm_rope_append, rms_norm
 from dsa_engine.ops.norm_silu import bias_residual, norm_silu
@@ -25,6 +25,7 @@ __all__ = [
     "gate_residual",
     "gaussian",
     "gelu_bias",
+    "linear_gelu",
     "modulate",
     "norm_rope",
     "norm_rope_append",

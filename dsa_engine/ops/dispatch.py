@@ -22,7 +22,7 @@ from dsa_engine.ops import libraries, reference
 STEMS = {
     "norm_rope": ("rms_norm", "norm_rope", "norm_rope_append"),
     "attention": ("attention", "cross_attention"),
-    "modulate": ("modulate", "gate_residual", "residual_modulate", "gelu_bias"),
+    "modulate": ("modulate", "gate_residual", "residual_modulate", "gelu_bias", "linear_gelu"),
     "pooling": ("pool_frames",),
     "epilogue": ("velocity_to_x0", "renoise", "epilogue"),
     "fp8_linear": ("quantise", "fp8_linear"),

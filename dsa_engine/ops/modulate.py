@@ -1,4 +1,4 @@
-"""Adaptive LayerNorm, the gated residual, and the bias with its activation.
+"""Adaptive LayerNorm, the gated residual, and the activation of the feed-forward.
 
 shift, scale and gate are one vector a frame, [B, F, C] with T = F * S, or [1, 1, C] for all (a plain LayerNorm's bias
 and its weight minus one); they are float32 or x's dtype. Everything is float32 inside.
@@ -42,6 +42,19 @@ def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
     if bias.shape != x.shape[-1:]:
         raise ValueError(f"gelu_bias: bias {list(bias.shape)} must be [{x.shape[-1]}], the last dim of x")
     return implementation("gelu_bias", x)(x, bias, fp8)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x weight^T + bias) with the tanh approximation, in the product's own epilogue where torch's library has one.
+
+    x [..., K], weight [N, K], bias [N], all of one dtype -> [..., N].
+    """
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_gelu: x {list(x.shape)}, weight {list(weight.shape)} and bias {list(bias.shape)} must be "
+            "[..., K], [N, K] and [N]"
+        )
+    return implementation("linear_gelu", x)(x, weight, bias)
 
 
 def _check(op: str, x: Tensor, *per_frame: Tensor, like: Tensor | None = None) -> None:

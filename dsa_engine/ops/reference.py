@@ -152,6 +152,14 @@ def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False):
     return quantise(y) if fp8 else y.to(x.dtype)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.device.type == "cuda" and not torch.is_grad_enabled():
+        # cuBLASLt's epilogue, which is the tanh approximation. The same call on a CPU means the exact GELU.
+        y = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+        return y.unflatten(0, x.shape[:-1])
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
 def to_e4m3(x: Tensor) -> Tensor:
     """To nearest even, and to the largest number instead of NaN beyond it."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

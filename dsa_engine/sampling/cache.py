@@ -11,6 +11,9 @@ Keys are stored rotated at the absolute frame position they were made for (Self-
 score depend on the distance of two frames alone, and within the ring no distance ever exceeds W, however long the clip.
 Only the sink falls behind: after p frames it is p frames away, beyond anything a model was trained on. With
 `rope="relative"` it moves along instead: sink frame j is seen at j + max(0, p + F - W), next to the oldest ring frame.
+
+In e4m3 the cache takes half the memory of bfloat16. `scales` say what its numbers stand for (`CacheScales`), the same
+for every slot and for as long as the cache lives: a key that was stored under other scales would be another key.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ import torch
 from torch import Tensor
 
 from dsa_engine import ops
+from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.rope import axis_pairs, rates
+from dsa_engine.ops.reference import to_e4m3
+from dsa_engine.structures import CacheScales
 
 
 class KVCache:
@@ -27,22 +33,28 @@ class KVCache:
     frame's, and `oldest` [N], the first frame of the ring that is there.
 
     window: W, frames, counting the chunk being denoised and holding the sink; tokens: S, per frame; slots: N sessions;
-    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE; spare: R - (W - s).
+    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE; spare: R - (W - s); scales: with an e4m3
+    `dtype`, and only then, k, v [layers, H] and shift [layers, H, D] (`models.fp8.cache_scales`).
     """
 
     def __init__(
         self, layers: int, heads: int, head_dim: int, tokens: int, window: int, sink: int = 0, slots: int = 1,
         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, rope: str = "absolute",
-        theta: float = 10000.0, spare: int = 0,
+        theta: float = 10000.0, spare: int = 0, scales: CacheScales | None = None,
     ):  # fmt: skip
         if not 0 <= sink < window:
             raise ValueError(f"sink={sink} with window={window}: the sink must be smaller; nearest is {window - 1}")
+        if (dtype == E4M3) != (scales is not None):
+            raise ValueError(
+                f"cache of {dtype} {'with' if scales else 'without'} scales: {E4M3} has them, no other dtype"
+            )
         self.window, self.sink, self.slots, self.spare = window, sink, slots, spare
         self.ring = window - sink + spare
         self.k = torch.empty(layers, slots, sink + self.ring, tokens, heads, head_dim, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
         self.position, self.oldest = torch.zeros(2, slots, device=device, dtype=torch.long)
         self.theta = theta
+        self.scales = None if scales is None else CacheScales(*(_for_slots(x, slots, self.k.device) for x in scales))
         # Where the sink moves, its keys as they were made: turned anew from these each time, rounding never adds up.
         self.still = self.k[:, :, :sink].clone() if rope == "relative" and sink else None
         self._free = list(range(slots))
@@ -123,37 +135,78 @@ class KVCache:
         """Make the chunk that was written last part of the past."""
         if self.still is not None:
             filling = (self.position[slot] < self.sink)[:, None, None, None, None]
-            self.still[:, slot] = torch.where(filling, self.k[:, slot, : self.sink], self.still[:, slot])
+            still, k = _plain(self.still), _plain(self.k)
+            still[:, slot] = torch.where(filling, k[:, slot, : self.sink], still[:, slot])
         self.position[slot] += frames
 
     def _place_sink(self, slot: Tensor, shift: Tensor) -> None:
-        """The sink's keys as if their frames lay `shift` [B] positions later."""
+        """The sink's keys as if their frames lay `shift` [B] positions later.
+
+        In e4m3 they are rounded once more after the turn, which leaves the length of a pair as it is, and so within
+        what the scales allow for.
+        """
         pairs = axis_pairs(self.k.shape[-1])[0]
         angle = shift[:, None].double() * rates(pairs, self.theta, self.k.device)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None, None, None].to(torch.complex64)
-        still = self.still[:, slot]
-        time = torch.view_as_complex(still[..., : 2 * pairs].float().unflatten(-1, (-1, 2)))
-        still[..., : 2 * pairs] = torch.view_as_real(time * turn).flatten(-2).to(still.dtype)
+        still, k, sink = _of(self.still, slot), _plain(self.k), slice(self.sink)
+        part = still[..., : 2 * pairs].float()
+        if self.scales is not None:
+            scale = self.scales.k[:, slot][:, :, None, None, :, None]
+            offset = self.scales.shift[:, slot, :, : 2 * pairs][:, :, None, None]
+            part = part * scale + offset
+        part = torch.view_as_real(torch.view_as_complex(part.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        if self.scales is not None:
+            part = to_e4m3((part - offset) / scale)
+        still[..., : 2 * pairs] = part.to(still.dtype)
         moves = (shift > 0)[:, None, None, None, None]  # until then the sink is still being made
-        self.k[:, slot, : self.sink] = torch.where(moves, still, self.k[:, slot, : self.sink])
+        k[:, slot, sink] = torch.where(moves, _plain(still), k[:, slot, sink])
 
     def save(self, slot: Tensor) -> dict[str, Tensor]:
         """A copy of the slots' whole state. `load` brings it back, also into other slots of an equal cache."""
-        arrays = {"k": self.k[:, slot], "v": self.v[:, slot]}
-        if self.still is not None:
-            arrays["still"] = self.still[:, slot]
-        return arrays | {name: getattr(self, name)[slot].clone() for name in ("position", "oldest")}
+        return {name: _of(array, slot) for name, array in self._arrays().items()} | {
+            name: getattr(self, name)[slot].clone() for name in ("position", "oldest")
+        }
 
     def load(self, slot: Tensor, state: dict[str, Tensor]) -> None:
-        self.k[:, slot], self.v[:, slot] = state["k"].to(self.k.device), state["v"].to(self.v.device)
-        if self.still is not None:
-            self.still[:, slot] = state["still"].to(self.k.device)
+        """Raises ValueError, with nothing changed, for a state of a cache of another dtype."""
+        arrays = self._arrays()
+        for name, array in arrays.items():
+            if state[name].dtype != array.dtype:
+                raise ValueError(
+                    f"state of a cache of {state[name].dtype}: this one's is {array.dtype}; load it into an equal one"
+                )
+        for name, array in arrays.items():
+            _plain(array)[:, slot] = _plain(state[name].to(array.device))
         for name in ("position", "oldest"):
             getattr(self, name)[slot] = state[name].to(self.k.device)
 
+    def _arrays(self) -> dict[str, Tensor]:
+        return {"k": self.k, "v": self.v} | ({} if self.still is None else {"still": self.still})
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor, CacheScales | None]:
+        """Keys, values and scales of one layer, as `ops.attention` takes them."""
+        scales = None if self.scales is None else CacheScales(*(x[layer] for x in self.scales))
+        return self.k[layer], self.v[layer], scales
+
     @property
     def nbytes(self) -> int:
-        return 2 * self.k.nbytes + (0 if self.still is None else self.still.nbytes)
+        return sum(x.nbytes for x in (*self._arrays().values(), *(self.scales or ())))
+
+
+def _for_slots(scales: Tensor, slots: int, device: torch.device) -> Tensor:
+    """[layers, ...] -> [layers, slots, ...] float32, each slot its own copy, for kernels take dense tensors."""
+    scales = scales.to(device, torch.float32)
+    return scales[:, None].expand(-1, slots, *scales.shape[1:]).contiguous()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """e4m3 as the bytes it is: not every operation that moves tensors about knows the dtype on every device."""
+    return x.view(torch.uint8) if x.dtype == E4M3 else x
+
+
+def _of(x: Tensor, slot: Tensor) -> Tensor:
+    """A copy of x[:, slot]."""
+    return _plain(x)[:, slot].view(x.dtype)
 
 
 class CacheRows:
@@ -163,9 +216,9 @@ class CacheRows:
         self.cache, self.slot, self.write, self.keys, self.frames = cache, slot, write, keys, frames
 
     def attend(self, layer, q, k, v, gains, rope, eps) -> Tensor:
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        q = ops.norm_rope_append(q, k, v, *gains, *rope, eps, k_cache, v_cache, self.slot, self.write)
-        return ops.attention(q, k_cache, v_cache, self.slot, self.keys).flatten(2)
+        k_cache, v_cache, scales = self.cache.layer(layer)
+        q = ops.norm_rope_append(q, k, v, *gains, *rope, eps, k_cache, v_cache, self.slot, self.write, scales)
+        return ops.attention(q, k_cache, v_cache, self.slot, self.keys, scales).flatten(2)
 
     def select(self, rows: Tensor) -> CacheRows:
         """The view of some of the rows: what is left of a batch after some of its chunks have stopped."""

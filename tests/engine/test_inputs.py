@@ -176,6 +176,26 @@ def test_the_devices_comparison_is_the_hosts(tiny_dit, threshold):
         assert bool(value >= inputs.threshold[0]) == (value.item() >= threshold)
 
 
+def test_a_chunk_begins_with_one_copy_of_what_the_host_knows(tiny_dit, monkeypatch):
+    """Every field of every row, over what an earlier chunk left there; the other slots keep theirs."""
+    inputs = rollouts(tiny_dit, None, [Fixed(1)] * 4, [1, 2, 3, 4])[0].inputs
+    inputs.told.fill_(-1)
+    sent, send = [], inputs._sent
+    monkeypatch.setattr(inputs, "_sent", lambda host: sent.append(host) or send(host))
+    rules = [Rule(1, 4, "mean", 0.3), Rule(2, 3, "max", 1.0), Rule(3, 3)]
+    noise = torch.randn(3, 4, FRAMES, 16, SIZE, SIZE)
+    inputs.begin(torch.tensor([3, 0, 2]), noise, [0.9, 0.5, 0.1], rules)
+    assert len(sent) == 1
+    levels = torch.tensor([0.9, 0.5, 0.1, 0.0, 0.0])  # nothing comes after the last
+    for slot, rule, own in zip((3, 0, 2), rules, noise):
+        assert inputs.sigmas[slot].equal(levels) and inputs.threshold[slot] == torch.tensor(rule.threshold)
+        counts = inputs.least[slot], inputs.most[slot], inputs.reduce[slot]
+        assert [c.tolist() for c in counts] == [rule.least, rule.most, ["min", "mean", "max"].index(rule.reduce)]
+        assert inputs.noise[slot].equal(own) and inputs.x[slot].equal(own[0]) and inputs.step[slot] == 0
+    assert inputs.least.dtype == inputs.most.dtype == inputs.reduce.dtype == torch.int32
+    assert inputs.told[[1, 4]].eq(-1).all()
+
+
 def test_the_bytes_of_a_pool_are_counted(tiny_dit):
     inputs = rollouts(tiny_dit, None, [Fixed(1)] * 2, [1, 2], window=6)[0].inputs
     latents = FRAMES * 16 * SIZE * SIZE * 4

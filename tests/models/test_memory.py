@@ -17,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
+from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.models import memory
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.memory import Workload, predict
 from dsa_engine.models.offload import HomeStream, Loan, Offloaded, lend
 from dsa_engine.models.pixel_codec import PixelCodec
@@ -27,6 +29,7 @@ from dsa_engine.models.tiny_vae import TinyVAE
 from dsa_engine.models.vae import Stream, WanVAE
 from dsa_engine.ops import reference
 from dsa_engine.sampling.cache import KVCache
+from dsa_engine.structures import CacheScales
 
 SMALL_CARD = 12 * 10**9
 WAN = ModelConfig.preset("wan2.1-t2v-1.3b")
@@ -125,9 +128,52 @@ def test_a_prompt_is_there_for_its_session_and_for_the_forwards():
     assert estimate.held["prompt_kv"] == (3 + 3 + 1) * prompt and estimate.work["denoise"] > 2 * 3 * prompt
 
 
-def test_an_fp8_cache_is_half_of_it():
-    whole, half = (predict(WAN, RolloutConfig(), Workload(cache=t)) for t in (None, torch.float8_e4m3fn))
-    assert 2 * half.held["kv_cache"] == whole.held["kv_cache"] and half.work == whole.work
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("rollout, frames, spare", [({}, 21, 0), ({"window": 9, "sink": 2, "rope": "relative"}, 9, 3)])
+def test_an_fp8_cache_is_half_of_it_and_its_scales(rollout, frames, spare, slots):
+    with torch.device("meta"):
+        scales = CacheScales(torch.ones(30, 12), torch.ones(30, 12), torch.zeros(30, 12, 128))
+    cache = KVCache(
+        30, 12, 128, 1560, frames, rollout.get("sink", 0), slots, device="meta", dtype=E4M3, spare=spare,
+        rope=rollout.get("rope", "absolute"), scales=scales,
+    )  # fmt: skip
+    whole, half = (predict(WAN, RolloutConfig(**rollout), Workload(sessions=slots, cache=t)) for t in (None, E4M3))
+    assert half.held["kv_cache"] == cache.nbytes and half.work == whole.work
+    assert 2 * (cache.nbytes - sum(x.nbytes for x in cache.scales)) == whole.held["kv_cache"]
+
+
+@pytest.mark.parametrize("cache", [None, E4M3])
+@pytest.mark.parametrize("card", memory.BIG_CARDS)
+@pytest.mark.parametrize("window", memory.WINDOWS)
+def test_so_many_sessions_fit_and_not_one_more(card, window, cache):
+    """Counted by the tensors of a pool on the meta device, the weights, a decode and a forward of eight rows."""
+    facts = memory.report(WAN, RolloutConfig(), Workload())
+    dtype = cache or torch.bfloat16
+    count = facts["sessions"][f"{card} GB, window {window}"][str(dtype).removeprefix("torch.")]
+    with torch.device("meta"):
+        scales = CacheScales(torch.ones(30, 12), torch.ones(30, 12), torch.zeros(30, 12, 128))
+    one = predict(WAN, RolloutConfig(), Workload())
+    weights = sum(one.held[part] for part in ("cuda_context", "generator", "confidence", "vae", "text"))
+    work = max(one.work["decode"], 8 * one.work["denoise"] // 2)
+
+    def used(slots):
+        pool = KVCache(30, 12, 128, 1560, window, 0, slots, "meta", dtype, spare=3, scales=scales if cache else None)
+        inputs = StepInputs(on_meta(CausalDiT, WAN), None, pool, 3, (60, 104), 4)
+        prompts = slots * inputs.text.kv.nbytes // (slots + 1)  # each session's own, beside those of the inputs
+        return weights + work + pool.nbytes + inputs.nbytes + prompts + slots * one.held["vae_state"]
+
+    assert used(count) <= 1.0001 * card * 10**9 < 1.0002 * used(count + 1) and count > 5
+
+
+def test_fp8_weights_are_counted_as_they_are_stored():
+    """A byte a weight and four an output channel in the blocks' products, but for the prompt's keys and values."""
+    plain, fp8 = (predict(WAN, RolloutConfig(), Workload(linear=t)).held["generator"] for t in (None, E4M3))
+    dit, saved = on_meta(CausalDiT, WAN), 0
+    for block in dit.blocks:
+        own, cross = block.self_attn, block.cross_attn
+        for layer in (own.q, own.k, own.v, own.o, cross.q, cross.o, block.ffn[0], block.ffn[2]):
+            saved += layer.weight.numel() - 4 * layer.out_features
+    assert plain - fp8 == saved
 
 
 @pytest.mark.parametrize("name, height, width", [("wan2.1-t2v-1.3b", 60, 104), ("shapes", 8, 8), ("shapes", 60, 104)])

@@ -42,7 +42,7 @@ def test_every_stem_has_a_triton_file_with_its_functions():
         defined = {
             n.name for n in ast.parse((folder / f"{stem}.py").read_text()).body if isinstance(n, ast.FunctionDef)
         }
-        assert set(names) <= defined, stem
+        assert set(names) - defined == ({"linear_gelu"} if stem == "modulate" else set()), stem  # that is cuBLAS's
 
 
 def test_on_a_cpu_everything_is_torch():

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
@@ -100,6 +101,14 @@ def test_gelu_bias_is_the_tanh_approximation(close):
     close(ops.gelu_bias(x, bias).flatten(), torch.tensor(expected, dtype=torch.float64), rel=1e-6)
 
 
+def test_linear_gelu_is_the_tanh_approximation_of_the_product(close):
+    """The exact GELU differs by up to 4.7e-4, which this notices."""
+    x, weight, bias = torch.randn(2, 3, 6), torch.randn(10, 6), torch.randn(10)
+    y = ops.linear_gelu(x, weight, bias)
+    close(y, exact_gelu(x.double() @ weight.double().T, bias), rel=1e-6)
+    assert (y - F.gelu(F.linear(x, weight, bias))).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -107,6 +116,8 @@ def test_gelu_bias_is_the_tanh_approximation(close):
         lambda x, m: ops.gate_residual(x, x, m[:, :1].expand(-1, 4, -1)),
         lambda x, m: ops.residual_modulate(x, x[:, :3], None, m, m, EPS),
         lambda x, m: ops.gelu_bias(x, m[0, 0, :3]),
+        lambda x, m: ops.linear_gelu(x, m[0].T, m[0, 0]),
+        lambda x, m: ops.linear_gelu(x, m[0], m[0, 0, :1]),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(call):
@@ -281,6 +292,11 @@ def test_wan_on_a_gpu():
     compare(gated, reference.gate_residual(x, y, gate), x.double() + y.double() * per_token(gate, x))
     compare(out, reference.modulate(residual, shift, scale, EPS), exact_modulate(residual, shift, scale))
     compare(activated, reference.gelu_bias(wide, bias), exact_gelu(wide, bias))
+    weight = surrounded(8960, 1536, dtype=torch.bfloat16, scale=0.03)
+    with torch.no_grad():
+        epilogue = ops.linear_gelu(x, weight, bias)
+    product = x.double() @ weight.double().T
+    compare(epilogue, F.gelu(F.linear(x, weight, bias), approximate="tanh"), exact_gelu(product, bias))
     if HAS_FP8:
         assert_quantised(kernel.modulate(x, shift, scale, EPS, fp8=True), exact_modulate(x, shift, scale), 2.0**-16)
         assert_quantised(kernel.gelu_bias(wide, bias, fp8=True), exact_gelu(wide, bias), 2.0**-16)

@@ -1,0 +1,130 @@
+"""FP8 on a whole model: what is asked for by name, whether a device can, what the numbers of an FP8 cache stand for.
+
+"fp8-linear" stores the weights of the blocks' products in e4m3, one scale an output channel, and quantises their inputs
+a token at a time; "fp8-cache" stores keys and values in e4m3, one scale a layer and head; "fp8" does both. Embeddings,
+the prompt's keys and values, norms, modulation and the last layer stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsa_engine.models.dit import Attention, Block, CausalDiT, timestep_features
+from dsa_engine.models.fp8_linear import Fp8Linear
+from dsa_engine.ops.reference import E4M3_MAX
+from dsa_engine.structures import CacheScales
+
+E4M3 = torch.float8_e4m3fn
+CAPABILITY = (8, 9)  # e4m3 in hardware: Ada, Hopper and later
+
+
+class Quantization(NamedTuple):
+    """What is in e4m3."""
+
+    linear: bool
+    cache: bool
+
+
+QUANTIZATIONS = {
+    "fp8": Quantization(linear=True, cache=True),
+    "fp8-linear": Quantization(linear=True, cache=False),
+    "fp8-cache": Quantization(linear=False, cache=True),
+}
+
+
+def quantization(name: str | None, device: torch.device | str) -> Quantization:
+    """What a name asks for, None nothing. Raises ValueError for an unknown name, and where the device cannot do it."""
+    if name is None:
+        return Quantization(False, False)
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"quantization={name!r}: must be None or one of {', '.join(QUANTIZATIONS)}")
+    why = unavailable(device)
+    if why is not None:
+        raise ValueError(f"quantization={name!r}: {why}; nearest is quantization=None")
+    return QUANTIZATIONS[name]
+
+
+def unavailable(device: torch.device | str) -> str | None:
+    """Why a device cannot run in FP8; None if it can. On a CPU the products are taken in float32 of numbers that are
+    rounded to e4m3: slower than without, but the numbers are those of FP8."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    needs = ".".join(map(str, CAPABILITY))
+    return None if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}: e4m3 needs {needs}"
+
+
+def quantise_linears(dit: CausalDiT) -> None:
+    """Replace the products of every block by FP8 ones, in place: q, k, v and o of the self-attention, q and o of the
+    cross-attention, both of the feed-forward. The prompt's k and v run once a prompt and stay as they are.
+
+    Raises ValueError, with nothing replaced, for sizes that FP8's tensor cores do not take, and on a GPU for another
+    dtype than bfloat16, which is what a product with one scale a row gives there.
+    """
+    for name in ("dim", "ffn_dim"):
+        size = getattr(dit.config, name)
+        if size % 16:
+            near = max(16, round(size / 16) * 16)
+            raise ValueError(f"{name}={size}: FP8 products need a multiple of 16; nearest is {near}")
+    if dit.device.type == "cuda" and dit.dtype != torch.bfloat16:
+        raise ValueError(f"dtype={dit.dtype}: FP8 products on a GPU give torch.bfloat16; load the model in that dtype")
+    for block in dit.blocks:
+        own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
+        own.q, own.k, own.v = Fp8Linear.of((own.q, own.k, own.v))
+        for owner, name in ((own, "o"), (cross, "q"), (cross, "o"), (ffn, "0"), (ffn, "2")):
+            setattr(owner, name, *Fp8Linear.of((getattr(owner, name),)))
+        block.fp8 = True
+
+
+@torch.inference_mode()
+def cache_scales(dit: CausalDiT, timesteps: Sequence[float]) -> CacheScales:
+    """Scales of an FP8 cache, from the weights alone: k, v [layers, H], shift [layers, H, D] of zeros.
+
+    They are bounds that no key or value exceeds at these timesteps (rounding aside), so nothing is ever clamped and no
+    calibration clip has to be like those to come. With n = C:
+        a key has RMS 1 over its C channels before the gain g, and RoPE keeps the length of a pair:
+            |k_j| <= sqrt(C) max|g|                                           max over the head's channels
+        a value is W y + b with y = LayerNorm(x) (1 + scale) + shift, and |LayerNorm(x)| <= sqrt(C):
+            |v_j| <= sqrt(C) |W_j (1 + scale)| + |W_j shift + b_j|            max over channels and timesteps
+    The usual key or value is about sqrt(C) smaller than its bound (39 times for Wan). In a floating-point format that
+    costs nothing: e4m3 has its 3 bits from 448 down to 2^-6, 28,672 times less.
+
+    shift is zero: a mean of keys that could be taken off stands still only where positions do, and with absolute RoPE
+    the pairs of the time axis go on turning as long as the clip does.
+    """
+    device, heads = dit.device, dit.config.num_heads
+    t = torch.tensor(sorted(set(timesteps)), device=device)
+    time = dit.time_embedding(timestep_features(t, dit.config.freq_dim).to(dit.dtype))
+    mod = dit.time_projection(time).unflatten(-1, (6, -1)).float()
+    k = torch.stack([key_bounds(block, heads) for block in dit.blocks])
+    v = torch.stack([value_bounds(block, mod, heads) for block in dit.blocks])
+    shift = torch.zeros(*k.shape, dit.config.head_dim, device=device)
+    return CacheScales(*(torch.where(x > 0, x / E4M3_MAX, 1.0) for x in (k, v)), shift)
+
+
+def key_bounds(block: Block, heads: int) -> Tensor:
+    """[H]"""
+    gain = block.self_attn.norm_k.weight.float()
+    return sqrt(len(gain)) * gain.abs().unflatten(0, (heads, -1)).amax(1)
+
+
+def value_bounds(block: Block, mod: Tensor, heads: int) -> Tensor:
+    """mod [timesteps, 6, C] -> [H]"""
+    shift, scale = (block.modulation.float() + mod).unbind(1)[:2]
+    weight, bias = value_weight(block.self_attn)
+    length = ((1 + scale).square() @ weight.square().T).sqrt()
+    bound = sqrt(weight.shape[1]) * length + (shift @ weight.T + bias).abs()
+    return bound.amax(0).unflatten(0, (heads, -1)).amax(1)
+
+
+def value_weight(attention: Attention) -> tuple[Tensor, Tensor]:
+    """Of the values' projection, in float32: of an FP8 one what its numbers stand for."""
+    layer = attention.v
+    scale = layer.scale if isinstance(layer, Fp8Linear) else 1.0
+    return layer.weight.float() * scale, layer.bias.float()

@@ -29,7 +29,8 @@ EXTRAS = {  # which extra of pyproject.toml brings an optional package
     "cuda": ("triton", "cuda-python"),
     "flash": ("flash-attn",),
     "models": ("transformers", "ftfy", "sentencepiece"),
-    "serving": ("fastapi", "uvicorn", "pydantic", "prometheus-client"),
+    "serving": ("fastapi", "uvicorn", "pydantic", "sqlmodel", "prometheus-client", "python-multipart"),
+    "ray": ("ray",),
     "train": ("psutil",),
 }
 

@@ -86,7 +86,8 @@ def filled(layers):
 
 
 @pytest.mark.parametrize("change", [
-    transposed_in_place, replaced, assigned, copied_in, swapped, transposed, filled, copy.deepcopy, lambda layers: layers.double().float(),
+    transposed_in_place, replaced, assigned, copied_in, swapped, transposed, filled, copy.deepcopy,
+    lambda layers: layers.double().float(),
     lambda layers: pickle.loads(pickle.dumps(layers)), lambda layers: layers.to(torch.float32),
     lambda layers: layers.share_memory(),
 ])  # fmt: skip

@@ -130,8 +130,11 @@ def test_targets_elsewhere_say_so(changes):
     assert not found["there"] and "so nothing follows from it" in targets.lines(found)[0]
 
 
-def test_the_pools_of_both_regimes_are_captured(pipe, embeds, monkeypatch):
+@pytest.mark.parametrize("window", [9, -1])
+def test_the_pools_of_both_regimes_are_captured(untrained, monkeypatch, window):
     """On a GPU: the shapes that are captured are those that the streams then have."""
+    pipe = Pipeline.from_pretrained(untrained, device="cpu", window=window)
+    embeds = pipe.engine.encode([PROMPT])
     bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(2), 0)
     regimes = bench.clip(4, 1), bench.steady(2, 1)
     assert [bench.capture(regime) for regime in regimes] == [0.0, 0.0]  # nothing to capture here
@@ -145,9 +148,11 @@ def test_the_pools_of_both_regimes_are_captured(pipe, embeds, monkeypatch):
     monkeypatch.setattr(type(pipe.engine.dit), "device", torch.device("cuda"))
     assert [bench.capture(regime) for regime in regimes] == [1.0, 1.0]
     monkeypatch.undo()
-    for regime in regimes:
+    assert len(set(shapes)) == (1 if window == 9 else 2)
+    for regime, shape in zip(regimes, shapes, strict=True):
+        pipe.engine.close()
         bench.stream(regime, 0, Fixed(2)).close()
-    assert set(shapes) == set(pipe.engine._pools)
+        assert [*pipe.engine._pools] == [shape]
 
 
 def rolled_too_far(self):

@@ -73,6 +73,11 @@ def transposed(layers):
     return layers
 
 
+def transposed_in_place(layers):
+    layers[0].weight.data = layers[0].weight.data.T
+    return layers
+
+
 def filled(layers):
     tensors = {name: torch.randn_like(p) for name, p in layers.state_dict().items()}
     entries = {name: Entry(t.dtype, tuple(t.shape), lambda device="cpu", t=t: t) for name, t in tensors.items()}
@@ -81,7 +86,8 @@ def filled(layers):
 
 
 @pytest.mark.parametrize("change", [
-    replaced, assigned, copied_in, swapped, transposed, filled, copy.deepcopy, lambda layers: layers.double().float(),
+    transposed_in_place, replaced, assigned, copied_in, swapped, transposed, filled, copy.deepcopy,
+    lambda layers: layers.double().float(),
     lambda layers: pickle.loads(pickle.dumps(layers)), lambda layers: layers.to(torch.float32),
     lambda layers: layers.share_memory(),
 ])  # fmt: skip

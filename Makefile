@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 .PHONY: demo test clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/.demo
 		--seconds 6 --seed 0 --scale 4 -o out/demo.mp4 --report out/demo.png --json
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not gpu"
+	$(BIN)/python -m pytest -q -m "not gpu" --numprocesses $(JOBS) --dist loadfile
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)

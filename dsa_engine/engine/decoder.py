@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dsa_engine.models.memory import codec_of, room, shown
-from dsa_engine.models.vae import State, StreamingVAE, WanVAE
+from dsa_engine.models.streaming_vae import State, StreamingVAE
+from dsa_engine.models.vae import WanVAE
 
 
 class Held:

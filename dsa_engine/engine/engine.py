@@ -20,8 +20,8 @@ from dsa_engine.models.codec import VideoCodec
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.models.fp8 import E4M3, cache_scales
+from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.models.text import TextEncoder
-from dsa_engine.models.vae import StreamingVAE
 from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy

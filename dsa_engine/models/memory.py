@@ -22,8 +22,9 @@ from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.pixel_codec import PixelCodec
+from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.models.tiny_vae import TinyVAE
-from dsa_engine.models.vae import StreamingVAE, WanVAE
+from dsa_engine.models.vae import WanVAE
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsa_engine.models.vae import State, Stream, StreamingVAE
+from dsa_engine.models.streaming_vae import State, Stream, StreamingVAE
 
 
 class Loan:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_engine.models.checkpoint import load_strict, read_tensors
-from dsa_engine.models.vae import Stream, StreamingVAE
+from dsa_engine.models.streaming_vae import Stream, StreamingVAE
 from dsa_engine.models.vae_names import TINY, expect
 
 POOLS = (2, 2, 1)  # frames that each of the encoder's three stages turns into one

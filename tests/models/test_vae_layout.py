@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import plain_vae
-from dsa_engine.models.vae import CausalConv3d, Stream, WanVAE
+from dsa_engine.models.streaming_vae import Stream
+from dsa_engine.models.vae import CausalConv3d, WanVAE
 
 PARTS = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 

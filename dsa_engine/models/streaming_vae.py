@@ -1,0 +1,129 @@
+"""What Wan's VAE and its tiny twin share: streaming, chunk by chunk, with the memory as an argument and a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+# What a stream remembers between two chunks: tensors in the order of the layers that need them. Never changed in place.
+State = tuple[Tensor, ...]
+
+
+class Stream:
+    """One pass of a chunk through the layers: hands out what the chunk before left, in order, and collects anew.
+
+    first: nothing was decoded before. tails: this chunk's state, complete after the pass. axis: the axis of time.
+    into: tensors that take the new state, others than those of `state`; None makes new ones.
+    """
+
+    def __init__(self, state: Iterable[Tensor] | None, axis: int, into: Sequence[Tensor] | None = None):
+        self.first = state is None
+        self.tails: list[Tensor] = []
+        self._past = iter(() if state is None else state)
+        self._axis, self._into = axis, into
+
+    def extend(self, x: Tensor, frames: int, write: Callable[[Tensor], object] | None = None) -> Tensor:
+        """x with the `frames` frames before it, zeros at a clip's start; its last `frames` are kept for the next chunk.
+
+        write(part): puts a function of x, of its shape, into the part behind those frames; None copies x itself.
+        Raises ValueError when the state does not fit x.
+        """
+        axis, count, shape = self._axis, x.shape[self._axis], list(x.shape)
+        shape[axis] = frames
+        past = None if self.first else next(self._past, None)
+        if not self.first and (past is None or list(past.shape) != shape):
+            held = "nothing" if past is None else list(past.shape)
+            raise ValueError(
+                f"state holds {held} where this chunk needs {shape}: give the state that the chunk before of the same "
+                "stream returned, or None at a clip's start"
+            )
+        shape[axis] += count
+        layout = torch.channels_last_3d if axis == 2 else torch.contiguous_format
+        whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        front = whole.narrow(axis, 0, frames)
+        front.zero_() if past is None else front.copy_(past)
+        part = whole.narrow(axis, frames, count)  # only now: autograd allows no older view beside the one written
+        part.copy_(x) if write is None else write(part)
+        self.tails.append(self._kept(whole.narrow(axis, count, frames)))
+        return whole
+
+    def _kept(self, tail: Tensor) -> Tensor:
+        if self._into is not None:
+            return self._into[len(self.tails)].copy_(tail)
+        return tail.clone()  # a view would keep the whole chunk alive
+
+
+class StreamingVAE(nn.Module):
+    """The arithmetic of frames, the checks, and the loop over passes.
+
+    A subclass gives `_decode(latents, stream)` and the axis on which its layers have time.
+    """
+
+    spatial_stride = 8
+    temporal_stride = 4
+    latent_channels = 16
+    # Latent frames that are computed at once: bounds the memory of long clips and changes no result. A usual chunk.
+    pass_frames = 3
+    time_axis: int
+
+    def decode(
+        self, latents: Tensor, state: State | None = None, into: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, State]:
+        """latents [B, F, C, h, w] of any floating dtype and the state after the chunk before (None at a clip's start)
+        -> frames [B, T, 3, 8 h, 8 w] in [0, 1] in the weights' dtype, T = 4 F (4 F - 3 at a clip's start), and the next
+        state. The state given is not changed and may be used again.
+
+        into: tensors like those of a state of this stream, and others than the state given, which take the next one.
+        Raises ValueError for another shape, or a state that is not of this stream.
+        """
+        self._check("latents", latents, self.latent_channels)
+        return self._run(self._decode, latents.split(self.pass_frames, dim=1), state, into)
+
+    def frames_of(self, latent_frames: int, first: bool) -> int:
+        """Pixel frames that a chunk decodes to: 4 a latent frame, but 1 for the `first` one of a clip.
+
+        Raises ValueError below 1 latent frame.
+        """
+        if latent_frames < 1:
+            raise ValueError(f"latent_frames = {latent_frames}: must be at least 1, the nearest legal value")
+        return self.temporal_stride * (latent_frames - first) + first
+
+    def latent_frames_of(self, frames: int) -> int:
+        """Latent frames of a clip of `frames` pixel frames: 1 + n for 1 + 4 n. Raises ValueError for other lengths."""
+        stride = self.temporal_stride
+        if frames < 1 or (frames - 1) % stride:
+            near = 1 + stride * max(0, round((frames - 1) / stride))
+            raise ValueError(f"frames = {frames}: a clip has 1 + {stride} n frames; the nearest is {near}")
+        return 1 + (frames - 1) // stride
+
+    def _decode(self, latents: Tensor, stream: Stream) -> Tensor:
+        raise NotImplementedError
+
+    def _run(
+        self, step: Callable[[Tensor, Stream], Tensor], pieces: Sequence[Tensor], state: State | None,
+        into: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
+        """`step` on one piece after the other -> (results along axis 1, the state after the last)."""
+        dtype = next(self.parameters()).dtype
+        results = []
+        for piece in pieces:
+            stream = Stream(state, self.time_axis, into)  # each layer reads its past before it writes its tail
+            results.append(step(piece.to(dtype), stream))
+            state = tuple(stream.tails)
+        return results[0] if len(results) == 1 else torch.cat(results, dim=1), state
+
+    def _check_frames(self, frames: Tensor) -> None:
+        self._check("frames", frames, 3)
+        unit = self.spatial_stride
+        height, width = frames.shape[-2:]
+        if height % unit or width % unit:
+            near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (height, width))
+            raise ValueError(f"frames of {height} x {width}: both sides must be multiples of {unit}; nearest is {near}")
+
+    @staticmethod
+    def _check(name: str, x: Tensor, channels: int) -> None:
+        if x.ndim != 5 or x.shape[2] != channels or not x.numel():
+            legal = f"[B, T, {channels}, H, W]"
+            raise ValueError(f"{name} of shape {list(x.shape)}: must be {legal}, no axis empty, the third {channels}")

@@ -25,8 +25,8 @@ from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.memory import Workload, predict
 from dsa_engine.models.offload import HomeStream, Loan, Offloaded, lend
 from dsa_engine.models.pixel_codec import PixelCodec
-from dsa_engine.models.tiny_vae import TinyVAE
 from dsa_engine.models.streaming_vae import Stream
+from dsa_engine.models.tiny_vae import TinyVAE
 from dsa_engine.models.vae import WanVAE
 from dsa_engine.ops import reference
 from dsa_engine.sampling.cache import KVCache

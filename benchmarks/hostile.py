@@ -311,7 +311,6 @@ REST: tuple[Callable[[Random], bytes], ...] = (
     lambda r: job(seed=r.choice((-1, 2**64, "0", 0.5))),
     lambda r: job(input_reference=base64.b64encode(r.randbytes(3000)).decode()),
     lambda r: job(),
-    lambda r: job(),
 )  # fmt: skip
 
 

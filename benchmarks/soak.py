@@ -52,9 +52,9 @@ from dsa_engine.training.figures import rounded
 HONEST = 0.2  # of all clients
 STEPS = ("dsa", "fixed", "fixed:2", "budget")  # of honest streams
 CHUNKS = (3, 9)  # of an honest stream, from and to
-PATIENCE = 120.0  # seconds that an honest stream may take
+PATIENCE = 900.0  # seconds that an honest stream may take, its place in the queue included
 IDLE = 8.0  # seconds, of the server: so that what is left over is gone soon
-SETTLE = 40.0  # seconds after the storm until everything must be back
+SETTLE = 30.0  # seconds after the last work until everything must be back
 QUIET = 11.0  # seconds at least: AnyIO's threads may be idle for 10
 PAUSE = 0.5  # seconds between two visits of a client, on average
 POOLED = 16  # things to do at once, more than any pool of threads in a server on two cores has threads
@@ -211,13 +211,17 @@ def busy(server: Server) -> dict[str, float]:
 
 def settled(server: Server, before: Facts | None) -> tuple[dict[str, float], Facts]:
     """What is left to do, and what the process holds, as soon as there is nothing to do and, where `before` is told, no
-    more is held than then; after SETTLE seconds whatever they are. Not before AnyIO has let its idle threads go."""
-    start = time.monotonic()
+    more is held than then; whatever they are, SETTLE seconds after the model was at work last (it may still have jobs
+    to make). Not before AnyIO has let its idle threads go."""
+    start = worked = time.monotonic()
+    forwards = -1.0
     while True:
         server.get("/")  # a file: AnyIO looks at its idle threads when one of them has worked
-        left, now, waited = busy(server), server.facts(), time.monotonic() - start
+        left, now, clock = busy(server), server.facts(), time.monotonic()
+        if (done := server.metrics()["dsa_forwards"]) != forwards:
+            forwards, worked = done, clock
         back = before is None or (now.threads <= before.threads and now.files <= before.files)
-        if (back and not left and waited > QUIET) or waited > SETTLE:
+        if (back and not left and clock - start > QUIET) or clock - worked > SETTLE:
             return left, now
         time.sleep(0.5)
 

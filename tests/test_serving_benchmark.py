@@ -69,6 +69,7 @@ def test_a_player_stands_still_where_one_stepped_by_milliseconds_does(gaps, firs
         ([0.0, 0.35, 0.6, 0.85], (0.1, 4, 1)),  # the second one is late, and those after it are not
         ([0.0, 0.25], (0.5, 3, 1)),  # the third one never comes
         ([0.4, 0.6, 0.8], (0.4, 3, 0)),  # the first one comes into the window: that is no late chunk
+        ([-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75], (0.0, 4, 0)),  # what was late before counts no more
         ([], (1.0, 1, 1)),
     ],
 )
@@ -133,6 +134,9 @@ def test_the_search_begins_at_its_guess_and_takes_few_trials():
     tried = []
     assert serving.search(lambda n: tried.append(n) or n <= 21, 20, 64) == 21
     assert tried[0] == 20 and len(tried) <= 4
+    tried.clear()
+    assert serving.search(lambda n: tried.append(n) or n <= 250, 10, 300) >= 242
+    assert len(tried) <= 15
 
 
 # Figures

@@ -121,7 +121,7 @@ def _token(request: Request, given: Credentials) -> None:
 routes = APIRouter(tags=["server"])
 
 
-@routes.get("/v1/models", responses=videos.errors(401, 403))
+@routes.get("/v1/models", responses=videos.errors())
 async def models(request: Request) -> protocol.ModelList:
     """The one model that this server has, and what it can."""
     state = request.app.state
@@ -131,7 +131,7 @@ async def models(request: Request) -> protocol.ModelList:
 METRICS = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}}
 
 
-@routes.get("/metrics", responses={**METRICS, **videos.errors(401, 403)}, response_class=Response)
+@routes.get("/metrics", responses={**METRICS, **videos.errors()}, response_class=Response)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     text = await asyncio.to_thread(request.app.state.metrics.text)

@@ -82,8 +82,10 @@ class Jobs:
         """Wait for the jobs whose streams the backend has closed, and give the store back."""
         self.stop()
         tasks = [running.task for running in self._running.values()]
-        if self._feeder is not None:  # a job that does not end is left in progress: the next start makes it again
+        if self._feeder is not None:
             await asyncio.wait([self._feeder, *tasks], timeout=LINGER)
+        for id in list(self._running):  # they have not ended, and will not any more
+            await asyncio.to_thread(self.store.update, id, status="queued")
         await asyncio.to_thread(self.store.close)
 
     async def add(self, order: Order) -> Job:
@@ -195,6 +197,8 @@ class Jobs:
 
     async def _stream(self, running: Running, order: Order, write: Callable[[np.ndarray], Any]) -> None:
         """All frames of the job's stream. Raises Ended where they did not all come."""
+        if self.stopping:  # a backend that is closed may never answer
+            raise Busy("the server is stopping")
         running.stream = stream = await self.backend.open(order, running.job.id)
         try:
             async for event in stream:

@@ -74,7 +74,11 @@ class LocalBackend:
 
     async def open(self, order: Order, id: str | None = None) -> LocalStream:
         stream = LocalStream(self.worker, order, id)
-        first = await stream.first()
+        try:
+            first = await stream.first()
+        except asyncio.CancelledError:  # who asked has gone
+            await stream.close()
+            raise
         if isinstance(first, Closed) and first.reason == "refused":
             raise ValueError(first.error)
         if isinstance(first, Closed) and first.reason in ("busy", "shutdown"):

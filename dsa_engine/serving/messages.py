@@ -63,9 +63,11 @@ class Change(Wanted):
 
 
 class Interaction(Wanted):
+    """transition_chunks: that the change of prompt takes; 0 is at once."""
+
     event: Change
     event_id: Id | None = None
-    transition_chunks: int = 0
+    transition_chunks: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 class Interact(Wanted):
@@ -129,13 +131,9 @@ def check_change(interaction: Interaction, longest: int) -> None:
     change, name = interaction.event, interaction.event_id
     if change.prompt is None and change.confidence_threshold is None:
         raise Invalid("invalid_value", "event={}: must hold a prompt, a confidence_threshold or both", name)
-    if interaction.transition_chunks != 0:
-        raise Invalid(
-            "invalid_value",
-            f"transition_chunks={shown(interaction.transition_chunks)}: a prompt is in force from one chunk to the "
-            "next; the legal value is 0",
-            name,
-        )
+    if change.prompt is None and interaction.transition_chunks:
+        words = f"transition_chunks={interaction.transition_chunks}: is of a change of prompt; give one, or 0"
+        raise Invalid("invalid_value", words, name)
     if change.prompt is not None:
         check_prompt(change.prompt, longest, name)
 

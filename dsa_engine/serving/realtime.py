@@ -190,7 +190,7 @@ class Conversation:
         except Over:
             pass
         finally:
-            pass
+            await stream.close()
 
     async def _interact(self, stream: Stream, said: messages.Interaction) -> None:
         """Pass a change on. The acknowledgement goes out before the stream's answer to it can."""
@@ -207,7 +207,10 @@ class Conversation:
         self._changes += 1
         name = said.event_id or f"event-{self._told}"
         async with self._sending:
-            await stream.tell(said.event.prompt, name, threshold=said.event.confidence_threshold)
+            await stream.tell(
+                said.event.prompt, name, threshold=said.event.confidence_threshold,
+                transition_chunks=said.transition_chunks,
+            )  # fmt: skip
             await self._send(messages.InteractionQueued(request_id=self._id, event_id=name))
 
     # What the stream says.
@@ -242,6 +245,8 @@ class Conversation:
 
     async def _chunk(self, made: Made, encoder: Encoder) -> None:
         payload, seconds = await self._in_pool(_encoded, encoder, made.chunk.frames)
+        if (metrics := getattr(self._socket.app.state, "metrics", None)) is not None:
+            metrics.phase("encode", seconds)
         await self._say(_metadata(made, payload, seconds, self._id, encoder, self._chunks), payload.data)
         self._chunks += 1
 

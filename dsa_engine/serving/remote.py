@@ -80,9 +80,9 @@ class RemoteStream:
 
     async def tell(
         self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None,
+        threshold: float | None = None, transition_chunks: int = 0,
     ) -> None:  # fmt: skip
-        self._told[self._numbered] = Told(prompt, recache, threshold)
+        self._told[self._numbered] = Told(prompt, recache, threshold, transition_chunks)
         self._names[self._numbered] = event_id
         self._numbered += 1
         await self._hint("tell", self.id, dict(self._told))

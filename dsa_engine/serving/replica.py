@@ -35,6 +35,7 @@ class Told:
     prompt: str | None
     recache: bool = True
     threshold: float | None = None
+    transition_chunks: int = 0
     index: int | None = None
 
 
@@ -98,7 +99,7 @@ class Run:
         def begin() -> None:  # in the worker's thread: no chunk begins before its changes are there
             task = self.worker.open(order, hear, f"{self.id}/{self.name}")
             for number, told in due:
-                task.tell(told.prompt, str(number), told.recache, told.threshold)
+                task.tell(told.prompt, str(number), told.recache, told.threshold, told.transition_chunks)
             self._task = task
 
         await asyncio.wrap_future(self.worker.call(begin))
@@ -220,7 +221,7 @@ class Run:
 
     def _tell(self) -> None:
         for number, told in self._due():
-            self._task.tell(told.prompt, str(number), told.recache, told.threshold)
+            self._task.tell(told.prompt, str(number), told.recache, told.threshold, told.transition_chunks)
 
     def _due(self) -> list[tuple[int, Told]]:
         """Changes for the next chunk. Those that the consumer saw applied come where they came then, the others not
@@ -301,7 +302,7 @@ class Replica:
                 found.close()
             found = self._runs[id] = Run(self.worker, self.keeper, id, order, have, self.every)
         found.told(changes)
-        found.receipt(after if found.name == run else 0)
+        found.receipt(after)
         after, events = await found.events()
         return Answer(self.home, found.name, after, found.kept, events)
 

@@ -82,8 +82,9 @@ class Refused:
 @dataclass(frozen=True)
 class Made:
     """A chunk. latency: seconds since it was wanted: the place was given, the player came within a chunk of running
-    out, or the consumer took the chunk before, whichever was last. deadline: seconds it may take before the player runs
-    out, None for a first chunk and for jobs. threshold: that it was decided with, None where confidence does not count.
+    out, or the consumer took the chunk before, whichever was last; of a job since it was begun. deadline: seconds it
+    may take before the player runs out, None for a first chunk and for jobs. threshold: that it was decided with, None
+    where confidence does not count.
     """
 
     chunk: Chunk

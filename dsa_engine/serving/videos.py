@@ -37,8 +37,8 @@ CONTENT = {
 
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers besides, for the document."""
-    return {code: {"model": protocol.Error} for code in codes}
+    """What a route answers besides, for the document; no route is open to every page and every client."""
+    return {code: {"model": protocol.Error} for code in (401, 403, *codes)}
 
 
 routes = APIRouter(prefix="/v1/videos", tags=["jobs"])
@@ -65,7 +65,7 @@ def shown(job: Job, jobs: Jobs) -> Video:
     return Video.of(job, jobs.progress(job.id))
 
 
-@routes.post("", openapi_extra=BODY, responses=errors(400, 401, 403, 413, 415, 422, 429, 503, 507))
+@routes.post("", openapi_extra=BODY, responses=errors(400, 413, 415, 422, 429, 503, 507))
 async def create(request: Request, jobs: Runner) -> Video:
     """Queue a video. It is made whether or not the client stays, and also when the server is started anew."""
     settings, card = request.app.state.settings, jobs.backend.card
@@ -82,7 +82,7 @@ async def create(request: Request, jobs: Runner) -> Video:
         raise error if isinstance(error, Refusal) else Refusal(None, str(error)) from error
 
 
-@routes.get("", responses=errors(401, 404, 422))
+@routes.get("", responses=errors(404, 422))
 async def index(
     jobs: Runner,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -98,13 +98,13 @@ async def index(
     return protocol.VideoList(data=videos, first_id=first, last_id=last, has_more=page[1])
 
 
-@routes.get("/{id}", responses=errors(401, 404, 422))
+@routes.get("/{id}", responses=errors(404, 422))
 async def show(job: Found, jobs: Runner) -> Video:
     """How a job goes."""
     return shown(job, jobs)
 
 
-@routes.delete("/{id}", responses=errors(401, 403, 404, 422))
+@routes.delete("/{id}", responses=errors(404, 422))
 async def delete(job: Found, jobs: Runner) -> protocol.Deleted:
     """Forget a job and its video; one that is being made is given up."""
     if not await jobs.delete(job.id):
@@ -112,7 +112,7 @@ async def delete(job: Found, jobs: Runner) -> protocol.Deleted:
     return protocol.Deleted(id=job.id)
 
 
-@routes.get("/{id}/content", response_class=FileResponse, responses={**CONTENT, **errors(401, 404, 409, 422)})
+@routes.get("/{id}/content", response_class=FileResponse, responses={**CONTENT, **errors(404, 409, 422)})
 async def content(job: Found, jobs: Runner, variant: Literal["video"] = "video") -> FileResponse:
     """The video, once the job is completed."""
     if job.status != "completed":

@@ -91,10 +91,10 @@ class Task:
         self.session: Session | None = None
         self.policy: Policy | None = None
         self.runner: Runner | None = None  # while its chunk is being made
-        self.pace: Pace | None = None
+        self.pace: Pace | None = None  # of a live stream
         self.changes: deque[Change] = deque()
         self.room = True  # the consumer has taken the last chunk
-        self.opened = 0.0
+        self.opened = self.begun = 0.0  # when it got its place, and when its chunk was begun
         self.seen = 0.0  # a sign of the consumer
         self.position = 0  # in the queue, as last told
 
@@ -153,7 +153,7 @@ class Worker:
         self._waiting: dict[str, Task] = {}
         self._runners: dict[int, Runner] = {}  # one for each pool of the engine
         self._ids = itertools.count(1)
-        self._stopping = False
+        self._stopping = self._ended = False
         self._failures = 0  # forwards that failed one after another
         self._thread: threading.Thread | None = None
         self.forwards = 0  # run so far
@@ -188,6 +188,8 @@ class Worker:
                     future.set_exception(error)
 
         self._inbox.put(run)
+        if self._ended:  # its thread has gone: who asks now is answered in his own
+            self._drain()
         return future
 
     def stats(self) -> dict[str, float]:
@@ -222,6 +224,7 @@ class Worker:
                     self._inbox.get(timeout=wait)()
                 except queue.Empty:
                     pass
+        self._ended = True
         self._drain()  # nobody who asks late waits for ever
 
     def turn(self) -> float | None:
@@ -316,7 +319,7 @@ class Worker:
                 logger.exception("opening %s failed", task.id)
             return self.end(task, Closed("refused" if refused else "failed", str(error)))
         task.opened = task.seen = self.clock()
-        task.pace = Pace(pipe.fps, task.opened)
+        task.pace = Pace(pipe.fps, task.opened) if order.live else None
         height, width = order.height or pipe.height, order.width or pipe.width
         self._emit(task, Opened(pipe.fps, height, width, task.session.index, opening))
 
@@ -383,7 +386,7 @@ class Worker:
         except Exception as error:
             logger.exception("beginning chunk %d of %s failed", session.index, task.id)
             return self.end(task, Closed("failed", str(error)))
-        task.runner, task.room = runner, False
+        task.runner, task.room, task.begun = runner, False, self.clock()
 
     def _apply(self, task: Task, change: Change) -> None:
         """All of a change or nothing of it."""
@@ -438,10 +441,10 @@ class Worker:
         except Exception as error:
             logger.exception("decoding a chunk of %s failed", task.id)
             return self.end(task, Closed("failed", str(error)))
-        latency, deadline = task.pace.delivered(self.clock(), len(chunk.frames))
-        if not order.live:
-            deadline = None
-        elif deadline is not None:
+        latency, deadline = self.clock() - task.begun, None
+        if task.pace is not None:
+            latency, deadline = task.pace.delivered(self.clock(), len(chunk.frames))
+        if deadline is not None:
             self.governor.delivered(latency, deadline, len(self._live))
         threshold = rule.threshold if rule is not None and rule.threshold <= 1 else None
         self._emit(task, Made(chunk, latency, deadline, threshold, snapshot))

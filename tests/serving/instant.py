@@ -69,8 +69,9 @@ class InstantStream:
 
 
 class Instant:
-    """go: chunks are made while it is set; door: streams are opened while it is; faults: (seed, chunk) that fail; most: places for jobs; refusals: how often
-    `open` is Busy before it lets one in; seen: what happened, in its order."""
+    """go: chunks are made while it is set; door: streams are opened while it is, knocks: how many wanted to be; faults:
+    (seed, chunk) that fail; most: places for jobs; refusals: how often `open` is Busy before it lets one in; seen: what
+    happened, in its order."""
 
     card = CARD
 

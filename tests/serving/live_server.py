@@ -84,11 +84,12 @@ class FakeStream:
         self.made += 1
         self.events.append(Made(chunk, 0.001, None, self.threshold))
 
-    async def tell(self, prompt=None, event_id=None, recache=True, threshold=None):
-        self.changes.append((prompt, event_id, threshold))
+    async def tell(self, prompt=None, event_id=None, recache=True, threshold=None, transition_chunks=0):
+        self.changes.append((prompt, event_id, threshold, transition_chunks))
         if not self.backend.deaf:
             self.prompt, self.threshold = prompt or self.prompt, self.threshold if threshold is None else threshold
             self.events.append(Applied(event_id, self.prompt, self.made))
+            await asyncio.sleep(0.005)  # so that whoever plays the events could be quicker than whoever tells
 
     def touch(self):
         self.touched += 1

@@ -80,7 +80,7 @@ def left(store: Store) -> list[str]:
 
 def test_every_frame_of_every_job_is_in_its_file(tmp_path):
     async def run():
-        async with Bench(tmp_path / "data") as bench:
+        async with Bench(tmp_path / "data", most=1) as bench:
             ids = await bench.add(1, 2, 3, 4, 5)
             await bench.done(ids)
             assert bench.states(ids) == ["completed"] * 5
@@ -266,6 +266,46 @@ def test_one_that_was_being_made_when_the_server_died_is_made_again(tmp_path):
     asyncio.run(run())
 
 
+def test_a_job_that_is_begun_while_the_server_stops(tmp_path, monkeypatch):
+    """It has its row and its file, and no stream yet; a backend that is closed would never give it one."""
+    real, there, on = Mp4Writer.__enter__, threading.Event(), threading.Event()
+
+    def enter(self):
+        there.set()
+        on.wait(20)
+        return real(self)
+
+    monkeypatch.setattr(Mp4Writer, "__enter__", enter)
+
+    async def run():
+        bench = Bench(tmp_path)
+        async with bench:
+            (id,) = await bench.add(1)
+            await until(there.is_set)
+            bench.backend.door.clear()
+            bench.jobs.stop()
+            on.set()
+            await until(lambda: bench.states([id]) == ["queued"])
+            assert not bench.backend.knocks and left(bench.store) == []
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_never_ends_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LINGER", 0.05)
+
+    async def run():
+        async with Bench(tmp_path) as bench:
+            bench.backend.door.clear()
+            (id,) = await bench.add(1)
+            await until(lambda: bench.backend.knocks)
+        store = Store(tmp_path)
+        assert store.get(id).status == "queued"
+        store.close()
+
+    asyncio.run(run())
+
+
 def test_a_stopping_runner_takes_no_orders(tmp_path):
     async def run():
         async with Bench(tmp_path) as bench:
@@ -397,6 +437,7 @@ def test_a_job_on_the_engine_is_what_a_session_makes(tmp_path, untrained):
 
     async def run():
         backend = LocalBackend(Worker(pipe, Limits(sessions=1, jobs=2, steps=None)))
+        backend.worker.governor.pressure = 0.9  # of live streams, which a job has nothing to do with
         backend.start()
         bench = Bench(tmp_path / "data", backend)
         async with bench:

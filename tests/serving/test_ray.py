@@ -174,7 +174,7 @@ def test_streams_outlive_their_replica(server, exact):
 
     from dsa_engine.serving.ray_app import RayReplicas
 
-    orders = [Order(PROMPT, seed=seed, num_frames=48, live=seed < 2) for seed in range(3)]
+    orders = [Order(PROMPT, seed=seed, num_frames=48) for seed in range(3)]
 
     async def play(stream, victim):
         events = []

@@ -199,6 +199,37 @@ def test_a_prompt_is_queued_then_applied_and_the_frames_are_those_of_a_quiet_run
     assert np.array_equal(raw_frames(seen), quiet(pipe, switch=k, then=PROMPTS[1]))
 
 
+def test_a_prompt_may_come_gradually(pipe):
+    with engine(pipe) as (host, _), Client(host) as client:
+        client.start(format="rgb24", num_frames=FRAMES, step_policy="fixed:2")
+        client.until("video.start")
+        said = {"event": {"prompt": PROMPTS[1]}, "event_id": "e1", "transition_chunks": 2}
+        client.say("session.interaction", interaction=said)
+        client.rest()
+    (applied,) = of(client.seen, "session.interaction.applied")
+    k, made = applied["chunk_index"], {}
+    assert 0 < k < 3  # room for two chunks
+    for chunks in (0, 2):
+        with pipe.session(PROMPTS[0], num_frames=FRAMES, step_policy="fixed:2") as session:
+            frames = []
+            while not session.exhausted:
+                if session.index == k:
+                    session.update(PROMPTS[1], transition_chunks=chunks)
+                frames.append(session.next_chunk().frames)
+        made[chunks] = np.concatenate(frames)
+    assert np.array_equal(raw_frames(client.seen), made[2]) and not np.array_equal(made[0], made[2])
+
+
+def test_refused_changes_do_not_count_among_those_that_wait(pipe):
+    with engine(pipe) as (host, _), Client(host) as client:
+        client.start(format="rgb24").until("video.start")
+        for _ in range(2):
+            for _ in range(realtime.CHANGES):
+                client.change(prompt="a dog")
+            errors = [client.until("error") for _ in range(realtime.CHANGES)]
+            assert {error["code"] for error in errors} == {"invalid_value"}
+
+
 def test_the_threshold_of_a_running_stream(pipe):
     for policy in ("dsa", "budget"):
         with engine(pipe) as (host, _), Client(host) as client:
@@ -236,7 +267,7 @@ def test_nothing_that_is_said_wrongly_ends_or_changes_a_stream(pipe):
         client.start()
         client.change("e1", prompt=" ")
         client.change("e2", confidence_threshold=-1)
-        client.say("session.interaction", interaction={"event": {"prompt": PROMPTS[1]}, "transition_chunks": 2})
+        client.say("session.interaction", interaction={"event": {"prompt": PROMPTS[1]}, "transition_chunks": -2})
         client.say("session.ping")
         seen, code = client.rest()
     assert len(of(seen, "error")) == len(wrong) + 4 and len(of(seen, "session.pong")) == 1 and code == 1000

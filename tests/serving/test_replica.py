@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from dsa_engine import Pipeline
 from dsa_engine.serving import replica as replicas
 from dsa_engine.serving.remote import Lost, RemoteBackend
-from dsa_engine.serving.replica import Replica
+from dsa_engine.serving.replica import Answer, Replica
 from dsa_engine.serving.snapshots import Kept, Snapshots
 from dsa_engine.serving.streams import Applied, Busy, Closed, Made, Opened, Order, Queued, Refused
 from dsa_engine.serving.worker import Limits, Worker
@@ -219,6 +220,63 @@ def test_a_changed_threshold_goes_with_it(pipes, steps, every):
     assert moves == 1 and thresholds == [0.75] * applied + [0.25] * (10 - applied)
 
 
+def test_what_the_snapshot_has_is_not_applied_again(pipes):
+    """Also where the consumer has never heard how much that is, and says it all again."""
+    order = Order(PROMPTS[0], seed=6, num_frames=30, live=False)
+
+    async def scenario(cluster, backend):
+        stream, applied = await backend.open(order), []
+        call = cluster.call
+
+        async def forgetful(method, *args, **options):
+            answer = await call(method, *args, **options)
+            return replace(answer, kept=0) if isinstance(answer, Answer) else answer
+
+        async def die():
+            await asyncio.sleep(0.1)
+            cluster.dead.add(stream.home)
+            for replica in cluster.replicas.values():
+                replica.worker.observers.append(lambda task, event: applied.append(event))
+
+        cluster.call = forgetful
+        at = {1: lambda: stream.tell(PROMPTS[1], "1st"), 7: die, 8: lambda: stream.tell(PROMPTS[2], "2nd")}
+        events = await play(stream, at)
+        return events, [event.event_id for event in applied if isinstance(event, Applied)]
+
+    events, again = run(scenario, pipes, every=1)
+    check_frames(pipes[0], order, events)
+    assert again == ["1"]  # its number; number 0 is in the snapshot
+
+
+def test_a_stream_gives_nothing_twice(pipes):
+    """Whatever a replica says again."""
+    with pipes[0].session(PROMPTS[0]) as session:
+        made = [Made(session.next_chunk(), 0.1, None) for _ in range(2)]
+    opened, queued = Opened(12.0, 64, 64, 0), Queued(1)
+    said = [
+        [queued, opened, made[0]],
+        [queued, opened, Applied("0", PROMPTS[1], 1), Refused("1", "no"), made[0]],
+        [Applied("0", PROMPTS[1], 1), Refused("1", "no"), made[1]],
+        [made[1], Closed("done")],
+    ]
+
+    class Script:
+        async def call(self, method, *args, **options):
+            return Answer("a", "run", 0, 0, said.pop(0)) if method == "ask" else None
+
+        async def stats(self):
+            return {}
+
+    async def main():
+        stream = await RemoteBackend(Script(), None).open(Order(PROMPTS[0]))
+        await stream.tell(PROMPTS[1], "x")
+        await stream.tell("nonsense", "y")
+        return [event async for event in stream]
+
+    applied, refused = Applied("x", PROMPTS[1], 1), Refused("y", "no")
+    assert asyncio.run(main()) == [queued, opened, made[0], applied, refused, made[1], Closed("done")]
+
+
 def test_only_what_is_after_the_snapshot_is_made_again(pipes):
     order = Order(PROMPTS[0], seed=2, num_frames=36, live=False)
 
@@ -336,10 +394,11 @@ def test_a_replica_that_leaves_hands_its_streams_over(pipes):
 
     async def scenario(cluster, backend):
         stream = await backend.open(order)
-        events = await play(stream, {3: lambda: cluster.replicas[stream.home].stop()})
-        return events, stream.moves, await cluster.left()
+        events = await play(stream, {5: lambda: cluster.replicas[stream.home].stop()})
+        return events, stream.moves, await cluster.left(), cluster.replicas[stream.home].worker.forwards
 
-    events, moves, left = run(scenario, pipes)
+    events, moves, left, forwards = run(scenario, pipes)
+    assert forwards <= 7 * pipes[0].max_steps  # of 10 chunks: it did not begin again
     check_frames(pipes[0], order, events)
     assert moves == 1
     assert left == {}

@@ -133,24 +133,34 @@ def test_tracebacks_but_for_the_one_that_is_right():
 def test_what_is_left_is_waited_for_and_then_told(monkeypatch):
     class Server:
         def __init__(self, *left):
-            self.left = list(left)
+            self.left, self.looks = list(left), 0
 
         def metrics(self):
             sessions = self.left.pop(0) if len(self.left) > 1 else self.left[0]
             jobs = {f'dsa_jobs{{state="{state}"}}': 0.0 for state in ("queued", "in_progress")}
-            return {"dsa_sessions": sessions, "dsa_queue_depth": 0.0, "dsa_jobs_running": 0.0, **jobs}
+            return {
+                "dsa_sessions": sessions,
+                "dsa_queue_depth": 0.0,
+                "dsa_jobs_running": 0.0,
+                "dsa_forwards": 5.0,
+                **jobs,
+            }
 
         def get(self, path):
             return 200, ""
 
         def facts(self):
+            self.looks += 1
             return soak.Facts(1, 2, 3, 4.0)
 
-    monkeypatch.setattr(soak, "SETTLE", 1.5)
+    monkeypatch.setattr(soak, "SETTLE", 1.0)
     monkeypatch.setattr(soak, "QUIET", 0.0)
     assert settled(Server(2.0, 1.0, 0.0), soak.Facts(0, 2, 3, 0.0))[0] == {}
     assert settled(Server(2.0), None)[0] == {"dsa_sessions": 2.0}
-    assert settled(Server(0.0), soak.Facts(0, 1, 3, 0.0))[1].threads == 2  # more threads than before: waited in vain
+    for before, looks in ((soak.Facts(0, 2, 3, 0.0), 1), (soak.Facts(0, 1, 3, 0.0), 3), (soak.Facts(0, 2, 2, 0.0), 3)):
+        server = Server(0.0)
+        settled(server, before)
+        assert (server.looks == 1) is (looks == 1)  # more threads or files than before: waited, in vain
 
 
 # The attacks are what they say they are.

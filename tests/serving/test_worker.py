@@ -385,8 +385,7 @@ def test_in_its_thread(pipe):
     assert np.array_equal(shown([e for e in events if isinstance(e, Made)]), frames_of(pipe))
     worker.stop()
     late = []
-    worker.open(Order(PROMPTS[0]), late.append)
-    worker.turn()
+    worker.open(Order(PROMPTS[0]), late.append)  # the thread has gone; who asks is told at once all the same
     assert late[0].reason == "shutdown"
 
 

@@ -217,9 +217,9 @@ class Worker:
     # In the worker's thread.
 
     def _run(self) -> None:
-        while not (self._stopping and not self._tasks()):
+        while not self._over:
             wait = self.turn()
-            if wait is None or wait > 0:
+            if (wait is None or wait > 0) and not self._over:
                 try:
                     self._inbox.get(timeout=wait)()
                 except queue.Empty:
@@ -246,6 +246,10 @@ class Worker:
                 self._inbox.get_nowait()()
             except queue.Empty:
                 return
+
+    @property
+    def _over(self) -> bool:
+        return self._stopping and not self._tasks()
 
     def _tasks(self) -> list[Task]:
         return [*self._live.values(), *self._jobs.values(), *self._waiting.values()]

@@ -20,20 +20,23 @@ from dsa_engine.serving.worker import Limits, Worker
 
 
 async def talk(backend: LocalBackend, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def say(facts: dict) -> None:
+        writer.write(json.dumps(facts).encode() + b"\n")
+
     try:
         stream = await backend.open(Order(**json.loads(await reader.readline())))
         listening = asyncio.create_task(listen(stream, reader))
         async for event in stream:  # asking for the next event lets the next chunk begin
             if isinstance(event, Made):
-                frames = event.chunk.frames
-                say(writer, index=event.chunk.index, steps=event.chunk.steps, shape=frames.shape)
-                writer.write(frames.tobytes())
+                chunk = event.chunk
+                say({"index": chunk.index, "steps": chunk.steps, "shape": chunk.frames.shape})
+                writer.write(chunk.frames.tobytes())
             elif isinstance(event, (Refused, Closed)):
-                say(writer, **vars(event))
+                say(vars(event))
             await writer.drain()  # a slow client slows its own stream and nobody else's
         listening.cancel()
     except (ValueError, TypeError, Busy) as error:
-        say(writer, error=str(error))
+        say({"error": str(error)})
     except ConnectionError:
         pass  # `listen` sees it too
     finally:
@@ -48,18 +51,11 @@ async def listen(stream: LocalStream, reader: asyncio.StreamReader) -> None:
         await stream.close()
 
 
-def say(writer: asyncio.StreamWriter, **facts) -> None:
-    writer.write(json.dumps(facts).encode() + b"\n")
-
-
 async def main(model: str, port: int) -> None:
     backend = LocalBackend(Worker(Pipeline.from_pretrained(model, max_sessions=8), Limits(sessions=8, jobs=0)))
     backend.start()
-    try:
-        async with await asyncio.start_server(lambda *ends: talk(backend, *ends), "127.0.0.1", port) as server:
-            await server.serve_forever()
-    finally:
-        await backend.close()
+    server = await asyncio.start_server(lambda *ends: talk(backend, *ends), "127.0.0.1", port)
+    await server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -157,10 +157,10 @@ def test_what_is_left_is_waited_for_and_then_told(monkeypatch):
     monkeypatch.setattr(soak, "QUIET", 0.0)
     assert settled(Server(2.0, 1.0, 0.0), soak.Facts(0, 2, 3, 0.0))[0] == {}
     assert settled(Server(2.0), None)[0] == {"dsa_sessions": 2.0}
-    for before, looks in ((soak.Facts(0, 2, 3, 0.0), 1), (soak.Facts(0, 1, 3, 0.0), 3), (soak.Facts(0, 2, 2, 0.0), 3)):
+    for before, enough in (((2, 3), True), ((1, 3), False), ((2, 2), False)):  # threads and files
         server = Server(0.0)
-        settled(server, before)
-        assert (server.looks == 1) is (looks == 1)  # more threads or files than before: waited, in vain
+        settled(server, soak.Facts(0, *before, 0.0))
+        assert (server.looks == 1) is enough  # else it waited, in vain
 
 
 # The attacks are what they say they are.

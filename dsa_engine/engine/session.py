@@ -160,37 +160,57 @@ class Session:
         with self, ThreadPoolExecutor(1) as ahead:
             following = ahead.submit(self._denoise)
             while following is not None:
-                start, result, ready = following.result()
-                index, past, commit = self.index, self._past_state(), self.rollout.commit_seconds
-                self.rollout.accept(result.latents)
+                decode = self._hand_over(*following.result())
                 following = None if self.exhausted else ahead.submit(self._denoise)
-                with ready:
-                    chunk = self._decode(result, index, past, start, commit)
-                yield chunk
+                yield decode()
 
-    def _denoise(self) -> tuple[float, Denoised, AbstractContextManager]:
-        """When the next chunk was begun, the chunk, and the context in which it can be decoded beside what follows."""
+    def _denoise(self) -> tuple[Denoised, AbstractContextManager]:
+        """The next chunk, and the context in which it can be decoded beside what follows."""
         self._ready()
-        start, device = time.perf_counter(), self.rollout.cache.k.device
-        result = self.rollout.denoise()
+        self._start = time.perf_counter()
+        return (result := self.rollout.denoise()), self._beside(result)
+
+    def _beside(self, result: Denoised) -> AbstractContextManager:
+        device = self.rollout.cache.k.device
         if device.type != "cuda":
-            return start, result, nullcontext()
+            return nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         result.latents.record_stream(self._stream)
-        return start, result, torch.cuda.stream(self._stream)
+        return torch.cuda.stream(self._stream)
+
+    def hand_over(self) -> Callable[[], Chunk]:
+        """`finish` in two: the chunk counts at once, and the function returned decodes it, in any thread and, on a CUDA
+        device, on a stream of its own, beside what others do meanwhile. It is to be called once, and before the next
+        chunk is begun.
+        """
+        result = self.rollout.denoised()
+        return self._hand_over(result, self._beside(result))
+
+    def _hand_over(self, result: Denoised, beside: AbstractContextManager) -> Callable[[], Chunk]:
+        times = (self._start, time.perf_counter(), self.rollout.commit_seconds)
+        index, past = self.index, self._past_state()
+        self.rollout.accept(result.latents)
+
+        def decode() -> Chunk:
+            with beside:
+                return self._decode(result, index, past, *times)
+
+        return decode
 
     def _finish(self, result: Denoised) -> Chunk:
-        commit = self.rollout.commit_seconds
-        chunk = self._decode(result, self.index, self._past_state(), self._start, commit)
+        times = (self._start, time.perf_counter(), self.rollout.commit_seconds)
+        chunk = self._decode(result, self.index, self._past_state(), *times)
         self.rollout.accept(result.latents)  # cannot fail: the session moves on as a whole or not at all
         return chunk
 
-    def _decode(self, result: Denoised, index: int, past: Any, start: float, commit: float) -> Chunk:
-        """Frames of a chunk; past: the decoder's state before it. When all is done the session has them behind it."""
+    def _decode(
+        self, result: Denoised, index: int, past: Any, start: float, denoised: float, commit: float
+    ) -> Chunk:  # fmt: skip
+        """Frames of a chunk that was begun and denoised at these times; past: the decoder's state before it. When all
+        is done the session has them behind it."""
         confidence = None if result.confidence is None else result.confidence[0].tolist()
-        denoised = time.perf_counter()
         with torch.inference_mode():
             pixels, decoder_state = self._decoder.decode(result.latents, past)
             frames = to_uint8(pixels[0])

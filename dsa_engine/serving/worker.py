@@ -13,13 +13,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from dsa_engine import arguments
 from dsa_engine.engine.runner import Runner
-from dsa_engine.engine.session import Session
+from dsa_engine.engine.session import Chunk, Session
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.noise import check_seed
@@ -91,6 +93,7 @@ class Task:
         self.session: Session | None = None
         self.policy: Policy | None = None
         self.runner: Runner | None = None  # while its chunk is being made
+        self.decoding = False  # its chunk is being decoded
         self.pace: Pace | None = None  # of a live stream
         self.changes: deque[Change] = deque()
         self.room = True  # the consumer has taken the last chunk
@@ -133,9 +136,15 @@ class Worker:
     events of all streams, such as metrics.
     """
 
-    def __init__(self, pipe: Pipeline, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic):
-        """Raises ValueError where the pipeline has fewer cache slots than the limits ask for, no decoder, or no such
-        steps as the limits name."""
+    def __init__(
+        self, pipe: Pipeline, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic,
+        overlap: bool = True,
+    ):  # fmt: skip
+        """overlap: chunks are decoded in a second thread, beside the forwards of others.
+
+        Raises ValueError where the pipeline has fewer cache slots than the limits ask for, no decoder, or no such
+        steps as the limits name.
+        """
         self.pipe, self.limits, self.clock = pipe, limits or Limits(), clock
         self.governor = Governor()
         self.observers: list[Callable[[Task, Event], None]] = []
@@ -156,6 +165,7 @@ class Worker:
         self._stopping = self._ended = False
         self._failures = 0  # forwards that failed one after another
         self._thread: threading.Thread | None = None
+        self._decoders = ThreadPoolExecutor(1, "dsa-engine-decoder", _same_threads) if overlap else None
         self.forwards = 0  # run so far
 
     # From any thread.
@@ -225,6 +235,8 @@ class Worker:
                 except queue.Empty:
                     pass
         self._ended = True
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=False)
         self._drain()  # nobody who asks late waits for ever
 
     def turn(self) -> float | None:
@@ -365,7 +377,7 @@ class Worker:
         """Begin the chunks that are wanted now; seconds until the next one is, or a limit is reached."""
         times = []
         for task in [*self._live.values(), *self._jobs.values()]:
-            if task.runner is not None:
+            if task.runner is not None or task.decoding:
                 continue
             if task.session.exhausted and task.room:
                 self.end(task, Closed("done"))
@@ -435,13 +447,26 @@ class Worker:
             self._finish(tasks[id(session)])
 
     def _finish(self, task: Task) -> None:
-        order, session = task.order, task.session
-        task.runner = None
+        """The task's chunk is denoised. It is decoded beside the forwards that follow."""
+        session, task.runner = task.session, None
         rule = session.rollout.policies[0].rule(session.index, self.pipe.max_steps)
+        threshold = rule.threshold if rule is not None and rule.threshold <= 1 else None
+        task.decoding = True
+        if self._decoders is None:
+            return self._decoded(task, threshold, _outcome(session.hand_over()))
+        done = self._decoders.submit(_outcome, session.hand_over())
+        done.add_done_callback(lambda done: self.call(lambda: self._decoded(task, threshold, done.result())))
+
+    def _decoded(self, task: Task, threshold: float | None, chunk: Chunk | Exception) -> None:
+        task.decoding = False
+        if self._place(task) is None:  # closed meanwhile
+            return
+        every, session, snapshot = task.order.snapshot_every, task.session, None
         try:
-            chunk = session.finish()
-            every = order.snapshot_every
-            snapshot = session.snapshot() if every and session.index % every == 0 else None
+            if isinstance(chunk, Exception):
+                raise chunk
+            if every and session.index % every == 0:
+                snapshot = session.snapshot()
         except Exception as error:
             logger.exception("decoding a chunk of %s failed", task.id)
             return self.end(task, Closed("failed", str(error)))
@@ -450,14 +475,16 @@ class Worker:
             latency, deadline = task.pace.delivered(self.clock(), len(chunk.frames))
         if deadline is not None:
             self.governor.delivered(latency, deadline, len(self._live))
-        threshold = rule.threshold if rule is not None and rule.threshold <= 1 else None
         self._emit(task, Made(chunk, latency, deadline, threshold, snapshot))
         if self._stopping:
             self.end(task, Closed("shutdown"))
 
+    def _place(self, task: Task) -> dict[str, Task] | None:
+        return next((p for p in (self._live, self._jobs, self._waiting) if p.get(task.id) is task), None)
+
     def end(self, task: Task, closed: Closed) -> None:
         """Give the stream's place back; nothing happens where that was done before."""
-        places = next((p for p in (self._live, self._jobs, self._waiting) if p.get(task.id) is task), None)
+        places = self._place(task)
         if places is None:
             return
         del places[task.id]
@@ -473,12 +500,24 @@ class Worker:
     def _stop(self) -> None:
         self._stopping = True
         for task in self._tasks():
-            if task.runner is None:
+            if task.runner is None and not task.decoding:
                 self.end(task, Closed("shutdown"))
 
     def _abort(self) -> None:
         for task in self._tasks():
             self.end(task, Closed("shutdown", "the chunk that was being made was given up"))
+
+
+def _outcome(work: Callable[[], T]) -> T | Exception:
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
+def _same_threads() -> None:
+    """A new thread begins with OpenMP's own number of threads; this gives it the one that torch was told."""
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def card(pipe: Pipeline) -> Card:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_engine import Budget, Confidence, Fixed
+from dsa_engine.engine.runner import Runner
 
 RED, BLUE = "a red circle moves sideways", "a blue square jumps on navy"
 POLICY = Confidence(0.1)
@@ -303,3 +306,26 @@ def test_a_number_of_transition_chunks_is_checked(pipe, wrong):
         with pytest.raises(ValueError, match="transition_chunks.*nearest is 0"):
             session.update(BLUE, transition_chunks=wrong)
         assert session.prompt == RED
+
+
+def test_a_chunk_that_is_handed_over_is_decoded_in_any_thread_to_the_same_bits(pipe, alone):
+    """Two sessions share a runner; each chunk is decoded in another thread while the other session's is denoised."""
+    with pipe.session(RED, seed=1, step_policy=POLICY) as one, pipe.session(BLUE, seed=2, step_policy=Fixed(3)) as two:
+        made, runner = {id(one): [], id(two): []}, Runner(1)  # a row a forward, so that both get what they get alone
+        with ThreadPoolExecutor(1) as decoder:
+            waiting = {id(session): (session, None) for session in (one, two)}
+            while any(len(chunks) < 4 for chunks in made.values()):
+                for key, (session, decoded) in list(waiting.items()):
+                    if decoded is not None:
+                        made[key].append(decoded.result())
+                    del waiting[key]
+                    if len(made[key]) < 4:
+                        runner.add(session)
+                for session in runner.forward():
+                    index = session.index
+                    waiting[id(session)] = session, decoder.submit(session.hand_over())
+                    assert session.index == index + 1
+        for chunks, expected in zip(made.values(), alone):
+            for chunk, other in zip(chunks, expected[:4]):
+                assert np.abs(chunk.frames.astype(int) - other.frames).max() <= 1  # commits alone, not with a step
+                assert (chunk.index, chunk.pts, chunk.steps) == (other.index, other.pts, other.steps)

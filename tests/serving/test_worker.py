@@ -45,7 +45,9 @@ class Bench:
 
     def __init__(self, pipe, **limits):
         self.now, self.took = 0.0, 0.0
-        self.worker = Worker(pipe, Limits(**{"sessions": 2, "jobs": 2, "waiting": 1} | limits), lambda: self.now)
+        self.worker = Worker(
+            pipe, Limits(**{"sessions": 2, "jobs": 2, "waiting": 1} | limits), lambda: self.now, overlap=False
+        )
         self.events: dict[str, list] = {}
         self.pipe = pipe
 
@@ -225,7 +227,7 @@ def test_a_fault_of_one_stream_is_not_the_others(pipe, open_bench, monkeypatch):
     bench = open_bench()
     bad, good = bench.open(0), bench.open(1)
     bench.turn()
-    monkeypatch.setattr(bad.session, "finish", lambda: 1 / 0)
+    monkeypatch.setattr(bad.session, "hand_over", lambda: lambda: 1 / 0)
     bench.run(bad, good)
     assert bench.events[bad.id][-1].reason == "failed" and bench.events[good.id][-1] == Closed("done")
     assert np.array_equal(shown(bench.of(good, Made)), frames_of(pipe, 1))

@@ -63,7 +63,10 @@ class Metrics:
             self.phase(PHASES[name], milliseconds / 1e3)
         self._steps.labels(kind).observe(event.chunk.steps)
         self._frames.labels(kind).inc(len(event.chunk.frames))
-        self._recent.append((time.monotonic(), len(event.chunk.frames)))
+        now = time.monotonic()
+        self._recent.append((now, len(event.chunk.frames)))
+        while now - self._recent[0][0] > RECENT:
+            self._recent.popleft()
         if kind == "live":
             self._latency.observe(event.latency)
             self._misses.inc(event.late)
@@ -75,9 +78,7 @@ class Metrics:
 
     def _fps(self) -> float:
         now = time.monotonic()
-        while self._recent and now - self._recent[0][0] > RECENT:
-            self._recent.popleft()
-        return sum(frames for _, frames in list(self._recent)) / RECENT
+        return sum(frames for then, frames in list(self._recent) if now - then <= RECENT) / RECENT
 
     def text(self) -> bytes:
         """In Prometheus' format."""

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 PATH = "/v1/realtime/video"
 ENCODERS = 4  # threads, for all streams together
 CHANGES = 16  # of one stream that wait for their chunk: whoever tells faster is told to wait
+ATTENTION = 2.0  # seconds between two signs of life of a client that waits in the queue
 STALL = 30.0  # seconds that a client may take to make room for a message
 FAREWELL = 2.0  # seconds to say that the connection is closed, to a client that may not listen
 
@@ -95,7 +96,7 @@ class Conversation:
         self._pool, self._stall = pool, stall
         self._longest = 12 * settings.prompt + 4096  # a character takes at most 12 in JSON
         self._sending = asyncio.Lock()  # so that nothing comes between a chunk's metadata and its bytes
-        self._over = False
+        self._over = self._opened = False
         self._id = f"video-{uuid.uuid4().hex}"
         self._chunks = 0  # sent
         self._changes = 0  # told and not answered by the stream
@@ -113,13 +114,20 @@ class Conversation:
             await self._end(Error(code="failed", message=str(error), retryable=True), INTERNAL)
 
     async def _converse(self, start: messages.Start, stream: Stream) -> None:
-        listening = asyncio.create_task(self._listen(stream))
+        beside = [asyncio.create_task(work) for work in (self._listen(stream), self._wait(stream))]
         try:
             await self._play(start, stream)
         finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             await stream.close()
+
+    async def _wait(self, stream: Stream) -> None:
+        """Who waits in the queue has nothing to take and need not say anything: the open connection is its sign."""
+        while not self._opened:
+            stream.touch()
+            await asyncio.sleep(ATTENTION)
 
     # How it begins.
 
@@ -224,6 +232,7 @@ class Conversation:
                 case Queued():
                     await self._say(messages.Queued(position=event.position))
                 case Opened():
+                    self._opened = True
                     encoder = await self._in_pool(media.encoder, start.format, event.fps, event.width, event.height)
                     config = {**start.model_dump(exclude={"type"}), "model": self._backend.card.name}
                     config |= {"width": event.width, "height": event.height, "fps": event.fps}

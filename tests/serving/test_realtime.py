@@ -411,10 +411,22 @@ def test_changes_do_not_pile_up():
 def test_a_ping_is_a_sign_of_life():
     with fake(period=60) as (host, backend), Client(host) as client:
         client.start().until("video.start")
+        before = backend.streams[0].touched
         for _ in range(3):
             client.say("session.ping")
             client.until("session.pong")
-        assert backend.streams[0].touched == 3
+        assert backend.streams[0].touched == before + 3
+
+
+def test_who_waits_in_the_queue_is_not_idle(pipe, monkeypatch):
+    monkeypatch.setattr(realtime, "ATTENTION", 0.1)
+    with engine(pipe, sessions=1, waiting=1, idle=0.6) as (host, backend):
+        with Client(host).start() as first, Client(host).start(num_frames=3) as second:
+            assert second.until("session.queued")["position"] == 1
+            threading.Event().wait(1.5)  # more than twice what idle clients are given
+            assert backend.stats()["waiting"] == 1
+            first.say("session.stop")
+            assert second.until("video.chunk_metadata")["chunk_index"] == 0
 
 
 def test_a_slow_client_holds_up_nobody_and_gathers_nothing():

@@ -137,8 +137,8 @@ class Run:
 
     def _rush(self) -> None:
         """In the worker's thread: the next chunk is wanted at once."""
-        pace = self._task.pace
-        self._task.pace = Pace(pace.fps, self.worker.clock())
+        if self._task.pace is not None:  # a job's chunks are always wanted at once
+            self._task.pace = Pace(self._task.pace.fps, self.worker.clock())
 
     # What the consumer says.
 

@@ -222,7 +222,7 @@ def test_a_changed_threshold_goes_with_it(pipes, steps, every):
 
 def test_what_the_snapshot_has_is_not_applied_again(pipes):
     """Also where the consumer has never heard how much that is, and says it all again."""
-    order = Order(PROMPTS[0], seed=6, num_frames=30, live=False)
+    order = Order(PROMPTS[0], seed=6, num_frames=36, live=False)  # replicas are up to two chunks ahead
 
     async def scenario(cluster, backend):
         stream, applied = await backend.open(order), []
@@ -301,7 +301,7 @@ def test_only_what_is_after_the_snapshot_is_made_again(pipes):
 @pytest.mark.parametrize("seed", range(4))
 def test_any_question_and_any_answer_may_be_lost(pipes, seed):
     chance = random.Random(seed)
-    order = Order(PROMPTS[0], seed=seed, num_frames=30, live=False)
+    order = Order(PROMPTS[0], seed=seed, num_frames=36, live=False)
 
     async def scenario(cluster, backend):
         cluster.faults = lambda method: chance.choice(["before", "after", *5 * [None]])

@@ -455,10 +455,11 @@ def test_the_backend_closes_its_streams(pipes):
         lasts = [(await one)[-1] for one in playing]
         with pytest.raises(Busy, match="stopping"):
             await backend.open(Order(PROMPTS[0]))
-        stats = await cluster.stats()
-        return lasts, sum(one["live"] + one["jobs"] for one in stats.values())
+        while any(one["live"] + one["jobs"] for one in (await cluster.stats()).values()):
+            await asyncio.sleep(0.01)  # a worker hears of it after its forward; never is an error, of `run`
+        return lasts
 
-    assert run(scenario, pipes) == ([Closed("shutdown")] * 2, 0)
+    assert run(scenario, pipes) == [Closed("shutdown")] * 2
 
 
 def test_places_of_consumers_that_are_gone_are_given_back(pipes):

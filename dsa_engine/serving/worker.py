@@ -59,7 +59,7 @@ class Limits:
     waiting: int = 32
     idle: float = 30.0
     lifetime: float = 3600.0
-    rows: int = 16
+    rows: int = 8
     steps: str | None = None
 
     def __post_init__(self):

@@ -299,7 +299,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", help="as for serve")
     add("--threads", type=int, help="as for serve")
     add("--url", help="of a server that runs, instead of starting one; it needs room for all streams")
-    add("--rows", type=int, default=16, help="of a forward of the server that is started")
+    add("--rows", type=int, default=8, help="of a forward of the server that is started")
     add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     add("--alone", choices=POLICIES, default="fixed", help="the policy of the server with forwards of one row")
     add("--format", choices=FORMATS, default="rgb24")

@@ -35,19 +35,19 @@ class Pace:
 
 
 class Governor:
-    """One confidence threshold for all "budget" streams of an engine, lowered while chunks come late.
+    """One confidence threshold for all "budget" streams of an engine, lowered while chunks come near being late.
 
-        threshold = ceiling * (1 - pressure),      pressure += GAIN / n * (latency / deadline - SETPOINT) at each chunk,
+        threshold = ceiling * (1 - pressure),     pressure += GAIN / n * ([latency > MARGIN * deadline] - RATE)
 
-    within [0, 1], n streams live. One threshold for all is what makes sure streams stop early first: a chunk that
-    reaches it is done, one that does not is refined further, whoever it belongs to. An integral controller needs no
-    model of what a step costs; it settles where the chunks take SETPOINT of their deadline, the rest of which is room
-    for those that take longer than the mean.
+    at each chunk, within [0, 1], n streams live. One threshold for all is what makes sure chunks stop early first: one
+    that reaches it is done, one that does not is refined further, whoever it belongs to. The controller needs no model
+    of what a step costs, and it looks at the tail, not at the mean: it settles where a share RATE of the chunks takes
+    more than MARGIN of the time it has, so that hardly any takes more than all of it.
     """
 
-    SETPOINT = 0.6
-    GAIN = 0.3
-    WORST = 2.0  # a chunk that was held up for longer counts no more than this
+    MARGIN = 0.7
+    RATE = 0.02
+    GAIN = 0.5  # under a load that is far too high it takes about two chunks of each stream to the fewest steps
 
     def __init__(self):
         self.pressure = 0.0
@@ -56,5 +56,5 @@ class Governor:
         return ceiling * (1.0 - self.pressure)
 
     def delivered(self, latency: float, deadline: float, live: int) -> None:
-        error = min(latency / deadline, self.WORST) - self.SETPOINT
+        error = (latency > self.MARGIN * deadline) - self.RATE
         self.pressure = min(max(self.pressure + self.GAIN * error / max(live, 1), 0.0), 1.0)

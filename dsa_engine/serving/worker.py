@@ -488,6 +488,8 @@ class Worker:
         if places is None:
             return
         del places[task.id]
+        if not self._live:  # with nobody there is no load, and no chunk that could say so
+            self.governor = Governor()
         if task.session is not None:
             if task.runner is not None:
                 task.runner.remove(task.session)

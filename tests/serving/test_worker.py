@@ -317,6 +317,12 @@ def test_under_load_budget_takes_fewer_steps_and_sure_chunks_go_first(pipe, open
     assert 0 < bench.worker.governor.pressure <= 1
     for event in late:  # one rule for all: who stopped early had reached the threshold
         assert event.chunk.steps == 4 or min(event.chunk.confidence) >= event.threshold
+    tasks[0].close()
+    bench.turn()
+    assert bench.worker.governor.pressure > 0
+    tasks[1].close()
+    bench.turn()
+    assert bench.worker.governor.pressure == 0  # whoever comes next finds no load
 
 
 def test_a_stream_goes_on_from_a_snapshot(pipe, open_bench):

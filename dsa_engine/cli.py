@@ -232,8 +232,8 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
 def serve(args: argparse.Namespace) -> tuple[None, list[str], int]:
     """A server, until SIGTERM or Ctrl-C."""
     from dsa_engine.serving import serve as server
+    from dsa_engine.serving.limits import Limits
     from dsa_engine.serving.settings import Settings
-    from dsa_engine.serving.worker import Limits
 
     def given(*names: str) -> dict[str, Any]:
         return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

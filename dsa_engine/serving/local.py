@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from dsa_engine.serving.streams import Busy, Closed, Event, Made, Order
-from dsa_engine.serving.worker import Task, Worker
+from dsa_engine.serving.task import Task
+from dsa_engine.serving.worker import Worker
 
 
 class LocalStream:

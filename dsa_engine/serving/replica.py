@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from dsa_engine.serving.pace import Pace
 from dsa_engine.serving.snapshots import Keeper, Kept
 from dsa_engine.serving.streams import Applied, Card, Closed, Event, Made, Order, Refused
-from dsa_engine.serving.worker import Task, Worker
+from dsa_engine.serving.task import Task
+from dsa_engine.serving.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ REFUSED = -1  # before all chunks: told again, it is refused again and holds up 
 
 @dataclass(frozen=True)
 class Told:
-    """A change that a stream was told (`worker.Change`). index: of the chunk from which on it is in force, REFUSED, or
+    """A change that a stream was told (`task.Change`). index: of the chunk from which on it is in force, REFUSED, or
     None where that is not known yet."""
 
     prompt: str | None

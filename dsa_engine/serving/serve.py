@@ -9,9 +9,10 @@ import uvicorn
 
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.serving.app import create_app
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.local import LocalBackend
 from dsa_engine.serving.settings import Settings
-from dsa_engine.serving.worker import Limits, Worker
+from dsa_engine.serving.worker import Worker
 
 LINGER = 1  # seconds that clients get to take their last answers
 MESSAGE = 2**20  # bytes of a WebSocket's message

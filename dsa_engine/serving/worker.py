@@ -11,22 +11,22 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
 from dsa_engine import arguments
 from dsa_engine.engine.runner import Runner
-from dsa_engine.engine.session import Chunk, Session
+from dsa_engine.engine.session import Chunk
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.noise import check_seed
-from dsa_engine.sampling.policy import Budget, Confidence, Policy
+from dsa_engine.sampling.policy import Budget
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.pace import Governor, Pace
+from dsa_engine.serving.steps import THRESHOLD_OF, policy_of, with_threshold
 from dsa_engine.serving.streams import (
     Applied,
     Busy,
@@ -39,88 +39,12 @@ from dsa_engine.serving.streams import (
     Queued,
     Refused,
 )
+from dsa_engine.serving.task import Change, Listener, Task
 from dsa_engine.synthetic import GRAMMAR
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Listener = Callable[[Event], None]
-THRESHOLD_OF = {Confidence: "threshold", Budget: "ceiling"}  # the policies whose threshold can be changed, and its name
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one worker admits. sessions, jobs: live streams and jobs at once; waiting: live streams in the queue behind
-    them; idle, lifetime: seconds without a sign of the consumer, and in all, of a live stream; rows: of a forward.
-    steps: of an order that does not say; None is "budget", and "fixed" where the model has no confidence head."""
-
-    sessions: int = 32
-    jobs: int = 4
-    waiting: int = 32
-    idle: float = 30.0
-    lifetime: float = 3600.0
-    rows: int = 8
-    steps: str | None = None
-
-    def __post_init__(self):
-        for name, least in (("sessions", 1), ("jobs", 0), ("waiting", 0), ("rows", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}; nearest is {least}")
-        for name in ("idle", "lifetime"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"{name}={value!r}: must be a number of seconds above 0, e.g. 30")
-
-
-class Change(NamedTuple):
-    """From the next chunk on: another prompt, another threshold, or both. None leaves it as it is."""
-
-    prompt: str | None
-    event_id: str | None
-    recache: bool
-    threshold: float | None
-    transition_chunks: int
-
-
-class Task:
-    """A stream as its worker knows it, and its caller's hold on it. The methods come from any thread and return at
-    once; everything else belongs to the worker's thread."""
-
-    def __init__(self, worker: Worker, id: str, order: Order, listener: Listener):
-        self.id, self.order, self.listener = id, order, listener
-        self._worker = worker
-        self.session: Session | None = None
-        self.policy: Policy | None = None
-        self.runner: Runner | None = None  # while its chunk is being made
-        self.decoding = False  # its chunk is being decoded
-        self.pace: Pace | None = None  # of a live stream
-        self.changes: deque[Change] = deque()
-        self.room = True  # the consumer has taken the last chunk
-        self.opened = self.begun = 0.0  # when it got its place, and when its chunk was begun
-        self.seen = 0.0  # a sign of the consumer
-        self.position = 0  # in the queue, as last told
-
-    def tell(
-        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None, transition_chunks: int = 0,
-    ) -> None:  # fmt: skip
-        """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; Applied or Refused
-        answers."""
-        change = Change(prompt, event_id, recache, threshold, transition_chunks)
-        self._worker.call(lambda: self._worker.told(self, change))
-
-    def taken(self) -> None:
-        """The last chunk is out of the consumer's hands; the next may be begun."""
-        now = self._worker.clock()  # what passes until the worker hears of it is not the consumer's time
-        self._worker.call(lambda: self._worker.taken(self, now))
-
-    def touch(self) -> None:
-        self.seen = self._worker.clock()  # a lone float: no need to wake the worker
-
-    def close(self, reason: str = "closed") -> None:
-        """Free its place at once, also in the middle of a chunk."""
-        self._worker.call(lambda: self._worker.end(self, Closed(reason)))
 
 
 class Worker:
@@ -155,7 +79,7 @@ class Worker:
                 f"{self.limits.sessions} sessions and {self.limits.jobs} jobs: the pipeline was made for "
                 f"max_sessions={pipe.engine.max_sessions}; make it with {wanted}"
             )
-        self._policy(Order(prompt="", steps=self.limits.steps))
+        policy_of(pipe, Order(prompt=""), self.limits.steps)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._live: dict[str, Task] = {}
         self._jobs: dict[str, Task] = {}
@@ -278,7 +202,7 @@ class Worker:
         pipe = self.pipe
         check_seed(order.seed)
         pipe.engine.encode([order.prompt])
-        self._policy(order)
+        policy_of(pipe, order, self.limits.steps)
         arguments.clip(
             pipe.engine, 1, pipe._size(order.height, order.width), order.num_frames, order.image, None, None, None
         )  # fmt: skip
@@ -321,7 +245,7 @@ class Worker:
     def _open(self, task: Task) -> None:
         order, pipe = task.order, self.pipe
         try:
-            task.policy = self._policy(order)
+            task.policy = policy_of(pipe, order, self.limits.steps)
             task.session = pipe.session(
                 order.prompt, seed=order.seed, num_frames=order.num_frames, height=order.height, width=order.width,
                 step_policy=task.policy, image=order.image,
@@ -338,23 +262,6 @@ class Worker:
         task.pace = Pace(pipe.fps, task.opened) if order.live else None
         height, width = order.height or pipe.height, order.width or pipe.width
         self._emit(task, Opened(pipe.fps, height, width, task.session.index, opening))
-
-    def _policy(self, order: Order) -> Policy:
-        engine = self.pipe.engine
-        own = self.limits.steps or (None if engine.head is None else "budget")
-        if own == "budget" and not order.live:
-            own = None  # a job has no deadline, and what comes of it must not depend on the load
-        steps = order.steps or own
-        if steps == "budget":
-            if engine.head is None:
-                raise ValueError("steps='budget': needs a confidence head and this model has none; use 'fixed'")
-            ceiling = arguments.default_threshold(engine) if order.threshold is None else order.threshold
-            policy = Budget(self.pipe.fps, ceiling, order.min_steps or 1, order.max_steps)
-            policy.check(self.pipe.max_steps)
-            return policy
-        return arguments.policy(
-            engine, steps, order.max_steps, order.min_steps, order.max_steps, order.threshold
-        )  # fmt: skip
 
     def told(self, task: Task, change: Change) -> None:
         if task.session is not None or task.id in self._waiting:
@@ -408,7 +315,9 @@ class Worker:
         """All of a change or nothing of it."""
         session = task.session
         try:
-            policy = task.policy if change.threshold is None else self._rethreshold(task.policy, change.threshold)
+            policy = task.policy
+            if change.threshold is not None:
+                policy = with_threshold(policy, change.threshold, self.pipe.max_steps)
             if change.prompt is not None:
                 session.update(change.prompt, change.recache, change.transition_chunks)
         except ValueError as error:
@@ -418,17 +327,6 @@ class Worker:
             for own in session.rollout.policies:  # the session's copy of it
                 setattr(own, THRESHOLD_OF[type(policy)], change.threshold)
         self._emit(task, Applied(change.event_id, session.prompt, session.index))
-
-    def _rethreshold(self, policy: Policy, threshold: float) -> Policy:
-        """The policy with another threshold; ValueError for one that confidence does not steer, or outside [0, 1]."""
-        if type(policy) not in THRESHOLD_OF:
-            raise ValueError(
-                f"threshold={threshold}: this stream's steps are {policy}, which confidence does not count for; "
-                "only streams begun with 'dsa', 'budget' or a preset can change it"
-            )
-        policy = replace(policy, **{THRESHOLD_OF[type(policy)]: threshold})
-        policy.check(self.pipe.max_steps)
-        return policy
 
     def _forward(self, runner: Runner) -> None:
         tasks = {id(task.session): task for task in self._tasks() if task.runner is runner}

@@ -16,9 +16,10 @@ import uvicorn
 
 from dsa_engine import Pipeline
 from dsa_engine.serving.app import create_app
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.local import LocalBackend
 from dsa_engine.serving.settings import Settings
-from dsa_engine.serving.worker import Limits, Worker
+from dsa_engine.serving.worker import Worker
 
 PATIENCE = 30_000  # milliseconds; only what hangs gets there
 OPTIONS = (

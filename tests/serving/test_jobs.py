@@ -14,10 +14,11 @@ from instant import CARD, Instant, frames_of
 from dsa_engine import Pipeline
 from dsa_engine.serving import jobs as module
 from dsa_engine.serving.jobs import Jobs
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.local import LocalBackend
 from dsa_engine.serving.store import Store
 from dsa_engine.serving.streams import Busy, Order
-from dsa_engine.serving.worker import Limits, Worker
+from dsa_engine.serving.worker import Worker
 from dsa_engine.video import Mp4Writer, read_mp4
 
 PROMPT = "a red circle jumps"

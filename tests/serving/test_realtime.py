@@ -21,10 +21,11 @@ from websockets.sync.client import connect as ws_connect
 
 from dsa_engine import Pipeline
 from dsa_engine.serving import media, realtime
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.local import LocalBackend
 from dsa_engine.serving.settings import Settings
 from dsa_engine.serving.streams import Closed, Queued
-from dsa_engine.serving.worker import Limits, Worker
+from dsa_engine.serving.worker import Worker
 
 PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
 FRAMES = 12  # four chunks

@@ -11,11 +11,12 @@ import pytest
 
 from dsa_engine import Pipeline
 from dsa_engine.serving import replica as replicas
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.remote import Lost, RemoteBackend
 from dsa_engine.serving.replica import Answer, Replica
 from dsa_engine.serving.snapshots import Kept, Snapshots
 from dsa_engine.serving.streams import Applied, Busy, Closed, Made, Opened, Order, Queued, Refused
-from dsa_engine.serving.worker import Limits, Worker
+from dsa_engine.serving.worker import Worker
 
 PROMPTS = ("a red circle rests", "a blue square jumps", "a green triangle rests", "a cyan cross moves sideways on navy")
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_engine import Pipeline
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.streams import Applied, Closed, Made, Opened, Order, Queued, Refused
-from dsa_engine.serving.worker import Limits, Worker
+from dsa_engine.serving.worker import Worker
 
 PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
 FRAMES = 12  # four chunks
@@ -209,6 +210,7 @@ def test_who_leaves_in_the_middle_of_a_chunk_changes_nothing_for_others(pipe, op
         ({"steps": "best"}, "must be one of"),
         ({"threshold": float("nan"), "steps": "budget"}, "within"),
         ({"steps": "budget", "min_steps": 9}, "nearest"),
+        ({"steps": "budget", "min_steps": 0}, "nearest is 1"),
         ({"height": 65}, "nearest"),
     ],
 )

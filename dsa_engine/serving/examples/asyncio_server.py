@@ -14,9 +14,10 @@ import json
 import sys
 
 from dsa_engine.pipeline import Pipeline
+from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.local import LocalBackend, LocalStream
 from dsa_engine.serving.streams import Busy, Closed, Made, Order, Refused
-from dsa_engine.serving.worker import Limits, Worker
+from dsa_engine.serving.worker import Worker
 
 
 async def talk(backend: LocalBackend, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

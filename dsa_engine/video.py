@@ -25,6 +25,15 @@ BT709 = 1  # in FFmpeg's enumerations of primaries, transfer and matrix alike
 LIMITED_RANGE = 1
 
 
+def encoder_options() -> dict[str, str]:
+    """Options of libx264. x264's AVX-512 code (core 165) lets memory that was never written into its choice of
+    quantisers where a picture's macroblocks do not fill a vector: a clip's bytes would change from run to run."""
+    import torch
+
+    narrow = {"x264-params": "asm=avx2"} if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else {}
+    return {"crf": str(CRF)} | narrow
+
+
 def check_target(path: str | Path, suffix: str) -> Path:
     """The path of a file to be written. Raises ValueError for another suffix or a folder of that name."""
     path = Path(path)
@@ -111,7 +120,7 @@ class Mp4Writer:
                 f"frames of {height}x{width} after scaling by {self.scale}: H.264 needs even sides; "
                 f"the nearest legal scale is {self.scale + 1}"
             )
-        stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": str(CRF)})
+        stream = self._container.add_stream("libx264", rate=self.fps, options=encoder_options())
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
         if self.threads is not None:

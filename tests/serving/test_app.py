@@ -65,7 +65,7 @@ def ask(client, **body):
 
 
 def finished(client, id: str) -> dict:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         video = client.get(f"/v1/videos/{id}").json()
         if video["status"] in ("completed", "failed"):

@@ -34,7 +34,7 @@ def order(seed: int, frames: int = 12, **options) -> Order:
     return Order(PROMPT, seed=seed, num_frames=frames, live=False, **size, **options)
 
 
-async def until(condition, seconds: float = 20.0) -> None:
+async def until(condition, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)

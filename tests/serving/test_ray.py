@@ -218,7 +218,7 @@ def test_snapshots_are_gone_with_their_streams(server):
     from dsa_engine.serving.ray_app import NAME as NAMESPACE
 
     actor = ray.get_actor(f"{NAME}-snapshots", namespace=NAMESPACE)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while ray.get(actor.sizes.remote()):
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -421,10 +421,10 @@ def test_a_ping_is_a_sign_of_life():
 
 def test_who_waits_in_the_queue_is_not_idle(pipe, monkeypatch):
     monkeypatch.setattr(realtime, "ATTENTION", 0.1)
-    with engine(pipe, sessions=1, waiting=1, idle=0.6) as (host, backend):
+    with engine(pipe, sessions=1, waiting=1, idle=1.5) as (host, backend):
         with Client(host).start() as first, Client(host).start(num_frames=3) as second:
             assert second.until("session.queued")["position"] == 1
-            threading.Event().wait(1.5)  # more than twice what idle clients are given
+            threading.Event().wait(3.5)  # more than twice what idle clients are given
             assert backend.stats()["waiting"] == 1
             first.say("session.stop")
             assert second.until("video.chunk_metadata")["chunk_index"] == 0

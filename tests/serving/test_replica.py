@@ -463,6 +463,24 @@ def test_the_backend_closes_its_streams(pipes):
     assert run(scenario, pipes) == [Closed("shutdown")] * 2
 
 
+@pytest.mark.parametrize("waits", range(4))
+def test_a_stream_that_is_being_opened_at_the_close_keeps_no_place(pipes, waits):
+    async def scenario(cluster, backend):
+        opening = asyncio.create_task(backend.open(Order(PROMPTS[0], live=False)))
+        for _ in range(waits):  # until the question is on its way, and until it is there
+            await asyncio.sleep(0)
+        await backend.close()
+        try:
+            last = (await play(await opening))[-1]
+        except Busy:
+            last = Closed("shutdown")
+        while any(one["jobs"] for one in (await cluster.stats()).values()):
+            await asyncio.sleep(0.01)
+        return last
+
+    assert run(scenario, pipes) == Closed("shutdown")
+
+
 def test_places_of_consumers_that_are_gone_are_given_back(pipes):
     async def scenario(cluster, backend):
         for live in (True, False):

@@ -200,12 +200,11 @@ def evaluate(args: argparse.Namespace) -> dict:
     if args.url is None and args.alone in policies:
         with site(args, 1) as server:
             alone = Bench(server, load, args.flood, args.most).standing(args.alone)
-    options = {"rows": args.rows, "sessions": sessions(args), "threads": args.threads, "lanes": args.lanes}
     result = {
         "benchmark": "serving",
         "model": model,
         "device": args.device or "default",
-        "server": args.url or options,
+        "server": args.url or {"rows": args.rows, "sessions": sessions(args), "threads": args.threads},
         "load": vars(load) | {"flood": args.flood},
         "rule": {"fps": FPS, "late": LATE},
         "deadline_ms": next(iter(policies.values()))["flood"]["chunk_ms"],
@@ -255,7 +254,7 @@ def site(args: argparse.Namespace, rows: int) -> AbstractContextManager[Site]:
     if args.url is not None:
         return nullcontext(Site(args.url))
     options = ["--model", args.model, "--rows", str(rows), "--max-sessions", str(sessions(args))]
-    for name in ("device", "threads", "lanes"):
+    for name in ("device", "threads"):
         options += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
     return Server(options)
 
@@ -299,7 +298,6 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default="shapes", help="shipped name, folder or checkpoint, as for serve")
     add("--device", help="as for serve")
     add("--threads", type=int, help="as for serve")
-    add("--lanes", type=int, help="as for serve")
     add("--url", help="of a server that runs, instead of starting one; it needs room for all streams")
     add("--rows", type=int, default=8, help="of a forward of the server that is started")
     add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))

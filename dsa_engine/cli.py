@@ -161,8 +161,7 @@ def serving(add: Callable) -> None:
     add("--queue", dest="waiting", type=int, metavar="N", help="live streams that may wait for a place (default 32)")
     add("--idle-timeout", dest="idle", type=float, metavar="S", help="of a client that gives no sign (default 30)")
     add("--lifetime", type=float, metavar="S", help="of a live stream (default 3600)")
-    add("--rows", type=int, help="sequences of one forward, at most (default 8)")
-    add("--lanes", type=int, help="forwards that run side by side on a CPU (default: 2 where a core is free for it)")
+    add("--rows", type=int, help="sequences of one forward, at most (default 16)")
     add("--steps", metavar="POLICY", help="where a request does not say: budget, dsa, fixed, a preset or as generate's")
     add("--deterministic", action="store_true", help="a video's bits never depend on what else is made; no batching")
 
@@ -255,7 +254,6 @@ def serve(args: argparse.Namespace) -> tuple[None, list[str], int]:
         places = limits.sessions + limits.jobs
         with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=places, **parts) as pipe:
             torch.set_num_threads(args.threads or pipe.cpu_threads)
-            pipe.set_lanes(pipe.cpu_lanes if args.lanes is None else args.lanes)
             warm_up(pipe)
             server.run(pipe, limits, settings, ready, sock)
     return None, [], 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -165,22 +164,6 @@ class Pipeline:
         height, width = self._size()
         tokens = self.engine.dit.config.tokens_per_frame(height, width) * self.config.chunk_frames
         return 1 if tokens * self.engine.dit.config.dim < SMALL else torch.get_num_threads()
-
-    @property
-    def cpu_lanes(self) -> int:
-        """Lanes that pay on this machine, for `set_lanes`: two where torch leaves a core free for the second. A third
-        would only wait for Python's lock, which all hold between their products."""
-        if self.engine.dit.device.type != "cpu":
-            return 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return min(2, self.engine.max_sessions, max(1, cores // torch.get_num_threads()))
-
-    def set_lanes(self, lanes: int) -> None:
-        """Have the forwards of so many groups of sessions run side by side on a CPU, in a `serving.Worker`.
-
-        Raises ValueError for more than one on a GPU, RuntimeError while sessions are open.
-        """
-        self.engine.set_lanes(lanes)
 
     def __call__(
         self,

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 class PoolShape(NamedTuple):
     """What sessions must have in common to share a pool: frames of window, sink and ring to spare, the RoPE mode,
-    latent size, frames of a chunk; lane: which of several pools alike."""
+    latent size, frames of a chunk."""
 
     window: int
     sink: int
@@ -42,14 +42,12 @@ class PoolShape(NamedTuple):
     height: int
     width: int
     frames: int
-    lane: int = 0
 
 
 class Engine:
     """Opens rollouts and sessions of one model. Imports no server, sets no signal handler, keeps no global state.
 
-    One cache pool serves all sessions of a size and window; its slots are allocated when the first one opens. With
-    several lanes there are as many such pools, which share nothing but the weights: their forwards may run in threads.
+    One cache pool serves all sessions of a size and window; its slots are allocated when the first one opens.
     """
 
     def __init__(
@@ -62,25 +60,10 @@ class Engine:
             raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
         self.config, self.max_sessions, self.deterministic = config, max_sessions, deterministic
-        self.fp8_cache, self.lanes = fp8_cache, 1
+        self.fp8_cache = fp8_cache
         self._scales: CacheScales | None = None  # of the FP8 cache, made with the first pool
         self._pools: dict[PoolShape, StepInputs] = {}
         self._decoders: dict[tuple[int, ...], ChunkDecoder] = {}  # by the shape of a chunk's latents
-
-    def set_lanes(self, lanes: int) -> None:
-        """Spread the sessions over so many pools of `max_sessions / lanes` slots, each session in the emptiest.
-
-        Raises ValueError for more than one on a GPU, where all forwards share the device anyhow, RuntimeError while
-        sessions are open.
-        """
-        most = self.max_sessions if self.dit.device.type == "cpu" else 1
-        if isinstance(lanes, bool) or not isinstance(lanes, int) or not 1 <= lanes <= most:
-            where = f"on {self.dit.device} with max_sessions={self.max_sessions}"
-            raise ValueError(f"lanes={lanes!r} {where}: must be a whole number from 1 to {most}")
-        if any(pool.cache.in_use for pool in self._pools.values()):
-            raise RuntimeError(f"lanes={lanes}: sessions are open; close them first")
-        self._pools.clear()
-        self.lanes = lanes
 
     def session(
         self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
@@ -140,15 +123,13 @@ class Engine:
         return 1, config.chunk_frames, self.dit.config.in_dim, height, width
 
     def _shared(self, shape: PoolShape) -> StepInputs:
-        """The pool for the next session of a shape: that of the lane with the fewest."""
-        lanes = [shape._replace(lane=lane) for lane in range(self.lanes)]
-        if not set(lanes) <= set(self._pools):  # pools of other shapes that nobody uses make room
+        """The pool of all sessions of a shape."""
+        if shape not in self._pools:  # pools of other shapes that nobody uses make room
             kept = {other: pool for other, pool in self._pools.items() if pool.cache.in_use or pool.graphs is not None}
-            slots = -(-self.max_sessions // self.lanes)
-            self._pools = kept | {lane: self._pool(lane, slots) for lane in lanes if lane not in kept}
+            self._pools = kept | {shape: self._pool(shape, self.max_sessions)}
             if self.dit.device.type == "cuda" and kept:
                 logger.info("%s was not captured: its forwards are launched op by op", shape)
-        return min((self._pools[lane] for lane in lanes), key=lambda pool: pool.cache.in_use)
+        return self._pools[shape]
 
     def rollout(
         self, embeds: Tensor, *, height: int, width: int, frames: int, policy: Policy, seeds: Sequence[int],

@@ -19,7 +19,7 @@ import torch
 
 from dsa_engine import arguments
 from dsa_engine.engine.runner import Runner
-from dsa_engine.engine.session import Chunk, Session
+from dsa_engine.engine.session import Chunk
 from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.noise import check_seed
@@ -64,8 +64,7 @@ class Worker:
         self, pipe: Pipeline, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic,
         overlap: bool = True,
     ):  # fmt: skip
-        """overlap: chunks are decoded in a second thread, beside the forwards of others, and each of the engine's lanes
-        has a thread for its forwards.
+        """overlap: chunks are decoded in a second thread, beside the forwards of others.
 
         Raises ValueError where the pipeline has fewer cache slots than the limits ask for, no decoder, or no such
         steps as the limits name.
@@ -88,11 +87,9 @@ class Worker:
         self._runners: dict[int, Runner] = {}  # one for each pool of the engine
         self._ids = itertools.count(1)
         self._stopping = self._ended = False
-        self._failed: set[Runner] = set()  # whose last forward failed
+        self._failures = 0  # forwards that failed one after another
         self._thread: threading.Thread | None = None
         self._decoders = ThreadPoolExecutor(1, "dsa-engine-decoder", _same_threads) if overlap else None
-        beside = pipe.engine.lanes - 1
-        self._lanes = ThreadPoolExecutor(beside, "dsa-engine-lane", _same_threads) if overlap and beside else None
         self.forwards = 0  # run so far
 
     # From any thread.
@@ -162,25 +159,21 @@ class Worker:
                 except queue.Empty:
                     pass
         self._ended = True
-        for threads in (self._decoders, self._lanes):
-            if threads is not None:
-                threads.shutdown(wait=False)
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=False)
         self._drain()  # nobody who asks late waits for ever
 
     def turn(self) -> float | None:
-        """One round: what was asked for, who may begin, one forward of each pool, those of several lanes side by side.
-        Returns the seconds after which another is worth while, 0.0 at once, None not before somebody asks for
-        something."""
+        """One round: what was asked for, who may begin, one forward of each pool. Returns the seconds after which
+        another is worth while, 0.0 at once, None not before somebody asks for something."""
         self._drain()
         now = self.clock()
         self._expire(now)
         self._admit()
         wait = self._begin(now)
         busy = [runner for runner in self._runners.values() if len(runner)]
-        beside = [] if self._lanes is None else [self._lanes.submit(_outcome, runner.forward) for runner in busy[1:]]
-        here = [_outcome(runner.forward) for runner in (busy[:1] if beside else busy)]
-        for runner, done in zip(busy, [*here, *(future.result() for future in beside)], strict=True):
-            self._forwarded(runner, done)
+        for runner in busy:
+            self._forward(runner)
         return 0.0 if busy else wait
 
     def _drain(self) -> None:
@@ -335,19 +328,18 @@ class Worker:
                 setattr(own, THRESHOLD_OF[type(policy)], change.threshold)
         self._emit(task, Applied(change.event_id, session.prompt, session.index))
 
-    def _forwarded(self, runner: Runner, done: list[Session] | Exception) -> None:
-        """A forward has been made: these sessions have their chunk; or it has failed."""
+    def _forward(self, runner: Runner) -> None:
         tasks = {id(task.session): task for task in self._tasks() if task.runner is runner}
-        if isinstance(done, Exception):
-            again = runner in self._failed
-            logger.error("a forward of %d streams failed%s", len(tasks), " again" * again, exc_info=done)
-            self._failed.add(runner)
-            if again:  # once may have been bad luck: the runner tries the same forward again
+        try:
+            done = runner.forward()
+        except Exception as error:
+            self._failures += 1
+            logger.exception("a forward of %d streams failed (%d in a row)", len(tasks), self._failures)
+            if self._failures > 1:  # once may have been bad luck: the runner tries the same forward again
                 for task in tasks.values():
-                    self.end(task, Closed("failed", str(done)))
-                self._failed.discard(runner)
+                    self.end(task, Closed("failed", str(error)))
             return
-        self._failed.discard(runner)
+        self._failures = 0
         self.forwards += 1
         for session in done:
             self._finish(tasks[id(session)])

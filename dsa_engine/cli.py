@@ -161,7 +161,7 @@ def serving(add: Callable) -> None:
     add("--queue", dest="waiting", type=int, metavar="N", help="live streams that may wait for a place (default 32)")
     add("--idle-timeout", dest="idle", type=float, metavar="S", help="of a client that gives no sign (default 30)")
     add("--lifetime", type=float, metavar="S", help="of a live stream (default 3600)")
-    add("--rows", type=int, help="sequences of one forward, at most (default 16)")
+    add("--rows", type=int, help="sequences of one forward, at most (default 8)")
     add("--steps", metavar="POLICY", help="where a request does not say: budget, dsa, fixed, a preset or as generate's")
     add("--deterministic", action="store_true", help="a video's bits never depend on what else is made; no batching")
 

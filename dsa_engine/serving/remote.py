@@ -109,7 +109,8 @@ class RemoteStream:
     async def _pull(self) -> None:
         """Ask for the next events. Nothing changes before the answer is there, and then all at once."""
         if self._closing or self._backend.closing:
-            await self._hint("close", self.id)  # again: its place may have been on its way when that was said
+            # Again, since its place may have been on its way when that was said; beside, since nobody waits for it.
+            self._backend.spawn(self._hint("close", self.id))
             return self._events.append(Closed("closed" if self._closing else "shutdown"))
         order = self.order if self.home is None else None
         question = (self.id, self._have, dict(self._told), self._run, self._after, order)

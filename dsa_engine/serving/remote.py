@@ -45,6 +45,7 @@ class RemoteStream:
     def __init__(self, backend: RemoteBackend, order: Order, id: str):
         self.id, self.order = id, order
         self.home: str | None = None
+        self._closed: str | None = None  # the last replica that was told to close it
         self.moves = 0  # replicas that it has had to leave
         self._backend = backend
         self._run: str | None = None
@@ -101,6 +102,7 @@ class RemoteStream:
     async def _hint(self, method: str, *args: Any) -> None:
         """To lose it does no harm: the next question says the same, or the replica is no more."""
         if self.home is not None and not self._ended:
+            self._closed = self.home if method == "close" else self._closed
             try:
                 await self._backend.replicas.call(method, *args, home=self.home)
             except Lost as error:
@@ -109,8 +111,8 @@ class RemoteStream:
     async def _pull(self) -> None:
         """Ask for the next events. Nothing changes before the answer is there, and then all at once."""
         if self._closing or self._backend.closing:
-            # Again, since its place may have been on its way when that was said; beside, since nobody waits for it.
-            self._backend.spawn(self._hint("close", self.id))
+            if self.home != self._closed:  # its place was on its way when that was said
+                await self._hint("close", self.id)
             return self._events.append(Closed("closed" if self._closing else "shutdown"))
         order = self.order if self.home is None else None
         question = (self.id, self._have, dict(self._told), self._run, self._after, order)

@@ -43,7 +43,7 @@ def main() -> None:
         if options.module:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:
-            sys.path[0] = os.path.dirname(os.path.abspath(program))
+            sys.path.insert(0, os.path.dirname(os.path.abspath(program)))
             runpy.run_path(program, run_name="__main__")
     finally:
         if options.events:

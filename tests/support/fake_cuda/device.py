@@ -1,4 +1,4 @@
-"""The state of the pretend device: what happened, what is allocated, what is being captured, which device is current."""
+"""The state of the pretend device: what happened, what is allocated, what is captured, which device is current."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def where(depth: int = 3) -> str:
     while frame is not None and len(places) < depth:
         file = frame.f_code.co_filename
         if file.startswith(ROOT) and not file.startswith(HERE) and "/site-packages/" not in file:
-            places.append(f"{file[len(ROOT):]}:{frame.f_lineno}")
+            places.append(f"{file[len(ROOT) :]}:{frame.f_lineno}")
         frame = frame.f_back
     return " < ".join(places)
 

@@ -23,7 +23,9 @@ def load() -> ctypes.CDLL:
         part = target.with_suffix(f".{os.getpid()}.part")
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         command = ["g++", "-std=c++20", "-O0", abi, "-shared", "-fPIC", f"-I{folder / 'include'}", str(SOURCE)]
-        done = subprocess.run([*command, f"-L{folder / 'lib'}", "-lc10", "-o", str(part)], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, f"-L{folder / 'lib'}", "-lc10", "-o", str(part)], capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(f"{SOURCE.name} does not build: {done.stderr}")
         part.replace(target)

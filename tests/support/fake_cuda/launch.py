@@ -76,7 +76,9 @@ def compile_for(arch: int) -> None:
             compiled[kernel.hash] = (name, shared)
             late[name] += device.capturing
         if shared > SHARED_LIMIT[arch]:
-            raise RuntimeError(f"{name}: {shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}, at {where()}")
+            raise RuntimeError(
+                f"{name}: {shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}, at {where()}"
+            )
 
     JITFunction.run = launch
 

@@ -12,8 +12,8 @@ parser = argparse.ArgumentParser(prog="python -m tests.support.fake_cuda")
 parser.add_argument("--no-data", type=int, metavar="N", help="tensors of more elements hold no data")
 parser.add_argument("--compile", type=int, metavar="ARCH", help="launches compile Triton kernels for it, e.g. 90")
 parser.add_argument("--events", metavar="FILE", help="where the events go at the end, as JSON")
-parser.add_argument("-m", dest="module", metavar="MODULE")
-parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="SCRIPT ...")
+parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="and its arguments")
+parser.add_argument("script", nargs=argparse.REMAINDER, help="and its arguments")
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     else:
         launch.interpret()
     install.install_loop()
-    program, *arguments = [options.module, *options.rest] if options.module else options.rest
+    program, *arguments = options.module or options.script
     sys.argv = [program, *arguments]
     try:
         if options.module:

@@ -1,0 +1,94 @@
+"""The video VAEs and the text encoder on the pretend GPU: captured, offloaded, encoded; the results are a CPU's."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from dsa_engine.engine.decoder import ChunkDecoder
+from dsa_engine.models.offload import Offloaded, lend
+from dsa_engine.models.tiny_vae import TinyVAE
+from dsa_engine.models.vae import WanVAE
+from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, device
+
+MAKE = {"wan": lambda: WanVAE(dim=16), "taehv": TinyVAE}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def codec(request):
+    torch.manual_seed(0)
+    return MAKE[request.param]().requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return torch.randn(4, 1, 3, 16, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def decoded(codec, latents) -> list[torch.Tensor]:
+    """Chunk by chunk, on the CPU then."""
+    state, frames = None, []
+    for chunk in latents:
+        pixels, state = codec.decode(chunk, state)
+        frames.append(pixels.cpu())
+    return frames
+
+
+@pytest.fixture(scope="module")
+def expected(codec, latents):
+    with torch.no_grad():
+        return decoded(codec, latents)
+
+
+def check(frames, expected) -> None:
+    for ours, theirs in zip(frames, expected, strict=True):
+        assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5
+
+
+def test_captured_chunks_are_the_codecs(codec, latents, expected):
+    """And a replay copies nothing between the host and the device."""
+    decoder = ChunkDecoder(copy.deepcopy(codec).to("cuda"), latents.shape[1:])
+    decoder.capture()
+    there = latents.to("cuda")
+    device.phase = f"replays {type(codec).__name__}"
+    state, frames = None, []
+    for chunk in there:
+        pixels, state = decoder.decode(chunk, state)
+        frames.append(pixels)
+    assert not device.of(device.phase, READ, TO_DEVICE, TO_HOST)
+    device.phase = "after"
+    check([f.cpu() for f in frames], expected)
+
+
+def test_an_offloaded_codec_leaves_nothing_on_the_device(codec, latents, expected):
+    gc.collect()  # what earlier tests have left
+    before = device.memory.now
+    offloaded = Offloaded(copy.deepcopy(codec), "cuda")
+    there = latents.to("cuda")
+    with torch.no_grad():
+        frames = decoded(offloaded, there)
+    check(frames, expected)
+    del there
+    assert device.memory.now == before
+
+
+def test_frames_are_encoded_where_the_codec_is(codec):
+    frames = torch.rand(1, 9, 3, 32, 48)
+    with torch.no_grad():
+        ours = copy.deepcopy(codec).to("cuda").encode(frames.to("cuda"))
+        assert ours.is_cuda
+        check([ours.cpu()], [codec.encode(frames)])
+
+
+def test_a_module_that_is_lent_is_there_for_its_forward_only():
+    layer, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        lend(layer, "cuda")
+        before = device.memory.now
+        ours = layer(x)
+    assert ours.is_cuda and torch.equal(ours.cpu(), expected)
+    assert layer.weight.device.type == "cpu" and device.memory.now == before + ours.nbytes

@@ -1,0 +1,69 @@
+"""The 1.3B at 480 x 832 on the pretend GPU, its large tensors without data: kernels compiled as they are launched,
+waits and memory of its chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.contest import random_pipeline
+from dsa_engine import Fixed
+from dsa_engine.models import memory
+from tests.support.fake_cuda import launch
+from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, WAIT, device
+
+HEIGHT, WIDTH, FRAMES = 60, 104, 81
+
+
+@pytest.fixture(scope="module", params=["cuda:0", "cuda:1"])
+def pipe(request):
+    """Warmed up, one session. On the second device only with the tiny VAE and few chunks: nothing else differs."""
+    pipe = random_pipeline("wan2.1-t2v-1.3b", request.param, "wan" if request.param == "cuda:0" else "taehv")
+    device.reset_peak()
+    device.phase = "warmup"
+    pipe.warmup()
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def chunks(pipe):
+    """Four of a session; the phases are their numbers."""
+    embeds = torch.zeros(1, 64, 4096, dtype=torch.bfloat16, device=pipe.engine.dit.device)
+    with pipe.session(prompt_embeds=embeds, num_frames=FRAMES, step_policy=Fixed(2)) as session:
+        chunks = []
+        for number in range(4):
+            device.phase = f"chunk {number}"
+            chunks.append(session.next_chunk())
+        device.phase = "after"
+    return chunks
+
+
+def test_chunks_have_their_shapes(chunks):
+    assert [c.frames.shape for c in chunks] == [(9, 480, 832, 3)] + 3 * [(12, 480, 832, 3)]
+    assert [c.steps for c in chunks] == [2, 2, 2, 2]
+
+
+def test_no_kernel_is_first_compiled_in_a_capture(chunks):
+    assert len(launch.compiled) >= 20
+    assert not +launch.late
+    assert launch.launches["attention_kernel"] > 100
+
+
+def test_a_steady_chunk_waits_for_its_frames_alone(chunks):
+    """No host read and no copy that waits; the one wait is for the copy of the frames."""
+    events = device.of("chunk 3", READ, WAIT, TO_DEVICE, TO_HOST)
+    rest = {event: count for event, count in events.items() if "pinned, asynchronous" not in event.detail}
+    assert [(event.kind, count) for event, count in rest.items()] == [(WAIT, 1)], rest
+
+
+def test_memory_is_what_info_predicts(pipe, chunks):
+    """Within 5 % of the peak, CUDA's own context aside."""
+    engine = pipe.engine
+    parts = {"generator": engine.dit, "confidence": engine.head, "vae": engine.decoder, "text": None}
+    load = memory.Workload(HEIGHT, WIDTH, 21, sessions=1)
+    sizes = memory.sizes_of(parts)
+    predicted = memory.predict(engine.dit.config, replace(engine.config), load, **sizes).peak - memory.CONTEXT
+    print(f"{engine.dit.device}: predicted {predicted / 1e9:.2f} GB, counted {device.peak / 1e9:.2f} GB")
+    assert abs(device.peak / predicted - 1) < 0.05

@@ -83,7 +83,9 @@ def test_laying_out_keeps_the_weights(vae):
 
 
 class Copies(TorchDispatchMode):
-    """Elements that are moved without being computed with, by op."""
+    """Elements that are moved without being computed with, by op. Convolutions give the layout that cuDNN's give:
+    channels last if input or weight is. On a CPU that depends on its instructions and the dtype: without oneDNN's
+    kernel for both, torch's own convolution over time puts the channels first, whatever it was given."""
 
     def __init__(self):
         super().__init__()
@@ -93,16 +95,20 @@ class Copies(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket.__name__ in ("clone", "copy_", "cat", "_to_copy", "constant_pad_nd", "stack"):
             self.elements[func.overloadpacket.__name__] += out.numel()
+        if func.overloadpacket.__name__ == "convolution":
+            layout = torch.channels_last_3d if out.ndim == 5 else torch.channels_last
+            if any(t.is_contiguous(memory_format=layout) for t in args[:2]):
+                out = out.contiguous(memory_format=layout)
         return out
 
 
-def test_nothing_is_copied_but_the_past_the_enlarged_and_what_no_norm_precedes(vae, monkeypatch):
-    """In bfloat16, where the CPU's convolutions keep the channels last as cuDNN's do. Each input of a convolution over
-    time is preceded by two frames that are copied there, and leaves two."""
-    half = WanVAE(dim=8).requires_grad_(False)
-    half.load_state_dict(vae.state_dict())
-    half = half.to(torch.bfloat16).lay_out()
-    chunk = latents(3).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_is_copied_but_the_past_the_enlarged_and_what_no_norm_precedes(vae, monkeypatch, dtype):
+    """Each input of a convolution over time is preceded by two frames that are copied there, and leaves two."""
+    model = WanVAE(dim=8).requires_grad_(False)
+    model.load_state_dict(vae.state_dict())
+    model = model.to(dtype).lay_out()
+    chunk = latents(3).to(dtype)
     layouts = []
 
     def look(layer, args, out):
@@ -111,9 +117,9 @@ def test_nothing_is_copied_but_the_past_the_enlarged_and_what_no_norm_precedes(v
         layouts.append(x.is_contiguous(memory_format=wanted) and out.is_contiguous(memory_format=wanted))
 
     convolutions = [
-        m for m in half.decoder.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and max(m.kernel_size) > 1
+        m for m in model.decoder.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and max(m.kernel_size) > 1
     ]
-    hooks = [layer.register_forward_hook(look) for layer in convolutions if layer is not half.decoder.conv1]
+    hooks = [layer.register_forward_hook(look) for layer in convolutions if layer is not model.decoder.conv1]
     convolve = CausalConv3d.convolve
 
     def looked(layer, x):
@@ -121,10 +127,10 @@ def test_nothing_is_copied_but_the_past_the_enlarged_and_what_no_norm_precedes(v
         return convolve(layer, x)
 
     monkeypatch.setattr(CausalConv3d, "convolve", looked)  # with the past in front
-    _, state = half.decode(chunk)
+    _, state = model.decode(chunk)
     layouts.clear()
     with Copies() as copies:
-        half.decode(chunk, state)
+        model.decode(chunk, state)
     for hook in hooks:
         hook.remove()
     assert len(layouts) == 34 + 32 and all(layouts)
@@ -135,8 +141,8 @@ def test_nothing_is_copied_but_the_past_the_enlarged_and_what_no_norm_precedes(v
     assert copies.elements["clone"] - tails - outputs in range(0, 3 * 16 * pixels + 1)  # and at most the latents
     inputs = 3 * pixels * 16 + 3 * pixels * 32 + 6 * 4 * pixels * 32  # of the first, and of the two that double frames
     # What the reference of the 29 norms writes behind the past; a kernel has no copy of it.
-    assert sum(frames > 0 for frames in frames_of(half)) == 29
-    normed = sum(t.numel() // 2 * frames for t, frames in zip(state, frames_of(half)))
+    assert sum(frames > 0 for frames in frames_of(model)) == 29
+    normed = sum(t.numel() // 2 * frames for t, frames in zip(state, frames_of(model)))
     assert copies.elements["copy_"] == tails + inputs + normed
     assert not copies.elements["cat"] and not copies.elements["stack"] and not copies.elements["constant_pad_nd"]
 

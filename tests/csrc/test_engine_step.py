@@ -1,4 +1,4 @@
-"""A whole step of the engine through csrc on the host: the ops get the very views that the engine makes of its state."""
+"""A whole step of the engine through csrc on the host: the ops get the very views that the engine makes."""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ def epilogue(d: Draw, row: Row, s: Sizes) -> tuple:
     head = HeadWeights(d.normal(wide, 3 * s.C, std=s.C**-0.5), d.normal(wide), d.normal(1, wide, std=0.05), d.normal(1))
     counts = (d.whole([n], torch.int32) for n in (2, 1, 4, 0))
     rule = StopRule(*counts, d.whole([0.5], torch.float32))
-    levels = d.between(0.5, 1.0, 1, s.F), d.between(0.0, 0.5, 1, s.F)
+    # One level a row, expanded over its frames: the strides that the engine passes (engine/inputs.py).
+    levels = (d.between(*bounds, 1, 1).expand(-1, s.F) for bounds in ((0.5, 1.0), (0.0, 0.5)))
     return hidden, time, x, noise, *levels, final, head, rule, EPS
 
 

@@ -37,10 +37,11 @@ def tile_sizes(tokens: int, dim: int, itemsize: int, arch: int) -> Tiles:
     if tokens <= 64 or dim < 128:  # 64 rows are the least of Hopper's matrix instruction
         return Tiles(64, 64, 4, 2)
     # 128 queries a tile: every key that comes from L2 serves that many, which L2's bandwidth demands. Three sets of
-    # keys and values beside the queries: 224 KB of Hopper's (and the big Blackwell's) 227, 128 KB of the A100's 163.
-    if arch // 10 in (9, 10):
+    # keys and values beside the queries: 224 KB of Hopper's 227. The big Blackwells have as much, but there Triton adds
+    # the barriers of tensor memory, a few KB too many: 137 KB with half the keys. 128 KB of the A100's 163.
+    if arch // 10 == 9:
         return Tiles(128, 128, 8, 3)
-    return Tiles(128, 64, 8, 3) if arch in (80, 87) else Tiles(128, 32, 8, 2)  # 64 KB of the other chips' 99
+    return Tiles(128, 64, 8, 3) if arch in (80, 87) or arch // 10 in (10, 11) else Tiles(128, 32, 8, 2)  # 64 of 99 KB
 
 
 def split_count(programs: int, steps: int, output_bytes: int, multiprocessors: int) -> int:

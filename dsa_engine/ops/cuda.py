@@ -187,6 +187,7 @@ def epilogue(
     op, (batch, frames, channels, height, width) = "epilogue", x.shape
     tokens, outputs = hidden.shape[1] // frames, final.weight.shape[0]
     views.check_plain(op, "weight", final.weight, hidden.dtype, step=16)
+    sigma, next_sigma = sigma.contiguous(), next_sigma.contiguous()  # the engine gives one number a row, expanded
     for name, s in (("sigma", sigma), ("next_sigma", next_sigma)):
         views.check_plain(op, name, s, torch.float32)
     for name, r in zip(rule._fields, rule):

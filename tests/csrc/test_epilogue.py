@@ -45,7 +45,7 @@ def inputs(shape, head=True):
         torch.randn(1, UNITS).to(dtype), torch.randn(1).to(dtype),
     )  # fmt: skip
     time = torch.randn(batch, frames, width + 8).to(dtype)[..., :width]
-    sigma, next_sigma = torch.rand(2, batch, frames)
+    sigma, next_sigma = torch.rand(2, batch, 1).expand(-1, -1, frames)  # as the engine hands them over
     return [hidden[..., :width], time, x, noise, sigma, next_sigma, final, weights if head else None]
 
 

@@ -380,6 +380,7 @@ def test_every_part_of_the_keys_has_a_tile(programs, steps, output_bytes, multip
 @pytest.mark.parametrize("arch, limit", [(80, 166_912), (86, 101_376), (89, 101_376), (90, 232_448), (100, 232_448),
                                          (120, 101_376)])  # fmt: skip
 def test_tiles_fit_the_shared_memory(arch, limit):
+    """By what a tile holds; what the compiler adds is counted in test_compile.py."""
     for tokens, dim, itemsize in itertools.product((1, 64, 65, 4680), kernel.HEAD_DIMS, (2, 4)):
         queries, keys, warps, stages = kernel.tile_sizes(tokens, dim, itemsize, arch)
         assert all(n & (n - 1) == 0 for n in (queries, keys, warps))

@@ -1,7 +1,9 @@
-"""The Triton kernels compiled for sm_80 and sm_90 at the models' shapes with no GPU: registers, memory, SASS."""
+"""The Triton kernels compiled at the models' shapes with no GPU: registers, memory, SASS. For sm_80 and sm_90 all of them,
+for four more what comes near the limit of the shared memory; `python tests/triton_compile.py` holds all for all."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_compile import ARCHES, SHARED_LIMIT, Kernel, all_cases, blocks_per_sm, missing, table
+from triton_compile import ARCHES, STACK, WHOLE, Kernel, all_cases, blocks_per_sm, breaks, missing, table
 
 CASES = all_cases()
 
@@ -19,26 +21,33 @@ def kernels() -> list[Kernel]:
     """Compiled in a process of its own, since in this one the kernels may belong to the interpreter."""
     program = Path(__file__).parents[1] / "triton_compile.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, program, "--json"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, program, "--json", "--suite"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     kernels = [Kernel(**k) for k in json.loads(done.stdout.splitlines()[-1])]
     sys.stdout.write("\n" + table(kernels) + "\n")
     return kernels
 
 
-def test_nothing_spills(kernels):
-    assert {(k.case, k.name, k.arch, k.stack, k.local) for k in kernels if k.stack or k.local} == set()
+def test_shared_memory_fits_and_nothing_spills(kernels):
+    """But what STACK names, with a reason."""
+    assert [rule for rule in map(breaks, kernels) if rule] == []
+    assert {k.arch for k in kernels} == set(ARCHES) and set(STACK) <= {case.name for case in CASES}
 
 
-def test_shared_memory_fits(kernels):
-    over = {(k.case, k.name, k.arch, k.shared) for k in kernels if k.shared > SHARED_LIMIT[k.arch] or k.blocks < 1}
-    assert over == set()
+def test_a_rule_that_is_broken_is_named():
+    """The tiles of Hopper do not fit a B200: Triton's barriers of tensor memory come on top."""
+    b200 = Kernel("attention", "attention_kernel", 100, 255, 0, 0, 234_496, 8, 0, {})
+    assert breaks(b200) == "attention, attention_kernel, sm_100: 234496 bytes shared, at most 232448"
+    spills = Kernel("gaussian wan 1.3B", "_gaussian", 90, 40, 72, 0, 0, 4, 12, {})
+    assert "72 bytes on the stack" in breaks(spills) and breaks(dataclasses.replace(spills, stack=64)) is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_instructions(case, kernels):
     """Wide accesses and the tensor cores' instructions are there on every architecture of the case."""
-    for arch in case.arches:
+    for arch in set(case.arches) & set(WHOLE):
         mine = {k.name: k for k in kernels if k.case == case.name and k.arch == arch}
         assert set(case.needs) <= set(mine), f"sm_{arch}: {set(case.needs)} not all in {set(mine)}"
         lacking = {name: missing(mine[name], needs) for name, needs in case.needs.items()}
@@ -53,7 +62,8 @@ def test_every_case_names_what_it_needs():
 @pytest.mark.parametrize(
     "arch, registers, warps, shared, blocks",
     [(90, 32, 4, 0, 16), (90, 128, 4, 0, 4), (90, 168, 12, 0, 1), (90, 255, 8, 0, 1), (80, 40, 1, 0, 32),
-     (80, 64, 4, 81_920, 2), (90, 16, 4, 232_448, 1), (80, 72, 8, 1_024, 3)],
+     (80, 64, 4, 81_920, 2), (90, 16, 4, 232_448, 1), (80, 72, 8, 1_024, 3), (86, 32, 4, 0, 12), (86, 16, 1, 0, 16),
+     (120, 255, 8, 101_376, 1), (100, 242, 8, 234_496, 0)],
 )  # fmt: skip
 def test_blocks_per_sm(arch, registers, warps, shared, blocks):
     assert blocks_per_sm(arch, registers, warps, shared) == blocks

@@ -191,7 +191,8 @@ def random_pipeline(name: str, device: str, vae: str | None) -> Pipeline:
     rollout = RolloutConfig(window=9, shift=3.0) if small else FAMILIES["self-forcing"].rollout
     with torch.device(device):
         parts = CausalDiT(config), ConfidenceHead(config), PixelCodec() if small else VAES[vae or "wan"]()
-    dit, head, decoder = (part.to(dtype).requires_grad_(False).eval() for part in parts)
+    # A part may keep some buffers on the CPU whatever device it is made on: it is moved as a loaded one is.
+    dit, head, decoder = (part.to(device, dtype).requires_grad_(False).eval() for part in parts)
     sizes = {"height": 64, "width": 64, "frames": 48, "fps": 12.0}
     sizes = sizes if small else {"height": 480, "width": 832, "frames": 81, "fps": 16.0}
     return Pipeline(Engine(dit, head, decoder, None, rollout, max_sessions=1), name=name, **sizes)

@@ -310,6 +310,14 @@ def test_flop_of_a_run_are_those_of_its_forwards(pipe, frames):
     assert rate["of_product"] == pytest.approx(rate["tflops"] / 2e-6) and rate["of_sheet"] is None
 
 
+@pytest.mark.parametrize("vae", list(contest.VAES))
+def test_random_models_are_whole_on_their_device(vae):
+    """With every buffer: the Wan VAE's mean and deviation once stayed on the CPU, which no GPU can multiply with."""
+    engine = random_pipeline("wan2.1-t2v-1.3b", "meta", vae).engine
+    tensors = [x for part in (engine.dit, engine.head, engine.decoder) for x in (*part.parameters(), *part.buffers())]
+    assert len(tensors) > 800 and {x.device.type for x in tensors} == {"meta"}
+
+
 # The whole
 
 

@@ -1,5 +1,5 @@
-"""Where the tests for a GPU draw their inputs: on the GPU. One thread of a CPU takes 20 ns a number, 4 s for the keys and
-values of one attention at its real size. The meta device stands in for the GPU: it draws nothing."""
+"""Where the tests for a GPU draw their inputs: on the GPU. One thread of a CPU takes 20 ns a number, 4 s for the keys
+and values of one attention at its real size. The meta device stands in for the GPU: it draws nothing."""
 
 from __future__ import annotations
 

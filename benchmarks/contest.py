@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import work
 from benchmarks.baseline import Baseline, BaselineStream
+from benchmarks.limit import Limit
 from benchmarks.timeline import EngineStream, Run, Stopwatch, play
 from dsa_engine import PerChunk, Pipeline, Policy, arguments
 from dsa_engine.config import PRESETS, RolloutConfig
@@ -118,16 +120,30 @@ def clip_chunks(pipe: Pipeline) -> int:
     return arguments.latent_frames(pipe.engine, pipe.frames) // pipe.config.chunk_frames
 
 
-def interleaved(contestants: dict[str, Contestant], regime: Regime) -> dict[str, Rounds]:
-    """Runs by contestant, round and clip: every clip is made by all, one after the other."""
+def interleaved(
+    contestants: dict[str, Contestant], regime: Regime, limit: Limit | None = None,
+    seen: Callable[[dict[str, Rounds]], object] = lambda runs: None,
+) -> tuple[dict[str, Rounds], bool]:  # fmt: skip
+    """Runs by contestant, round and clip: every clip is made by all, one after the other; and whether these are all.
+
+    seen: told the runs after each of them. None is begun that, by the time of the contestant's last one, would end
+    after the limit; from there on only shorter ones are made.
+    """
     runs: dict[str, Rounds] = {name: [] for name in contestants}
-    for _ in range(regime.rounds):
-        for rounds in runs.values():
-            rounds.append([])
+    took, whole = dict.fromkeys(contestants, 0.0), True
+    for number in range(regime.rounds):
         for clip in range(regime.clips):
             for name, made in contestants.items():
+                if limit is not None and limit.over(took[name]):
+                    whole = False
+                    continue
+                if len(runs[name]) == number:
+                    runs[name].append([])
+                start = time.perf_counter()
                 runs[name][-1].append(made(regime, clip))
-    return runs
+                took[name] = time.perf_counter() - start
+                seen(runs)
+    return runs, whole
 
 
 def drawn(histogram: Sequence[float], count: int, seed: int) -> list[int]:

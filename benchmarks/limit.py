@@ -29,7 +29,15 @@ class Limit:
     """seconds: of this process's life; None: for ever."""
 
     def __init__(self, seconds: float | None = None):
-        self.until = float("inf") if seconds is None else time.monotonic() - age() + seconds
+        self.began, self.seconds = time.monotonic() - age(), float("inf") if seconds is None else seconds
+        self.until = self.began + self.seconds
+
+    def share(self, part: float) -> Limit:
+        """The first `part` of it, 0 to 1, as a limit of its own."""
+        shorter = Limit()
+        shorter.began, shorter.seconds = self.began, part * self.seconds
+        shorter.until = self.began + shorter.seconds
+        return shorter
 
     def left(self) -> float:
         """Seconds; below 0 where it is over."""

@@ -5,14 +5,14 @@
     done
 
 torch, triton, cuda: two chunks of random weights (Wan2.1 1.3B at 480 x 832), of two steps each and the first one's
-commit, one slot, a window of both chunks, with that value of DSA_BACKEND, in a process of its own, so that a kernel that
-takes its process down costs only itself. Weights, noise and prompt are the same in all. `torch` comes first: it makes
-the same in float32 too and leaves these latents in --work. Right is a distance ||x - truth|| / ||truth|| of at most
-twice that of plain torch in bfloat16, as in kernels.py: which bits bfloat16 rounds is chance, by how much is not.
+commit, one slot, a window of both chunks, with that value of DSA_BACKEND, in a process of its own: a kernel that takes
+its process down costs only itself. Weights, noise and prompt are the same in all. `torch` comes first: it makes the
+same in float32 too and leaves these latents in --work. Right is a distance ||x - truth|| / ||truth|| of at most twice
+that of plain torch in bfloat16, as in kernels.py: which bits bfloat16 rounds is chance, by how much is not.
 
-loop: the small model, captured. Each chunk is made by the loop on the device (a WHILE node that asks the stop flag) and,
-from the same state, by single replays that the host asks after: the same bits and steps, whether the flag stops the
-first step, none or some.
+loop: the small model, captured. Each chunk is made by the loop on the device (a WHILE node that asks the stop flag)
+and, from the same state, by single replays that the host asks after: the same bits and steps, whether the flag stops
+the first step, none or some.
 
 Each part adds itself to the JSON of --save, over its earlier result. Its status is ok, wrong, failed or absent (with
 why). The exit code is 1 for wrong and failed, and where plain torch or Triton is absent; 77 where csrc or the loop is.

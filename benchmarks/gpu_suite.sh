@@ -77,21 +77,30 @@ LOG=$OUT/gpu-suite.log
 # ---- the parts; $1 is the seconds that one has by its own clock. $PYTHON and *_ARGS are several words on purpose.
 # shellcheck disable=SC2086
 
+# A command with a limit of its own, in seconds. It has a process group of its own, and ends with this shell.
+within() {
+  local seconds=$(($1 > 1 ? $1 : 1))
+  shift
+  timeout --kill-after=2 "$seconds" "$@" &
+  trap "kill -TERM $! 2>/dev/null; exit 143" TERM
+  wait $!
+}
+
 part_build() {
   local pip="-m pip install --no-build-isolation --no-deps --no-index $BUILD_ARGS -e ."
-  DSA_BUILD_CUDA=1 timeout --kill-after=2 $(($1 * 3 / 4)) $PYTHON $pip && return
+  DSA_BUILD_CUDA=1 within $(($1 * 3 / 4)) $PYTHON $pip && return
   printf '\n!!!!!!!! The CUDA kernels (csrc) were NOT built, see above. !!!!!!!!\n'
   printf '!!!!!!!! Installing WITHOUT them: what follows knows Triton and plain torch alone. !!!!!!!!\n\n'
-  DSA_BUILD_CUDA=0 $PYTHON $pip && return "$WITHOUT"
+  DSA_BUILD_CUDA=0 within $(($1 - SECONDS)) $PYTHON $pip && return "$WITHOUT"
 }
 
 part_smoke() {
   local one code left worst=0 work
-  work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+  work=$(mktemp -d) && trap "rm -rf '$work'" EXIT
   for one in torch triton loop cuda; do # csrc last: the likeliest to hang
     left=$(($1 - SECONDS))
     [ "$left" -gt 0 ] || { echo "no time left for $one" && return "$UNFINISHED"; }
-    timeout --kill-after=2 "$left" $PYTHON benchmarks/smoke.py "$one" $SMOKE_ARGS --work "$work" --save "$OUT/gpu-smoke.json"
+    within "$left" $PYTHON benchmarks/smoke.py "$one" $SMOKE_ARGS --work "$work" --save "$OUT/gpu-smoke.json"
     code=$?
     case $code in
       0) ;;
@@ -213,19 +222,23 @@ finish() { # part, its begin, verdict
   archive
 }
 
-# Runs one part in a shell of its own, which `timeout` can end with all that it started. What hangs has a tenth of the
-# limit and two seconds to be done by itself.
+# Runs one part in a shell of its own, which `timeout` can end with all that it started. By its own clock a part ends a
+# tenth of the limit and two seconds before that. Even when resumed the build is made (what is compiled is not compiled
+# again, and another machine has nothing) and so are the notes, of what is there by then.
 run_part() {
-  local part=$1 start=$SECONDS limit=${LIMIT[$1]} code before
+  local part=$1 start=$SECONDS limit=${LIMIT[$1]} code before own
+  own=$((limit - limit / 10 - 2))
   RUNNING=$part BEGUN=$start
   case ${STATUS[$part]-} in
-    *" ok" | *" ok, but"*) [ -n "$RESUME" ] && [ "$part" != build ] && echo "== $part: done before" && return ;;
+    *" ok" | *" ok, but"*) 
+      [ -n "$RESUME" ] && [ "$part" != build ] && [ "$part" != notes ] && echo "== $part: done before" && return
+      ;;
   esac
   echo "== $part: ${ABOUT[$part]}"
   [ -n "$RESUME" ] || rm -f "$OUT/gpu-$part.json"
   echo "== $part" >>"$LOG"
   before=$(wc -l <"$LOG")
-  timeout --kill-after=5 "$limit" bash "$SELF" --inside "$part" $((limit - limit / 10 - 2)) >>"$LOG" 2>&1 &
+  timeout --kill-after=5 "$limit" bash "$SELF" --inside "$part" $((own > 1 ? own : 1)) >>"$LOG" 2>&1 &
   CHILD=$!
   wait "$CHILD"
   code=$?

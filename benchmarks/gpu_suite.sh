@@ -191,7 +191,7 @@ write_state() {
   {
     echo "$SOURCES"
     for part in "${PARTS[@]}"; do
-      [ -n "${STATUS[$part]-}" ] && printf '%-10s %s\n' "$part" "${STATUS[$part]}"
+      if [ -n "${STATUS[$part]-}" ]; then printf '%-10s %s\n' "$part" "${STATUS[$part]}"; fi
     done
   } >"$OUT/.gpu-suite.txt.part" && mv "$OUT/.gpu-suite.txt.part" "$STATE"
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `benchmarks`, from whatever folder pytest is run
 
 import pytest
 import torch

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from contextlib import nullcontext
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.work import Row
 from dsa_engine import ops
-from dsa_engine.ops import reference
+from dsa_engine.ops import dispatch, libraries, reference
 
 BACKENDS = ("torch", "compile", "sdpa", "cudnn", "flash2", "flash3", "flash4", "scaled_mm", "triton", "cuda")
 DISPATCHED = ("torch", "triton", "cuda")
 FLASH = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+
+LEFT_TO_CUBLAS = ("linear_gelu",)  # ops that no kernel of this project does
 
 
 class Unavailable(Exception):
@@ -59,6 +62,54 @@ def contender(name: str, row: Row, device: torch.device) -> Callable:
     if name == "cudnn" and device.type != "cuda":
         raise Unavailable("needs a CUDA device")
     return over_keys(row, fused(SDPBackend.CUDNN_ATTENTION if name == "cudnn" else None))
+
+
+def refuse_others(asked: str | None = None, device: str = "cuda", only: Sequence[str] | None = None) -> dict[str, str]:
+    """What `ops.dispatch` runs for each op, where it is what was asked for: figures of another backend mislead.
+
+    asked: a value of DSA_BACKEND, None for that of this process; device: "cpu" or "cuda"; only: these ops, None for
+    all. `auto` asks for anything but plain torch where a kernel for the op exists: it is what dispatch falls back to
+    where a package is missing. Raises SystemExit that names the op, what was asked for and what it got.
+    """
+    wanted = os.environ.get("DSA_BACKEND", "auto") if asked is None else asked
+    found = {}
+    for op in (op for op in dispatch.STEM_OF if only is None or op in only):
+        try:
+            with asking(wanted):
+                backend, why = dispatch.choice(op, device)
+        except (RuntimeError, ValueError) as error:
+            backend, why = "none", str(error)
+        if not meets(wanted, op, backend, device):
+            raise SystemExit(f"nothing is timed: of {op}, asked for {wanted}, got {backend}: {why}")
+        found[op] = backend
+    return found
+
+
+def meets(wanted: str, op: str, backend: str, device: str) -> bool:
+    """Whether a backend of an op is what a value of DSA_BACKEND asks for."""
+    if backend == "none":
+        return False
+    from dsa_engine.ops import cuda
+
+    has = {"triton": op not in LEFT_TO_CUBLAS, "cuda": hasattr(cuda, op)} | dict.fromkeys(
+        libraries.NAMES, op == "attention"
+    )
+    if wanted == "torch" or has.get(wanted, False):
+        return backend == wanted
+    return backend == "torch" if device == "cpu" else backend != "torch" or op in LEFT_TO_CUBLAS
+
+
+@contextmanager
+def asking(wanted: str) -> Iterator[None]:
+    """DSA_BACKEND is `wanted` inside."""
+    before = os.environ.get("DSA_BACKEND")
+    os.environ["DSA_BACKEND"] = wanted
+    try:
+        yield
+    finally:
+        del os.environ["DSA_BACKEND"]
+        if before is not None:
+            os.environ["DSA_BACKEND"] = before
 
 
 def plain(row: Row) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import work
 from benchmarks.baseline import Baseline, BaselineStream
+from benchmarks.limit import Limit
 from benchmarks.timeline import EngineStream, Run, Stopwatch, play
 from dsa_engine import PerChunk, Pipeline, Policy, arguments
 from dsa_engine.config import PRESETS, RolloutConfig
@@ -118,16 +120,30 @@ def clip_chunks(pipe: Pipeline) -> int:
     return arguments.latent_frames(pipe.engine, pipe.frames) // pipe.config.chunk_frames
 
 
-def interleaved(contestants: dict[str, Contestant], regime: Regime) -> dict[str, Rounds]:
-    """Runs by contestant, round and clip: every clip is made by all, one after the other."""
+def interleaved(
+    contestants: dict[str, Contestant], regime: Regime, limit: Limit | None = None,
+    seen: Callable[[dict[str, Rounds]], object] = lambda runs: None,
+) -> tuple[dict[str, Rounds], bool]:  # fmt: skip
+    """Runs by contestant, round and clip: every clip is made by all, one after the other; and whether these are all.
+
+    seen: told the runs after each of them. None is begun that, by the time of the contestant's last one, would end
+    after the limit; from there on only shorter ones are made.
+    """
     runs: dict[str, Rounds] = {name: [] for name in contestants}
-    for _ in range(regime.rounds):
-        for rounds in runs.values():
-            rounds.append([])
+    took, whole = dict.fromkeys(contestants, 0.0), True
+    for number in range(regime.rounds):
         for clip in range(regime.clips):
             for name, made in contestants.items():
+                if limit is not None and limit.over(took[name]):
+                    whole = False
+                    continue
+                if len(runs[name]) == number:
+                    runs[name].append([])
+                start = time.perf_counter()
                 runs[name][-1].append(made(regime, clip))
-    return runs
+                took[name] = time.perf_counter() - start
+                seen(runs)
+    return runs, whole
 
 
 def drawn(histogram: Sequence[float], count: int, seed: int) -> list[int]:
@@ -191,7 +207,8 @@ def random_pipeline(name: str, device: str, vae: str | None) -> Pipeline:
     rollout = RolloutConfig(window=9, shift=3.0) if small else FAMILIES["self-forcing"].rollout
     with torch.device(device):
         parts = CausalDiT(config), ConfidenceHead(config), PixelCodec() if small else VAES[vae or "wan"]()
-    dit, head, decoder = (part.to(dtype).requires_grad_(False).eval() for part in parts)
+    # A part may keep some buffers on the CPU whatever device it is made on: it is moved as a loaded one is.
+    dit, head, decoder = (part.to(device, dtype).requires_grad_(False).eval() for part in parts)
     sizes = {"height": 64, "width": 64, "frames": 48, "fps": 12.0}
     sizes = sizes if small else {"height": 480, "width": 832, "frames": 81, "fps": 16.0}
     return Pipeline(Engine(dit, head, decoder, None, rollout, max_sessions=1), name=name, **sizes)

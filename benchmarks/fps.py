@@ -34,6 +34,11 @@ fidelity: against plain PyTorch in float32. targets: what this is to reach (`tar
 --quantization is the engine's; a baseline has the weights as they are. concurrent: --sessions streams at a time
 (`streams.py`).
 
+Nothing is timed where dispatch would run another backend than DSA_BACKEND asks for, or plain torch on a GPU for want of
+a package; `backends` says what ran. The file of --save is written anew after every run of a contestant, `unfinished`
+and without what is still to come. --limit SECONDS of the process's life: clips until 55 % of it, the steady state until
+80 %, then the rest; what no longer fits is left out, and the exit code is 75.
+
 The last line of stdout is one JSON object.
 """
 
@@ -44,7 +49,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -53,9 +58,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Py
 
 from benchmarks import contest, targets
 from benchmarks.baseline import Baseline, difference, fidelity
+from benchmarks.contenders import refuse_others
 from benchmarks.contest import HISTOGRAM, VAES, Bench, Contestant, Regime, Rounds, clip_chunks, interleaved
 from benchmarks.costs import Work, by_op, decision_us, decode_ms, memory, product
 from benchmarks.judge import brief
+from benchmarks.limit import UNFINISHED, WHY, Limit
 from benchmarks.quality import count
 from benchmarks.record import aligned, commit, machine, save, versions
 from benchmarks.streams import concurrent
@@ -66,6 +73,7 @@ from dsa_engine.training.figures import rounded
 from dsa_engine.video import check_target
 
 BASELINES = ("eager", "compile")
+CLIPS, STEADY = 0.55, 0.8  # of --limit, at which no more clips and no more of the steady state are begun
 FEW = 3  # chunks of the float32 reference, whose forwards take ten times as long on a GPU
 SAME = 0.01  # of the largest latent: how far float32 may take two orders of the same sums apart over a few chunks
 
@@ -111,10 +119,17 @@ def asked_histogram(args: argparse.Namespace) -> tuple[float, ...] | None:
     return contest.parse_histogram(args.policy) if args.policy.startswith("histogram:") else None
 
 
-def warmed(contestants: dict[str, Contestant], regime: Regime) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of each one's first clip. A compiled baseline that fails leaves the contest: by name, why."""
+def warmed(
+    contestants: dict[str, Contestant], regime: Regime, limit: Limit | None = None
+) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
+    """Seconds of each one's first clip. A compiled baseline that fails leaves the contest, and whoever is not warm by
+    the limit: by name, why."""
     seconds, failed = {}, {}
     for name, made in list(contestants.items()):
+        if limit is not None and limit.over():
+            failed[name] = WHY
+            del contestants[name]
+            continue
         start = time.perf_counter()
         try:
             made(regime, 0)
@@ -162,16 +177,16 @@ def cold_child(args: argparse.Namespace) -> dict:
 
 
 class Standings:
-    """The runs of both regimes as figures. plain: the baselines that are in it; limit: the most steps."""
+    """The runs of both regimes as figures, of as many as there are. plain: the baselines' names; ceiling: TF/s."""
 
-    def __init__(self, pipe: Pipeline, runs: dict[str, Rounds], plain: Sequence[str], ceiling: float):
-        self.runs, self.plain, self.limit, self.work, self.ceiling = (
-            runs,
-            plain,
-            str(pipe.max_steps),
-            Work(pipe),
-            ceiling,
-        )
+    def __init__(self, pipe: Pipeline, plain: Sequence[str], counts: Sequence[str], ceiling: float):
+        self.plain, self.counts, self.work, self.ceiling = plain, counts, Work(pipe), ceiling
+        self.limit = str(pipe.max_steps)
+        self.runs: dict[str, dict[str, Rounds]] = {"clip": {}, "steady": {}}
+
+    def there(self, regime: str, names: Sequence[str]) -> list[str]:
+        """Those that have a run."""
+        return [name for name in names if self.runs[regime].get(name)]
 
     def of(self, regime: str, name: str) -> dict:
         rounds = self.runs[regime][name]
@@ -179,70 +194,101 @@ class Standings:
 
     def baselines(self, regime: str) -> dict[str, dict]:
         mine = self.runs[regime]
+        ours = {"policy": "policy", "fixed": self.limit}
 
         def ratios(name: str) -> dict:
-            return {"policy": ratio(mine["policy"], mine[name]), "fixed": ratio(mine[self.limit], mine[name])}
+            return {whose: ratio(mine[of], mine[name]) for whose, of in ours.items() if self.there(regime, [of])}
 
-        return {name: self.of(regime, name) | {"ratio": ratios(name)} for name in self.plain}
+        return {name: self.of(regime, name) | {"ratio": ratios(name)} for name in self.there(regime, self.plain)}
+
+    def regime(self, regime: str) -> dict:
+        """All of its figures; empty before the policy has a run."""
+        if not self.there(regime, ["policy"]):
+            return {}
+        fixed = {n: self.of(regime, n) for n in self.there(regime, self.counts)}
+        return self.of(regime, "policy") | {"fixed": fixed, "baseline": self.baselines(regime)}
 
     def timeline(self) -> dict:
-        names = ("policy", *self.plain)
-        return {r: {name: columns(runs[name]) for name in names} for r, runs in self.runs.items()}
+        regimes = [r for r in self.runs if self.there(r, ["policy"])]
+        return {r: {n: columns(self.runs[r][n]) for n in self.there(r, ("policy", *self.plain))} for r in regimes}
 
 
-def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict:
-    """All figures as one object."""
-    start = time.perf_counter()
+def evaluate(
+    args: argparse.Namespace, argv: Sequence[str], saved: Callable[[dict], object] = lambda found: None
+) -> dict:  # fmt: skip
+    """All figures as one object; saved: told what there is of it whenever there is more."""
+    limit, start = Limit(args.limit), time.perf_counter()
     pipe = load(args)
     seconds = {"load": time.perf_counter() - start}
+    result = about(args, pipe) | {"unfinished": True, "backends": refuse_others(device=pipe.engine.dit.device.type)}
     bench, label, threshold = bench_of(args, pipe)
     clip = bench.clip(clip_chunks(pipe), args.clips, args.rounds)
     steady = bench.steady(args.steady_chunks, args.steady_clips)
     warm = bench.clip(2, 1) if args.quick else clip
 
+    def add(**more) -> None:
+        result.update(more)
+        saved(result)
+
+    add(
+        policy=label, histogram=asked_histogram(args), threshold=threshold, regime="clip",
+        clips={"frames": pipe.frames, "chunks": clip.chunks, "clips": clip.clips, "rounds": clip.rounds},
+        tokens_a_frame=pipe.engine.dit.config.tokens_per_frame(*bench.size), machine=machine(), warmup_s=seconds,
+    )  # fmt: skip
     seconds |= {"capture": bench.capture(clip) + bench.capture(steady)}
     first = {"policy": bench.engine(bench.policy)}
     seconds |= warmed(first, warm)[0]
-    used = memory(pipe)  # while there is no baseline
+    add(memory=memory(pipe))  # while there is no baseline
     dit = load(args, plain=True).engine.dit if args.quantization else pipe.engine.dit
     baselines = {name: Baseline(pipe, compiled=name == "compile", dit=dit) for name in args.baseline}
     rest = {name: bench.plain(baseline) for name, baseline in baselines.items()}
-    counts = [str(n) for n in range(1, pipe.max_steps + 1)]
+    counts = [str(n) for n in range(1, pipe.max_steps + 1) if n in (*(args.counts or [n]), pipe.max_steps)]
     rest |= {n: bench.engine(lambda regime, clip, n=int(n): Fixed(n)) for n in reversed(counts)}
-    more, skipped = warmed(rest, warm)
+    more, skipped = warmed(rest, warm, limit.share(CLIPS))
+    seconds |= more
     limits = product(pipe)
-    few = {name: made for name, made in (first | rest).items() if name not in counts[:-1]}
-    runs = {"clip": interleaved(first | rest, clip), "steady": interleaved(few, steady)}
+    add(product=limits)
 
-    standings = Standings(pipe, runs, [name for name in baselines if name in rest], limits["tflops"])
-    own, plain = standings.of("steady", "policy"), standings.baselines("clip")
+    standings = Standings(pipe, list(baselines), counts, limits["tflops"])
+    few = {name: made for name, made in (first | rest).items() if name not in counts[:-1]}
+
+    def seen(regime: str, runs: dict[str, Rounds]) -> None:
+        standings.runs[regime] = runs
+        if regime == "clip":
+            found = standings.regime("clip")
+            baseline = found.pop("baseline", {}) | {name: {"skipped": why} for name, why in skipped.items()}
+            add(**found, baseline=baseline)
+        elif standings.there("steady", ["policy"]):
+            add(steady={"kv_frames": steady.window, "clips": steady.clips} | standings.regime("steady"))
+
+    runs, whole = interleaved(first | rest, clip, limit.share(CLIPS), lambda runs: seen("clip", runs))
+    few_runs, both = interleaved(few, steady, limit.share(STEADY), lambda runs: seen("steady", runs))
+    whole = whole and both and not any(why == WHY for why in skipped.values())
     chunks = compared_chunks(bench, args.quick)
-    for name, row in plain.items():
-        row["same"] = compared(bench, baselines[name], chunks)
-    result = about(args, pipe) | {
-        "policy": label,
-        "histogram": asked_histogram(args),
-        "threshold": threshold,
-        "clips": {"frames": pipe.frames, "chunks": clip.chunks, "clips": clip.clips, "rounds": clip.rounds},
-        "tokens_a_frame": pipe.engine.dit.config.tokens_per_frame(*bench.size),
-        "regime": "clip",
-        **standings.of("clip", "policy"),
-        "decision_us": decision_us(bench, steady),
-        "fixed": {n: standings.of("clip", n) for n in counts},
-        "steady": {"kv_frames": steady.window, "clips": steady.clips, **own}
-        | {"fixed": {counts[-1]: standings.of("steady", counts[-1])}, "baseline": standings.baselines("steady")},
-        "baseline": plain | {name: {"skipped": why} for name, why in skipped.items()},
-        "concurrent": concurrent(bench, bench.steady(args.steady_chunks, args.sessions)) if args.sessions else None,
-        "fidelity": fidelity(pipe, bench.embeds[0], bench.size, min(chunks, FEW), dit),
-        "ops": by_op(bench, steady) | {"vae": decode_ms(runs["steady"]["policy"])},
-        "product": limits,
-        "memory": used,
-        "cold": cold(argv) if args.cold else None,
-        "warmup_s": seconds | more,
-        "timeline": standings.timeline(),
-        "machine": machine(),
+    for name in standings.there("clip", list(baselines)):
+        if not limit.over():
+            result["baseline"][name]["same"] = compared(bench, baselines[name], chunks)
+
+    def by_kind() -> dict:
+        vae = {"vae": decode_ms(few_runs["policy"])} if few_runs["policy"] else {}
+        return by_op(bench, steady) | vae
+
+    many = bench.steady(args.steady_chunks, args.sessions) if args.sessions else None
+    at_last = {  # what matters more comes first
+        "decision_us": lambda: decision_us(bench, steady),
+        "fidelity": lambda: fidelity(pipe, bench.embeds[0], bench.size, min(chunks, FEW), dit),
+        "ops": by_kind,
+        "concurrent": lambda: concurrent(bench, many) if many else None,
+        "cold": lambda: cold(argv) if args.cold else None,
     }
-    return result | {"targets": targets.judged(result)}
+    for name, made in at_last.items():
+        if limit.over():
+            whole = False
+        else:
+            add(**{name: made()})
+    add(timeline=standings.timeline(), machine=machine())
+    add(targets=targets.judged(result), unfinished=not whole)
+    return result
 
 
 def about(args: argparse.Namespace, pipe: Pipeline) -> dict:
@@ -274,9 +320,12 @@ def line(name: str, row: dict) -> list[str]:
 
 
 def report(result: dict) -> list[str]:
-    """The tables that go to stdout."""
-    lines, steady = [], result["steady"]
-    for title, part in (("clip", result), (f"steady, {steady['kv_frames']} frames of keys", steady)):
+    """The tables that go to stdout, of what there is."""
+    lines, steady = [], result.get("steady", {})
+    for title, part in (("clip", result), (f"steady, {steady.get('kv_frames')} frames of keys", steady)):
+        if "fps" not in part:
+            lines += [f"{title}: not measured", ""]
+            continue
         rows = {result["policy"]: part} | {f"fixed:{n}": row for n, row in part["fixed"].items()}
         plain = {name: row for name, row in part["baseline"].items() if "skipped" not in row}
         body = [line(name, row) for name, row in (rows | {f"baseline {n}": row for n, row in plain.items()}).items()]
@@ -284,24 +333,27 @@ def report(result: dict) -> list[str]:
         for name, row in plain.items():
             for whose, r in row["ratio"].items():
                 busy = f", {r['processor']:.2f} by processor time" if r["processor"] else ""
-                what = result["policy"] if whose == "policy" else f"fixed:{list(result['fixed'])[-1]}"
+                what = result["policy"] if whose == "policy" else f"fixed:{list(part['fixed'])[-1]}"
                 lines.append(f"{what}: {r['median']:.2f} times {name} ({r['low']:.2f} to {r['high']:.2f}{busy})")
         lines.append("")
-    lines += [f"no baseline {n}: {row['skipped']}" for n, row in result["baseline"].items() if "skipped" in row]
-    asked = result["decision_us"]
-    lines += [
-        f"first frame {result['first_frame_ms']:.1f} ms; a fresh process: {json.dumps(rounded(result['cold']))}",
-        f"steps {result['steps_histogram']}; a decision takes {'nothing' if asked is None else f'{asked:.0f} us'}",
-        f"chunks that took longer than they play, of {result['deadlines']}: "
-        + ", ".join(f"{n} at {rate} fps" for rate, n in result["missed"].items()),
-        f"stages over the wall clock: {result['clock']['stages_over_wall']:.4f}",
-    ]
-    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("concurrent",) if result[name]]
-    lines += [
-        f"latents against {n}: {json.dumps(rounded(b['same']))}" for n, b in result["baseline"].items() if "same" in b
-    ]
-    lines += [f"latents against float32: {json.dumps(rounded(result['fidelity']))}", *targets.lines(result["targets"])]
-    return lines + [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("ops", "product", "memory", "warmup_s")]
+    plain = result.get("baseline", {})
+    lines += [f"no baseline {n}: {row['skipped']}" for n, row in plain.items() if "skipped" in row]
+    if "fps" in result:
+        asked, fresh = result.get("decision_us"), json.dumps(rounded(result.get("cold")))
+        lines += [
+            f"first frame {result['first_frame_ms']:.1f} ms; a fresh process: {fresh}",
+            f"steps {result['steps_histogram']}; a decision takes {'nothing' if asked is None else f'{asked:.0f} us'}",
+            f"chunks that took longer than they play, of {result['deadlines']}: "
+            + ", ".join(f"{n} at {rate} fps" for rate, n in result["missed"].items()),
+            f"stages over the wall clock: {result['clock']['stages_over_wall']:.4f}",
+        ]
+    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("concurrent",) if result.get(name)]
+    lines += [f"latents against {n}: {json.dumps(rounded(b['same']))}" for n, b in plain.items() if "same" in b]
+    fidelity = result.get("fidelity", "not measured")
+    lines += [f"latents against float32: {json.dumps(rounded(fidelity))}", *targets.lines(result["targets"])]
+    last = ("ops", "product", "memory", "warmup_s")
+    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in last if name in result]
+    return lines + ["unfinished: --limit left something out"] * result["unfinished"]
 
 
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
@@ -315,6 +367,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         "histogram:STEPS=SHARE,...: drawn, not decided (default with --random-weights)")  # fmt: skip
     add("--baseline", nargs="*", choices=BASELINES, help="default: eager, on a GPU compile too")
     add("--clips", type=count, help="default 5")
+    add("--counts", type=count, nargs="+", metavar="STEPS", help="fixed counts to run (default: all; the most always)")
     add("--rounds", type=count, default=1, help="how often all clips are made; the median counts")
     add("--steady-chunks", type=count, help="default 40")
     add("--steady-clips", type=count, help="default 1 on a GPU, else 3")
@@ -328,6 +381,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     add("--cold", action=argparse.BooleanOptionalAction, help="time the first frame of a fresh process")
     add("--cold-child", action="store_true", help="be that process")
     add("--seed", type=int, default=0, help="of prompts, noise, steps that are drawn, and random weights")
+    add("--limit", type=float, metavar="SECONDS", help="of this process's life; what does not fit is left out")
     add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
     add("--plot", type=Path, metavar="PNG", help="draw the chunks and their stages")
     args = parser.parse_args(argv)
@@ -344,21 +398,25 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parsed(argv)
     if args.cold_child:
         sys.stdout.write(json.dumps(cold_child(args)) + "\n")
-        return
-    result = evaluate(args, argv)
+        return 0
+
+    def saved(found: dict) -> None:
+        if args.save:
+            save(rounded(found), args.save)
+
+    result = evaluate(args, argv, saved)
     sys.stdout.write("\n".join(report(result)) + "\n")
     result = rounded(result)
-    if args.save:
-        save(result, args.save)
-    if args.plot:
+    if args.plot and "fps" in result:
         draw(result, args.plot)
     sys.stdout.write(json.dumps(result, separators=(",", ":")) + "\n")
+    return UNFINISHED if result["unfinished"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,75 +1,153 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most nine minutes: builds, tests, memory checks, kernel and FPS figures.
+# Everything that needs a GPU, in one call of at most nine minutes, what matters most first.
 #
-#   benchmarks/gpu_suite.sh                    # all parts, in order
-#   benchmarks/gpu_suite.sh build kernels      # some
-#   benchmarks/gpu_suite.sh --list             # their names, time limits in seconds, and what they do
+#   benchmarks/gpu_suite.sh                     # all parts, in order
+#   benchmarks/gpu_suite.sh build kernels       # some
+#   benchmarks/gpu_suite.sh --resume            # those that are not done, of the same sources; kernels row by row
+#   benchmarks/gpu_suite.sh --from all.tgz      # the same, with what another machine has brought back
+#   benchmarks/gpu_suite.sh --list              # their names, time limits in seconds, and what they do
+#   DSA_FAKE_CUDA=1 benchmarks/gpu_suite.sh     # dry, on a pretend GPU and at small sizes
 #
-# A part that fails or runs out of time does not stop the others. Logs and JSON go to $OUT (default benchmarks/results),
-# a short table is printed last; the exit code is 1 if any part failed. No network.
+# A part that fails or runs out of time does not stop the others. A part is told its limit and ends before it by its own
+# clock; what hangs is killed at it. Results are files of $OUT (default benchmarks/results) from the moment they exist:
 #
-# $PYTHON is the interpreter, $KERNELS_ARGS and $FPS_ARGS what the two benchmarks are asked for.
+#   gpu-suite.txt      the sources, and how each part went; --resume reads it
+#   gpu-suite.log      what the parts said
+#   gpu-smoke.json gpu-kernels.json gpu-fps.json gpu-vae.json gpu-NOTES.md
+#   all.tgz            all of these, packed after each part
+#
+# Eight files at most, for machines that give back no more. The table is printed last; the exit code is 1 if any part
+# did not end well, 143 if it was told to stop. No network.
+#
+# $PYTHON is the interpreter, or several words that end in one; $KERNELS_ARGS, $FPS_ARGS, ... what the parts are asked
+# for; $LIMITS other limits, as in LIMITS="kernels=300 fps=600".
 set -u
 cd "$(dirname "$0")/.." || exit 1
+SELF=benchmarks/gpu_suite.sh
 
+if [ -n "${DSA_FAKE_CUDA:-}" ]; then # sizes that a CPU computes; a sanitizer has nothing to look at
+  PYTHON=${PYTHON:-python3 -m tests.support.fake_cuda}
+  BUILD_ARGS=${BUILD_ARGS-"--dry-run"}
+  SMOKE_ARGS=${SMOKE_ARGS-"--model shapes"}
+  KERNELS_ARGS=${KERNELS_ARGS-"--quick --inline --model shapes --ops modulate pool_frames"}
+  FPS_ARGS=${FPS_ARGS-"--model shapes --random-weights --quick --frames 6 --steady-chunks 2 --counts 2"}
+  VAE_ARGS=${VAE_ARGS-"--height 16 --width 24 --dim 32 --seconds 0.001"}
+  NOTES_ARGS=${NOTES_ARGS-}
+  TESTS_ARGS=${TESTS_ARGS-"--collect-only tests/ops tests/engine"}
+  CHECK_ARGS=${CHECK_ARGS-"--model shapes --ops modulate"}
+  SANITIZER=${SANITIZER-}
+fi
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-KERNELS_ARGS=${KERNELS_ARGS:-"--quick --limit 70"}
-FPS_ARGS=${FPS_ARGS:-"--model wan2.1-t2v-1.3b --random-weights --quick --clips 2 --steady-chunks 16"}
-ABSENT=77 # exit code of a part whose tool or file is not there
+BUILD_ARGS=${BUILD_ARGS-}
+SMOKE_ARGS=${SMOKE_ARGS-}
+KERNELS_ARGS=${KERNELS_ARGS-"--quick"}
+# Two clips of 7 chunks: the least in which 2.5 steps on average come out even. The notes want 2 and 4 steps.
+FPS_ARGS=${FPS_ARGS-"--model wan2.1-t2v-1.3b --random-weights --quick --clips 2 --steady-chunks 8 --counts 2 4"}
+VAE_ARGS=${VAE_ARGS-"--seconds 1"}
+NOTES_ARGS=${NOTES_ARGS-"--kernels $OUT/gpu-kernels.json --fps $OUT/gpu-fps.json"}
+TESTS_ARGS=${TESTS_ARGS-"tests/ops tests/engine"}
+# A chunk of 72 tokens of the real width: tiles that are not full.
+CHECK_ARGS=${CHECK_ARGS-"--height 64 --width 96"}
+SANITIZER=${SANITIZER-compute-sanitizer}
+ABSENT=77      # exit code of a part whose tool is not there
+UNFINISHED=75  # of one that left something out because its time was over
+WITHOUT=78     # of a build without the CUDA kernels
 
-PARTS=(build kernels fps notes tests memcheck racecheck) # the figures first, in case the time is cut short
-declare -A LIMIT=([build]=75 [kernels]=90 [fps]=210 [notes]=10 [tests]=70 [memcheck]=40 [racecheck]=40)
+PARTS=(build smoke kernels fps vae notes tests memcheck racecheck)
+declare -A LIMIT=(
+  [build]=75 [smoke]=75 [kernels]=80 [fps]=160 [vae]=40 [notes]=5 [tests]=55 [memcheck]=25 [racecheck]=20
+)
 declare -A ABOUT=(
-  [build]="the package with its CUDA kernels, from this machine's nvcc"
+  [build]="the package with its CUDA kernels, from this machine's nvcc; without them where that fails"
+  [smoke]="benchmarks/smoke.py: two chunks of the 1.3B by torch, Triton and csrc agree; one loop on the device"
+  [kernels]="benchmarks/kernels.py: every op, every backend"
+  [fps]="benchmarks/fps.py: whole chunks, and the targets"
+  [vae]="benchmarks/vae_decode.py: a chunk's decode, three ways"
+  [notes]="benchmarks/notes.py: floors, predictions and what was measured, part by part"
   [tests]="pytest -m gpu on tests/ops and tests/engine"
   [memcheck]="compute-sanitizer on small shapes: accesses out of bounds"
   [racecheck]="compute-sanitizer on small shapes: races in shared memory"
-  [kernels]="benchmarks/kernels.py: every op, every backend"
-  [fps]="benchmarks/fps.py: whole chunks, and the targets"
-  [notes]="benchmarks/notes.py: floors, predictions and what was measured, part by part"
 )
+for one in ${LIMITS-}; do LIMIT[${one%%=*}]=${one#*=}; done
 
-part_build() {
-  # The kernels are what this is about, so a build without them is a failure.
-  DSA_BUILD_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -e .
+STATE=$OUT/gpu-suite.txt
+LOG=$OUT/gpu-suite.log
+
+# ---- the parts; $1 is the seconds that one has by its own clock. $PYTHON and *_ARGS are several words on purpose.
+# shellcheck disable=SC2086
+
+# A command with a limit of its own, in seconds. It has a process group of its own, and ends with this shell.
+within() {
+  local seconds=$(($1 > 1 ? $1 : 1))
+  shift
+  timeout --kill-after=2 "$seconds" "$@" &
+  trap "kill -TERM $! 2>/dev/null; exit 143" TERM
+  wait $!
 }
 
+part_build() {
+  local pip="-m pip install --no-build-isolation --no-deps --no-index $BUILD_ARGS -e ."
+  DSA_BUILD_CUDA=1 within $(($1 * 3 / 4)) $PYTHON $pip && return
+  printf '\n!!!!!!!! The CUDA kernels (csrc) were NOT built, see above. !!!!!!!!\n'
+  printf '!!!!!!!! Installing WITHOUT them: what follows knows Triton and plain torch alone. !!!!!!!!\n\n'
+  DSA_BUILD_CUDA=0 within $(($1 - SECONDS)) $PYTHON $pip && return "$WITHOUT"
+}
+
+part_smoke() {
+  local one code left worst=0 work
+  work=$(mktemp -d) && trap "rm -rf '$work'" EXIT
+  for one in torch triton loop cuda; do # csrc last: the likeliest to hang
+    left=$(($1 - SECONDS))
+    [ "$left" -gt 0 ] || { echo "no time left for $one" && return "$UNFINISHED"; }
+    within "$left" $PYTHON benchmarks/smoke.py "$one" $SMOKE_ARGS --work "$work" --save "$OUT/gpu-smoke.json"
+    code=$?
+    case $code in
+      0) ;;
+      "$ABSENT") echo "smoke: $one is absent" ;;
+      124 | 137) echo "smoke: $one hung or had no time left" && worst=$UNFINISHED ;;
+      *) [ "$worst" -eq "$UNFINISHED" ] || worst=1 ;;
+    esac
+  done
+  return "$worst"
+}
+
+part_kernels() {
+  $PYTHON benchmarks/kernels.py $KERNELS_ARGS --limit "$1" ${RESUME:+--resume} --save "$OUT/gpu-kernels.json"
+}
+
+part_fps() { $PYTHON benchmarks/fps.py $FPS_ARGS --limit "$1" --save "$OUT/gpu-fps.json"; }
+
+part_vae() { $PYTHON benchmarks/vae_decode.py $VAE_ARGS --limit "$1" --save "$OUT/gpu-vae.json"; }
+
+part_notes() { $PYTHON benchmarks/notes.py $NOTES_ARGS --to "$OUT/gpu-NOTES.md"; }
+
 part_tests() {
-  "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/ops tests/engine
+  $PYTHON -m pytest -q -m gpu -x --durations=10 -p no:cacheprovider --limit "$1" $TESTS_ARGS
   local code=$?
   [ "$code" -eq 5 ] && return "$ABSENT" # pytest found no such test
   return "$code"
 }
 
 sanitize() {
-  command -v compute-sanitizer >/dev/null || return "$ABSENT"
-  # A chunk of 72 tokens of the real width: tiles that are not full. Without torch's caching allocator every tensor has
-  # bounds of its own to run over.
+  local tool="" backends="triton cuda"
+  grep -q "WITHOUT csrc" "$STATE" 2>/dev/null && backends=triton
+  if [ -n "$SANITIZER" ]; then
+    command -v $SANITIZER >/dev/null || return "$ABSENT"
+    tool="$SANITIZER --tool $1 --error-exitcode 9 --print-limit 20"
+  else
+    backends=triton
+  fi
+  # Without torch's caching allocator every tensor has bounds of its own to run over.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_MODULE_LOADING=LAZY \
-    compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
-    "$PYTHON" benchmarks/kernels.py --check --inline --height 64 --width 96 --backends triton cuda
+    $tool $PYTHON benchmarks/kernels.py --check --inline $CHECK_ARGS --backends $backends --limit "$2"
 }
 
-part_memcheck() { sanitize memcheck; }
+part_memcheck() { sanitize memcheck "$1"; }
 
-part_racecheck() { sanitize racecheck; }
+part_racecheck() { sanitize racecheck "$1"; }
 
-part_kernels() {
-  # shellcheck disable=SC2086 # several words on purpose
-  "$PYTHON" benchmarks/kernels.py $KERNELS_ARGS --save "$OUT/gpu-kernels.json"
-}
-
-part_fps() {
-  [ -f benchmarks/fps.py ] || return "$ABSENT"
-  # Two clips of 7 chunks: the least in which 2.5 steps on average come out even.
-  # shellcheck disable=SC2086 # several words on purpose
-  "$PYTHON" benchmarks/fps.py $FPS_ARGS --save "$OUT/gpu-fps.json"
-}
-
-part_notes() {
-  "$PYTHON" benchmarks/notes.py --kernels "$OUT/gpu-kernels.json" --fps "$OUT/gpu-fps.json" --to "$OUT/gpu-NOTES.md"
-}
+# ---- what runs them
 
 list() {
   local part
@@ -91,42 +169,128 @@ verdict() {
   case $1 in
     0) echo ok ;;
     "$ABSENT") echo absent ;;
+    "$UNFINISHED") echo unfinished ;;
+    "$WITHOUT") echo "ok, but WITHOUT csrc" ;;
     124 | 137) echo "out of time" ;;
     *) echo "FAILED, code $1" ;;
   esac
 }
 
-# Runs one part in a shell of its own, which `timeout` can end with all that it started.
+# The commit, which a copy of the tree may not know, and a sum of all that runs.
+sources() {
+  local sum
+  sum=$(find benchmarks csrc dsa_engine triton_kernels tests/ops tests/engine -type f \
+    \( -name '*.py' -o -name '*.sh' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print0 |
+    LC_ALL=C sort -z | xargs -0 cat | sha1sum | cut -c -12)
+  echo "sources $(git rev-parse --short HEAD 2>/dev/null || echo no-git) $sum"
+}
+
+# The table, replaced as a whole: who is killed meanwhile leaves the old one.
+write_state() {
+  local part
+  {
+    echo "$SOURCES"
+    for part in "${PARTS[@]}"; do
+      if [ -n "${STATUS[$part]-}" ]; then printf '%-10s %s\n' "$part" "${STATUS[$part]}"; fi
+    done
+  } >"$OUT/.gpu-suite.txt.part" && mv "$OUT/.gpu-suite.txt.part" "$STATE"
+}
+
+# How the parts went, where that was of these sources; else what is there goes, as it would pass for theirs.
+read_state() {
+  local part rest
+  if [ "$(head -n 1 "$STATE" 2>/dev/null)" = "$SOURCES" ]; then
+    while read -r part rest; do
+      [ "$part" = sources ] || STATUS[$part]=$rest
+    done <"$STATE"
+    return
+  fi
+  [ -e "$STATE" ] && [ -n "$RESUME" ] && echo "nothing to resume: $STATE is of other sources, all parts run"
+  RESUME=""
+  rm -f "$STATE" "$LOG" "$OUT"/gpu-{smoke,kernels,fps,vae}.json "$OUT/gpu-NOTES.md" "$OUT/all.tgz"
+}
+
+archive() {
+  rm -f "$OUT"/.gpu-*.part
+  (cd "$OUT" && tar czf .all.tgz.part gpu-suite.txt gpu-suite.log $(ls gpu-{smoke,kernels,fps,vae}.json gpu-NOTES.md 2>/dev/null) &&
+    mv .all.tgz.part all.tgz)
+}
+
+finish() { # part, its begin, verdict
+  STATUS[$1]=$(printf '%4d s  %s' $((SECONDS - $2)) "$3")
+  write_state
+  archive
+}
+
+# Runs one part in a shell of its own, which `timeout` can end with all that it started. By its own clock a part ends a
+# tenth of the limit and two seconds before that. Even when resumed the build is made (what is compiled is not compiled
+# again, and another machine has nothing) and so are the notes, of what is there by then.
 run_part() {
-  local part=$1 start=$SECONDS code
+  local part=$1 start=$SECONDS limit=${LIMIT[$1]} code before own
+  own=$((limit - limit / 10 - 2))
+  RUNNING=$part BEGUN=$start
+  case ${STATUS[$part]-} in
+    *" ok" | *" ok, but"*) 
+      [ -n "$RESUME" ] && [ "$part" != build ] && [ "$part" != notes ] && echo "== $part: done before" && return
+      ;;
+  esac
   echo "== $part: ${ABOUT[$part]}"
-  timeout --kill-after=5 "${LIMIT[$part]}" bash "$0" --inside "$part" >"$OUT/gpu-$part.log" 2>&1
+  [ -n "$RESUME" ] || rm -f "$OUT/gpu-$part.json"
+  echo "== $part" >>"$LOG"
+  before=$(wc -l <"$LOG")
+  timeout --kill-after=5 "$limit" bash "$SELF" --inside "$part" $((own > 1 ? own : 1)) >>"$LOG" 2>&1 &
+  CHILD=$!
+  wait "$CHILD"
   code=$?
-  tail -n 40 "$OUT/gpu-$part.log" | cut -c -200 # the JSON lines are long; whole they are in the log
-  TABLE+=("$(printf '%-10s %4d s  %s' "$part" $((SECONDS - start)) "$(verdict "$code")")")
-  [ "$code" -eq 0 ] || [ "$code" -eq "$ABSENT" ]
+  CHILD=""
+  tail -n "+$((before + 1))" "$LOG" | tail -n 40 | cut -c -200 # the JSON lines are long; whole they are in the log
+  finish "$part" "$start" "$(verdict "$code")"
+}
+
+stopped() {
+  trap '' TERM INT HUP
+  [ -n "$CHILD" ] && kill -TERM "$CHILD" 2>/dev/null && wait "$CHILD"
+  [ -n "$RUNNING" ] && finish "$RUNNING" "$BEGUN" stopped
+  exit 143
 }
 
 main() {
-  local part failed=0
-  local -a chosen=("$@")
-  [ $# -eq 0 ] && chosen=("${PARTS[@]}")
-  for part in "${chosen[@]}"; do
-    known "$part" || exit 2
+  local part
+  local -a chosen=()
+  RESUME=""
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --resume) RESUME=1 ;;
+      --from) RESUME=1 && shift && mkdir -p "$OUT" && { tar xzf "${1-}" -C "$OUT" || exit 2; } ;;
+      *) known "$1" && chosen+=("$1") || exit 2 ;;
+    esac
+    shift
   done
+  [ ${#chosen[@]} -eq 0 ] && chosen=("${PARTS[@]}")
   mkdir -p "$OUT" || exit 1
-  export PYTHONUNBUFFERED=1 OUT PYTHON KERNELS_ARGS FPS_ARGS
-  TABLE=()
+  SOURCES=$(sources)
+  declare -gA STATUS=()
+  CHILD="" RUNNING=""
+  read_state
+  export PYTHONUNBUFFERED=1 OUT RESUME PYTHON SANITIZER
+  export BUILD_ARGS SMOKE_ARGS KERNELS_ARGS FPS_ARGS VAE_ARGS NOTES_ARGS TESTS_ARGS CHECK_ARGS
+  trap stopped TERM INT HUP
   for part in "${chosen[@]}"; do
-    run_part "$part" || failed=1
+    run_part "$part"
   done
+  RUNNING=""
   printf '\n'
-  printf '%s\n' "${TABLE[@]}" | tee "$OUT/gpu-suite.txt"
-  exit "$failed"
+  cat "$STATE"
+  for part in "${chosen[@]}"; do
+    case ${STATUS[$part]} in
+      *" ok" | *" absent") ;;
+      *) exit 1 ;;
+    esac
+  done
 }
 
 case ${1:-} in
   --list) list ;;
-  --inside) "part_$2" ;;
+  --inside) "part_$2" "$3" ;;
   *) main "$@" ;;
 esac

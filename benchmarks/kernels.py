@@ -6,8 +6,8 @@
     python benchmarks/kernels.py --check --height 64 --width 96         # only whether the numbers are right
     python benchmarks/kernels.py --time --model shapes                  # plain torch on a CPU, to try the harness
 
-The VAE's decode of a chunk is planned by layer and stage, before and after its fusions (`vae_work.py`), and timed three
-ways on a GPU (`vae_decode.py`).
+The VAE's decode of a chunk is planned by layer and stage, before and after its fusions (`vae_work.py`); it is timed by
+`vae_decode.py`.
 
 An op's floor is the larger of its FLOP over the rate of the products and its bytes over the bandwidth, at the rates of
 the datasheets (`work.py`); "expect" takes rates that good kernels reach. Sums are of one forward of the whole model;
@@ -21,9 +21,15 @@ over that of a large product or copy measured in the same process. `choice` hold
 correct backend that `ops.dispatch` may pick, over the sum of an op's rows. `twins` sets every FP8 product and attention
 beside what does the same in bfloat16: how many times faster the fastest is than the fastest, the goal being 1.4. Where
 GELU is in the bfloat16 product's epilogue the FP8 one has the time of `gelu_bias` added. A backend that raises or hangs
-is reported and the others go on.
+is reported and the others go on. On a GPU where dispatch could not run Triton, or a kernel of --backends, nothing is
+timed: the figures would be those of plain torch.
 
-The exit code is 1 if the numbers of any backend are wrong. The last line of stdout is one JSON object.
+The rows that weigh most in a forward come first, and --save is written anew after every result, with `unfinished` true
+until the last one. --limit SECONDS of the process's life: what no longer fits is "skipped". --resume takes the results
+that the file of --save holds, if they are of the same commit, GPU and arguments, and goes on with the others.
+
+The exit code is 1 if the numbers of any backend are wrong, else 75 if anything was skipped. The last line of stdout is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -33,17 +39,19 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import vae_decode, vae_work, work
-from benchmarks.contenders import BACKENDS, DISPATCHED
+from benchmarks import vae_work, work
+from benchmarks.contenders import BACKENDS, DISPATCHED, refuse_others
 from benchmarks.judge import Job, ceilings, judge
+from benchmarks.limit import UNFINISHED, WHY, Limit
 from benchmarks.record import aligned, commit, machine, save
 from benchmarks.work import GPUS, PRACTICAL, PRECISIONS, STEPS, Row, Sizes
 from benchmarks.worker import Lost, Worker
@@ -137,10 +145,12 @@ def report_plan(found: dict) -> list[str]:
 
 
 def jobs(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str) -> Iterator[Job]:
+    """By the time that a row takes of a forward at the least, the longest first."""
     seconds = None if args.check else 0.1 if args.quick else 0.3
-    for number, row in enumerate(chosen(args, rows)):
+    some = [(row, args.seed + 1000 * number) for number, row in enumerate(chosen(args, rows))]
+    for row, seed in sorted(some, key=lambda one: -one[0].floor(GPUS["H200"]) * max(one[0].calls.values())):
         for backend in args.backends or [b for b in BACKENDS if not (args.quick and b == "compile")]:
-            yield Job(row, s, backend, device, args.seed + 1000 * number, seconds)
+            yield Job(row, s, backend, device, seed, seconds)
 
 
 def chosen(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
@@ -150,47 +160,52 @@ def chosen(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
     return [r for r in some if not args.quick or r.frames in (None, middle)]
 
 
-def run(todo: Sequence[Job], device: str, until: float, worker: Worker | None) -> tuple[dict | None, list[dict]]:
-    """The ceilings (None where nothing is timed) and a result for every job. Without a worker all runs here."""
+@dataclass
+class Known:
+    """What a run has found out so far. ceilings: None where nothing is timed; results: of every job that was done."""
 
-    def call(function, *args):
-        return worker.call(function, *args, seconds=PATIENCE) if worker else function(*args)
+    ceilings: dict | None = None
+    results: list[dict] = field(default_factory=list)
 
-    limits = None
-    if todo and todo[0].seconds is not None:
+    def of(self, job: Job) -> dict | None:
+        return next((r for r in self.results if (r["row"], r["backend"]) == (job.row.name, job.backend)), None)
+
+
+def run(
+    todo: Sequence[Job], device: str, limit: Limit, worker: Worker | None, known: Known,
+    saved: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Adds what is not known yet, and calls `saved` after each result. Without a worker all runs here."""
+
+    def call(function, *args) -> dict:
+        if limit.over():
+            return {"status": "skipped", "why": WHY}
+        seconds = min(PATIENCE, limit.left())
         try:
-            limits = call(ceilings, device, todo[0].seconds)
+            return worker.call(function, *args, seconds=seconds) if worker else function(*args)
         except Lost as reason:
-            limits = {"why": str(reason)}
-    results = []
-    for job in todo:
-        if time.monotonic() > until:
-            found = {"status": "skipped", "why": "--limit is over"}
-        else:
-            try:
-                found = call(judge, job)
-            except Lost as reason:
-                found = {"status": "failed", "why": str(reason)}
+            cut = limit.over()
+            return {"status": "skipped" if cut else "failed", "why": WHY if cut else str(reason)}
+
+    if known.ceilings is None and todo and todo[0].seconds is not None:
+        known.ceilings = call(ceilings, device, todo[0].seconds)
+        saved()
+    for job in (job for job in todo if known.of(job) is None):
+        found = call(judge, job)
         if found.pop("broken", False) and worker:
             worker.end()
-        results.append({"op": job.row.op, "row": job.row.name, "backend": job.backend} | found)
+        known.results.append({"op": job.row.op, "row": job.row.name, "backend": job.backend} | found)
         if found["status"] != "absent":
             sys.stderr.write(f"{job.row.name:32} {job.backend:9} {found.get('us') or found['status']}\n")
-    return limits, results
+            saved()
 
 
-def decoded(args: argparse.Namespace, s: Sizes, device: str, worker: Worker | None) -> list[dict]:
-    """The VAE's decode of a chunk in its ways, where a GPU is there and it is of this model."""
-    if device == "cpu" or args.model == "shapes" or args.backends or (args.ops and vae_decode.ROW not in args.ops):
-        return []
-    seconds = None if args.check else 1.0 if args.quick else 3.0
-    asked = (1, s.F, s.config.in_dim, *s.latent), device, args.seed, seconds
-    try:
-        if worker:
-            return worker.call(vae_decode.judge, *asked, seconds=4 * PATIENCE)
-        return vae_decode.judge(*asked)
-    except (Lost, RuntimeError) as reason:
-        return [{"op": vae_decode.ROW, "row": vae_decode.ROW, "backend": "all", "status": "failed", "why": str(reason)}]
+def refuse(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """Raises SystemExit where the installation lacks kernels that were asked for; csrc is only by name."""
+    ops = {row.op for row in chosen(args, rows)}
+    for backend in args.backends or ["triton"]:
+        if backend in DISPATCHED:
+            refuse_others(backend, only=ops)
 
 
 def absent(results: Sequence[dict]) -> dict[str, list[str]]:
@@ -203,10 +218,9 @@ def share(row: Row, result: dict, limits: dict | None) -> float | None:
     """What it reaches of the machine's own product or copy, whichever bounds the op."""
     if not limits or "us" not in result:
         return None
-    if row.bound(GPUS["H200"]) == "bytes":
-        return result["gbs"] / limits["copy_gbs"]
-    rate = limits.get(f"{row.precision}_tflops")
-    return result["tflops"] / rate if rate else None
+    bytes_ = row.bound(GPUS["H200"]) == "bytes"
+    rate = limits.get("copy_gbs" if bytes_ else f"{row.precision}_tflops")
+    return result["gbs" if bytes_ else "tflops"] / rate if rate else None
 
 
 def fastest(results: Sequence[dict], names: Sequence[str] = BACKENDS) -> dict | None:
@@ -293,10 +307,6 @@ def report(rows: Sequence[Row], found: dict) -> list[str]:
         kinds = ("ms", "products", "attention", "cross_attention", "elementwise")
         body = [[f["precision"], str(f["kv"]), *(f"{f[k]:.2f}" for k in kinds)] for f in forwards]
         lines += ["", *aligned([[f"one forward, {which}", "KV", *kinds], *body])] if body else []
-    if found["vae_decode"]:
-        body = [[r["backend"], f"{r['us'] / 1e3:.2f}" if "us" in r else "-", f"{r.get('error', float('nan')):.1e}",
-                 " ".join(filter(None, (r["status"], r.get("why"))))] for r in found["vae_decode"]]  # fmt: skip
-        lines += ["", *aligned([["VAE decode of a chunk", "ms", "error", ""], *body])]
     for which, pairs in found["twins"].items():
         body = [[n, p["fp8"], p["bf16"], f"{p['times']:.2f}", "yes" if p["goal"] else "NO"] for n, p in pairs.items()]
         head = [f"FP8 beside bfloat16, {which}", "fp8", "bf16", "times as fast", f"{GOAL} reached"]
@@ -318,18 +328,13 @@ def line(row: Row, r: dict, best: bool, limits: dict | None) -> list[str]:
     ]  # fmt: skip
 
 
-def measured(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str) -> dict:
-    todo = list(jobs(args, rows, s, device))
-    until = time.monotonic() + (args.limit or float("inf"))
-    with nullcontext() if device == "cpu" or args.inline else Worker() as worker:
-        limits, results = run(todo, device, until, worker)
-        decodes = decoded(args, s, device, worker) if time.monotonic() < until else []
-    about = machine()
+def summed(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, known: Known, about: dict) -> dict:
+    """What the results come to. unfinished: something was left out, or is still to come; about: `machine()`."""
+    results = [r for r in known.results if r["status"] != "skipped"]
     capability = about["gpu"]["capability"] if about["gpu"] else "cpu"
     return {
-        "ceilings": limits,
-        "results": [r for r in results if r["status"] != "absent"],
-        "vae_decode": decodes,
+        "ceilings": known.ceilings,
+        "results": [r for r in known.results if r["status"] != "absent"],
         "absent": absent(results),
         "choice": {capability: choices(chosen(args, rows), results)},
         "measured_forward": {
@@ -339,6 +344,39 @@ def measured(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: st
         "twins": {"fastest": twins(rows, results, BACKENDS), "dispatched": twins(rows, results, DISPATCHED)},
         "machine": about,
     }
+
+
+def measured(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str, front: dict) -> dict:
+    """All figures, with what every result of this run begins with in front; saved after each of them."""
+    limit, todo, about = Limit(args.limit), list(jobs(args, rows, s, device)), machine()
+    known = resumed(args, front, about)
+
+    def result() -> dict:
+        done = all((known.of(job) or {"status": "skipped"})["status"] != "skipped" for job in todo)
+        return front | {"unfinished": not done} | summed(args, rows, s, known, about)
+
+    def saved() -> None:
+        if args.save:
+            save(rounded(result()), args.save)
+
+    with nullcontext() if device == "cpu" or args.inline else Worker() as worker:
+        run(todo, device, limit, worker, known, saved)
+    return result()
+
+
+def resumed(args: argparse.Namespace, front: dict, about: dict) -> Known:
+    """What the file of --save holds of the same commit, GPU and arguments; nothing without --resume."""
+    if not (args.resume and args.save and args.save.is_file()):
+        return Known()
+    found = json.loads(args.save.read_text())
+    gpu, before = ((machine.get("gpu") or {}).get("name") for machine in (about, found.get("machine", {})))
+    same = json.loads(json.dumps(rounded(front)))
+    if gpu != before or any(found.get(name) != same[name] for name in same if name not in ("date", "plan", "forward")):
+        sys.stderr.write(f"--resume: {args.save} holds results of something else: all is timed anew\n")
+        return Known()
+    limits, results = found["ceilings"], [r for r in found["results"] if r["status"] != "skipped"]
+    sys.stderr.write(f"--resume: {len(results)} results of {args.save}\n")
+    return Known(None if limits and "status" in limits else limits, results)
 
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -355,15 +393,14 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backends", nargs="+", choices=BACKENDS, metavar="BACKEND", help=f"only these of {', '.join(BACKENDS)}")
     add("--quick", action="store_true", help="one KV length, short rounds, no torch.compile")
     add("--inline", action="store_true", help="all in this process, as a memory checker wants it")
-    add("--limit", type=float, metavar="SECONDS", help="start nothing after that")
+    add("--limit", type=float, metavar="SECONDS", help="of this process's life, after which nothing is done")
+    add("--resume", action="store_true", help="go on with what the file of --save has")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
     args = parser.parse_args(argv)
     side = (64, 64) if args.model == "shapes" else (480, 832)
     args.height, args.width = args.height or side[0], args.width or side[1]
-    known = sorted(
-        {vae_decode.ROW} | {r.op for r in work.rows(Sizes(ModelConfig.preset(args.model), args.height, args.width))}
-    )
+    known = sorted({r.op for r in work.rows(Sizes(ModelConfig.preset(args.model), args.height, args.width))})
     if args.ops and not set(args.ops) <= set(known):
         parser.error(f"--ops {' '.join(args.ops)}: must be of {', '.join(known)}")
     if args.save:
@@ -379,20 +416,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "cpu" and asked and s.T > SMALL:
         raise SystemExit(f"a chunk of {s.T} tokens on a CPU: at most {SMALL} are timed there; give --model shapes")
     result = {"benchmark": "kernels", "model": args.model, "height": args.height, "width": args.width}
-    result |= {"date": time.strftime("%Y-%m-%d"), "commit": commit()} | plan(rows, s)
+    result |= {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "seed": args.seed, "quick": args.quick}
+    result |= plan(rows, s)
     if args.plan or (device == "cpu" and not asked):
         result |= {"mode": "plan", "machine": machine()}
         lines = report_plan(result) + ([] if args.plan else ["", "no GPU here: this is the plan, nothing was timed"])
     else:
-        result |= {"mode": "check" if args.check else "time"} | measured(args, rows, s, device)
+        if device == "cuda":
+            refuse(args, rows)
+        result = measured(args, rows, s, device, result | {"mode": "check" if args.check else "time"})
         lines = report(chosen(args, rows), result)
     sys.stdout.write("\n".join(lines) + "\n")
     result = rounded(result)
     if args.save:
         save(result, args.save)
     sys.stdout.write(json.dumps(result, separators=(",", ":")) + "\n")
-    some = [*result.get("results", ()), *result.get("vae_decode", ())]
-    return int(any(r["status"] == "wrong" for r in some))
+    if any(r["status"] == "wrong" for r in result.get("results", ())):
+        return 1
+    return UNFINISHED if result.get("unfinished") else 0
 
 
 if __name__ == "__main__":

@@ -116,15 +116,21 @@ def a_chunk(row: dict, which: str) -> float:
     return 12e3 / row["fps"][which]
 
 
+def at(found: dict | None, *names: str) -> Any:
+    """A figure of nested dicts; None where a run has not got so far."""
+    for name in names:
+        found = (found or {}).get(name)
+    return found
+
+
 def lines(found: dict | None, fps: dict | None) -> list[Line]:
     """All rows; found, fps: what `kernels.py` and `fps.py` have saved, None where they have not run."""
     mean, full = work.KEY_FRAMES[1:]
-    four = fps["fixed"]["4"] if fps else None
-    steady = fps["steady"]["fixed"]["4"] if fps else None
+    four, steady, vae = at(fps, "fixed", "4"), at(fps, "steady", "fixed", "4"), at(fps, "ops", "vae")
     forward, here = planned(mean), measured_forward(found, full)
     gaps = a_chunk(steady, "dit_commit") / 5 - here["ms"] if steady and here else None
     commit = a_chunk(four, "dit_commit") - a_chunk(four, "dit") if four else None
-    zero, decided = dict.fromkeys(work.GPUS, 0.0), fps and fps["decision_us"]
+    zero, decided = dict.fromkeys(work.GPUS, 0.0), at(fps, "decision_us")
     rows = [of_row(r.name, found) for r in ROWS if r.op == "attention" and r.precision == "bf16"]
     rows += [
         of_row(r.name, found) for r in ROWS if r.op in ("linear", "linear_gelu", "cross_attention") and r.calls["bf16"]
@@ -134,15 +140,15 @@ def lines(found: dict | None, fps: dict | None) -> list[Line]:
         of_forward("first chunk", work.CHUNK, found),
         of_forward("clip mean", mean, found),
         of_forward("full window", full, found),
-        line("VAE, a chunk", "ms", *vae_ms(), number(fps["ops"]["vae"]) if fps else None),
+        line("VAE, a chunk", "ms", *vae_ms(), vae and number(vae)),
         line("gaps between launches, a forward", "ms", zero, dict.fromkeys(work.GPUS, GAPS_MS), gaps and number(gaps)),
         line("commit, a chunk, clip mean", "ms", forward["floor_ms"], forward["expect_ms"], commit and number(commit)),
         line("decision, host asked", "us", zero, dict.fromkeys(work.GPUS, 40.0), decided and number(decided)),
         of_first_frame(4, four and four["first_frame_ms"]),
         of_fps("fixed 4, clip mean", mean, 4, four and four["fps"]["decode"]),
         of_fps("fixed 4, full window", full, 4, steady and steady["fps"]["decode"]),
-        of_fps("fixed 2, clip mean", mean, 2, fps and fps["fixed"]["2"]["fps"]["decode"]),
-        of_fps("2.5 steps by histogram, clip mean", mean, 2.5, fps and fps["fps"]["decode"]),
+        of_fps("fixed 2, clip mean", mean, 2, at(fps, "fixed", "2", "fps", "decode")),
+        of_fps("2.5 steps by histogram, clip mean", mean, 2.5, at(fps, "fps", "decode")),
     ]
     return rows
 

@@ -51,10 +51,19 @@ TARGETS = (
 )
 
 
+def measured(target: Target, result: dict) -> float | None:
+    """None too where a run was stopped before it had the figure."""
+    try:
+        return target.measured(result)
+    except (KeyError, IndexError):
+        return None
+
+
 def judged(result: dict) -> dict:
     """Each target with what was measured and whether it holds; of: what they are set for; there: whether this is it.
 
-    measured is None where a run has no such figure, which holds nothing. Equal latents have no PSNR and hold.
+    measured is None where a run has no such figure, as one that was stopped, which holds nothing. Equal latents have no
+    PSNR and hold.
     """
     gpu = result["machine"]["gpu"]
     there = (
@@ -63,9 +72,9 @@ def judged(result: dict) -> dict:
     )  # fmt: skip
     rows = []
     for target in TARGETS:
-        value = target.measured(result)
+        value = measured(target, result)
         holds = value is not None and (value <= target.bound if target.most else value >= target.bound)
-        if "PSNR" in target.name and result["fidelity"]["max_abs"] == 0:
+        if "PSNR" in target.name and result.get("fidelity", {}).get("max_abs") == 0:
             holds = True
         rows.append(
             {"target": target.name, "at": "most" if target.most else "least", "bound": target.bound}

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from benchmarks.timing import mark
 from dsa_engine.engine import session as session_module
 from dsa_engine.engine.session import Session, to_uint8
 from dsa_engine.video import replacing
@@ -40,12 +41,7 @@ class Stopwatch:
 
     def mark(self, stage: str) -> None:
         """The stage that ends here."""
-        if not self.cuda:
-            self.marks.append((stage, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((stage, event))
+        self.marks.append((stage, mark() if self.cuda else time.perf_counter()))
 
     def synchronise(self) -> None:
         """Wait for the device; never inside a run."""

@@ -42,6 +42,14 @@ class Timing:
     clock: str
 
 
+def mark() -> torch.cuda.Event:
+    """This moment of the current stream, as a CUDA event that can be timed. Every time that a benchmark takes of a GPU
+    lies between two of them: `a.elapsed_time(b)` milliseconds, known when both are reached."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Clock(Protocol):
     name: str
 
@@ -79,11 +87,10 @@ class EventClock:
         return min(MOST_TURNS, math.ceil(BATCH_US / max(1.0, self.span(lambda: take_turns(calls)))))
 
     def span(self, work: Call) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        start.record()
+        start = mark()
         work()
-        stop.record()
+        stop = mark()
         stop.synchronize()
         return 1e3 * start.elapsed_time(stop)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `benchmarks`, from whatever folder pytest is run
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: they then run on CPU tensors
 
+from benchmarks.limit import UNFINISHED, Limit
 from dsa_engine import Pipeline
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models import package
@@ -24,6 +28,24 @@ from dsa_engine.models.text import SlotTextEncoder
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--limit", type=float, metavar="SECONDS", help="begin no test later; what is left out is said")
+
+
+def pytest_configure(config):
+    config.limit = Limit(config.getoption("--limit"))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and item.config.limit.over():
+        item.session.shouldstop = f"--limit is over, {nextitem.nodeid} and what follows was not run"
+
+
+def pytest_sessionfinish(session):
+    if session.config.limit.over() and session.shouldstop:
+        session.exitstatus = UNFINISHED
 
 
 def pytest_collection_modifyitems(items):

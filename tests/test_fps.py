@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from benchmarks import contest, costs, fps, streams, targets, timeline, work
 from benchmarks.baseline import Baseline, BaselineStream, ShiftedCache, apart, difference, fidelity
 from benchmarks.contest import Bench, drawn, histogram_policy, label, parse_histogram, random_pipeline
+from benchmarks.limit import UNFINISHED, Limit
 from benchmarks.timeline import Chunk, Run, Stopwatch, play
 from dsa_engine import Fixed, PerChunk, Pipeline
 from dsa_engine.engine.session import Session, to_uint8
@@ -243,9 +244,37 @@ def test_contestants_take_turns():
         return lambda regime, clip: order.append((name, clip)) or (name, clip)
 
     regime = contest.Regime("clip", 2, 2, 1, 0, 9, 3)
-    runs = contest.interleaved({"a": contestant("a"), "b": contestant("b")}, regime)
+    seen = []
+    runs, whole = contest.interleaved(
+        {"a": contestant("a"), "b": contestant("b")}, regime, seen=lambda runs: seen.append(sum(runs["b"], []))
+    )
+    assert whole and len(seen) == 8 and seen[1] == [("b", 0)] and seen[-1] == [("b", 0), ("b", 1)] * 2
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 2
     assert runs["b"] == [[("b", 0), ("b", 1)]] * 2
+
+
+def test_no_run_is_begun_that_would_end_after_the_limit(monkeypatch):
+    """The slow one's second run does not fit any more, the quick one's does; what was made is kept."""
+    now, took = [0.0], {"slow": 6.0, "quick": 1.0}
+
+    def contestant(name):
+        def made(regime, clip):
+            now[0] += took[name]
+            return name, clip
+
+        return made
+
+    monkeypatch.setattr(Limit, "left", lambda self: 10.0 - now[0])
+    monkeypatch.setattr(contest.time, "perf_counter", lambda: now[0])
+    regime = contest.Regime("clip", 3, 1, 1, 0, 9, 3)
+    runs, whole = contest.interleaved({name: contestant(name) for name in took}, regime, Limit())
+    assert not whole and runs == {"slow": [[("slow", 0)]], "quick": [[("quick", 0), ("quick", 1), ("quick", 2)]]}
+
+
+def test_a_share_of_a_limit_begins_with_it():
+    assert Limit().share(0.5).left() == float("inf")
+    whole = Limit(1000.0)
+    assert whole.until - whole.share(0.25).until == pytest.approx(750.0)
 
 
 # Steps that are drawn
@@ -310,6 +339,14 @@ def test_flop_of_a_run_are_those_of_its_forwards(pipe, frames):
     assert rate["of_product"] == pytest.approx(rate["tflops"] / 2e-6) and rate["of_sheet"] is None
 
 
+@pytest.mark.parametrize("vae", list(contest.VAES))
+def test_random_models_are_whole_on_their_device(vae):
+    """With every buffer: the Wan VAE's mean and deviation once stayed on the CPU, which no GPU can multiply with."""
+    engine = random_pipeline("wan2.1-t2v-1.3b", "meta", vae).engine
+    tensors = [x for part in (engine.dit, engine.head, engine.decoder) for x in (*part.parameters(), *part.buffers())]
+    assert len(tensors) > 800 and {x.device.type for x in tensors} == {"meta"}
+
+
 # The whole
 
 
@@ -359,6 +396,38 @@ def test_the_benchmark_says_everything(untrained, tmp_path, capsys):
     assert result["timeline"]["steady"]["eager"]["kv_frames"] == [9] * 4 and steady["kv_frames"] == 9
     assert set(result["ops"]) == {"attention", "products", "elementwise", "vae"} and min(result["ops"].values()) > 0
     assert min(result["memory"].values()) > 0 and result["machine"]["threads"] == 1
+
+
+def test_what_the_limit_leaves_is_saved_and_said(untrained, tmp_path, capsys, monkeypatch):
+    """Stopped ever later it has ever more; killed, what it had is in the file."""
+    argv = ["--model", str(untrained), *"--quick --frames 6 --steady-chunks 2 --policy fixed:2 --counts 2".split()]
+    path, questions, before = tmp_path / "fps.json", [0], set()
+    argv += ["--save", str(path)]
+    monkeypatch.setattr(Limit, "left", lambda self: questions.append(questions.pop() - 1) or float(questions[0]))
+    for asked in (0, 3, 5, 8, 99):  # how often there is time left
+        questions[0] = asked
+        code = fps.main(argv)
+        result = output(capsys)
+        assert (code == UNFINISHED) == result["unfinished"] == (asked < 99)
+        assert json.loads(path.read_text()) == result and result.keys() >= before
+        before = set(result)
+    assert list(result["fixed"]) == ["2", "4"] and set(result["backends"].values()) == {"torch"}
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    questions[0] = 99
+    monkeypatch.setattr(fps, "decision_us", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fps.main(argv)
+    half = json.loads(path.read_text())
+    assert half["unfinished"] and half["steady"]["baseline"]["eager"]["fps"]["decode"] > 0 and "fidelity" not in half
+
+
+def test_a_backend_that_was_not_asked_for_is_not_timed(untrained, monkeypatch):
+    monkeypatch.setenv("DSA_BACKEND", "triton")
+    with pytest.raises(SystemExit, match="asked for triton, got torch"):
+        fps.main(["--model", str(untrained), "--quick"])
 
 
 def test_random_weights_and_a_histogram(capsys, monkeypatch):

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,11 +18,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cases, contenders, judge, kernels, work
+from benchmarks.limit import UNFINISHED, Limit, age
 from benchmarks.worker import Lost
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.ops import Rowwise, reference
+from dsa_engine.ops import Rowwise, dispatch, reference
 
 WAN, SMALL = ModelConfig.preset("wan2.1-t2v-1.3b"), ModelConfig.preset("shapes")
 WAN_ROWS = work.rows(work.Sizes(WAN, 480, 832))
@@ -300,10 +307,136 @@ def test_distance_is_that_of_the_worst_output():
     assert not cases.distance([a, torch.tensor([3.0, float("nan")])], [a, a]) < 1e9
 
 
+QUICK = "--time --model shapes --quick --ops modulate --backends torch sdpa".split()
+
+
 def test_a_limit_ends_the_run(on_cpu, capsys):
-    argv = "--time --model shapes --quick --ops modulate --backends torch --limit 1e-9".split()
-    assert kernels.main(argv) == 0
-    assert {r["status"] for r in last_line(capsys)["results"]} == {"skipped"}
+    assert kernels.main([*QUICK, "--limit", "1e-9"]) == UNFINISHED
+    result = last_line(capsys)
+    assert {r["status"] for r in result["results"]} == {"skipped"} and result["unfinished"]
+    assert result["ceilings"]["status"] == "skipped" and result["choice"]["cpu"] == {}
+
+
+def test_a_limit_counts_from_when_the_process_began():
+    """Imports are in it."""
+    code = "import time; time.sleep(0.5); from benchmarks.limit import Limit; print(Limit(100).left())"
+    left = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert left < 99.6 and Limit().left() == float("inf") and not Limit().over(1e9)
+
+
+def test_what_is_cut_off_by_the_limit_is_not_a_failure_of_the_backend():
+    class Slow:
+        def call(self, *_, seconds):
+            time.sleep(seconds)
+            raise Lost("no answer")
+
+    known = kernels.Known()
+    kernels.run([judge.Job(row_of("modulate"), SMALL_SIZES, "torch", "cpu", 0, None)], "cpu",
+                Limit(0.1 + age()), Slow(), known)  # fmt: skip
+    assert known.results[0]["status"] == "skipped"
+
+
+def test_every_result_is_saved_at_once_and_taken_up_again(on_cpu, monkeypatch, capsys, tmp_path):
+    """Stopped in the middle, by no fault of its own; then only what was not there is timed."""
+    path, judged, real = tmp_path / "kernels.json", [], judge.judge
+
+    def dying(job):
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        judged.append((job.row.name, job.backend))
+        return real(job)
+
+    monkeypatch.setattr(kernels, "judge", dying)
+    argv = [*QUICK[:4], "--backends", "torch", "--ops", "modulate", "gate_residual", "linear", "--save", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        kernels.main(argv)
+    half = json.loads(path.read_text())
+    assert half["unfinished"] and [(r["row"], r["backend"]) for r in half["results"]] == judged
+    judged.clear()
+    monkeypatch.setattr(kernels, "judge", lambda job: judged.append((job.row.name, job.backend)) or real(job))
+    assert kernels.main([*argv, "--resume"]) == 0
+    whole = json.loads(path.read_text())
+    assert whole["results"][:3] == half["results"] and whole["ceilings"] == half["ceilings"] and not whole["unfinished"]
+    assert judged and not set(judged) & {(r["row"], r["backend"]) for r in half["results"]}
+    judged.clear()
+    assert kernels.main([*argv, "--resume", "--seed", "1"]) == 0  # another question
+    assert len(judged) == len(whole["results"]) and "of something else" in capsys.readouterr().err
+
+
+# What was asked for
+
+
+def test_what_heavy_rows_take_is_known_first():
+    args = kernels.parsed(["--time", "--quick", "--backends", "torch"])
+    order = [job.row for job in kernels.jobs(args, WAN_ROWS, work.Sizes(WAN, 480, 832), "cuda")]
+    assert order[0].name == "attention kv 18720" and {r.name for r in order} == {
+        r.name for r in kernels.chosen(args, WAN_ROWS)
+    }
+
+
+def test_the_ops_without_a_kernel_are_those_that_have_none():
+    missing = {op for op, stem in dispatch.STEM_OF.items()
+               if not hasattr(importlib.import_module(f"dsa_engine.triton_kernels.{stem}"), op)}  # fmt: skip
+    assert missing == set(contenders.LEFT_TO_CUBLAS)
+
+
+def dispatching(monkeypatch, **backends):
+    """ops.dispatch as if it ran Triton but for these ops."""
+    usual = dict.fromkeys(contenders.LEFT_TO_CUBLAS, "torch") | backends
+    monkeypatch.setattr(
+        dispatch, "choice", lambda op, device="cuda": dispatch.Choice(usual.get(op, "triton"), "the reason")
+    )
+
+
+def test_a_backend_that_was_not_asked_for_is_refused(monkeypatch):
+    dispatching(monkeypatch)
+    found = contenders.refuse_others("auto")
+    assert found.keys() == dispatch.STEM_OF.keys()
+    assert found["attention"] == "triton" and found["linear_gelu"] == "torch"
+    assert contenders.refuse_others("triton") == found
+    with pytest.raises(SystemExit, match="of rms_norm, asked for torch, got triton: the reason"):
+        contenders.refuse_others("torch")
+    with pytest.raises(SystemExit, match="of attention, asked for cuda, got triton"):
+        contenders.refuse_others("cuda", only=["pool_frames", "attention"])  # csrc has no pool_frames
+    with pytest.raises(SystemExit, match="of attention, asked for cudnn, got triton"):
+        contenders.refuse_others("cudnn")
+    dispatching(monkeypatch, attention="cudnn")
+    assert contenders.refuse_others("cudnn")["attention"] == "cudnn"
+    dispatching(monkeypatch, epilogue="torch")
+    for asked in ("auto", "triton"):
+        with pytest.raises(SystemExit, match=f"of epilogue, asked for {asked}, got torch: the reason"):
+            contenders.refuse_others(asked)
+    assert contenders.refuse_others("auto", only=["modulate"]) == {"modulate": "triton"}
+
+
+def test_a_backend_that_cannot_run_is_refused_with_its_reason(monkeypatch):
+    def choice(op, device="cuda"):
+        raise RuntimeError(f"DSA_BACKEND={os.environ['DSA_BACKEND']}: {op} cannot run here")
+
+    monkeypatch.setattr(dispatch, "choice", choice)
+    monkeypatch.setenv("DSA_BACKEND", "auto")
+    with pytest.raises(SystemExit, match="asked for cuda, got none: DSA_BACKEND=cuda: rms_norm cannot run here"):
+        contenders.refuse_others("cuda")
+    assert os.environ["DSA_BACKEND"] == "auto"
+
+
+def test_on_a_cpu_there_is_plain_torch_alone():
+    assert set(contenders.refuse_others("auto", "cpu").values()) == {"torch"}
+    with pytest.raises(SystemExit, match="asked for triton, got torch: the tensors are on a CPU"):
+        contenders.refuse_others("triton", "cpu")
+
+
+@pytest.mark.parametrize("argv, refused", [("", True), ("--backends torch cudnn", False), ("--backends cuda", True)])
+def test_kernels_are_not_timed_where_dispatch_could_not_run_them(argv, refused, monkeypatch):
+    """As where the package was not built: a file of plain torch's figures would look like all others."""
+    dispatching(monkeypatch, **dict.fromkeys(dispatch.STEM_OF, "torch"))
+    args = kernels.parsed(argv.split())
+    with pytest.raises(SystemExit, match="nothing is timed") if refused else nullcontext():
+        kernels.refuse(args, WAN_ROWS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "refuse", lambda *_: sys.exit("refused"))
+    with pytest.raises(SystemExit, match="refused"):
+        kernels.main(["--time"])
 
 
 def test_choices_and_sums():
@@ -372,7 +505,8 @@ def test_a_run_survives_a_lost_worker(monkeypatch):
         def end(self):
             self.ended += 1
 
-    worker = Weak()
-    _, found = kernels.run(todo, "cpu", float("inf"), worker)
+    worker, known = Weak(), kernels.Known()
+    kernels.run(todo, "cpu", Limit(), worker, known)
+    found = known.results
     assert [(r["status"], r.get("why")) for r in found] == [("failed", "no answer in 90 s"), ("ok", None)]
     assert worker.ended == 1 and "broken" not in found[1]

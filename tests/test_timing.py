@@ -1,22 +1,18 @@
-"""What the benchmarks share: clocks against a simulated GPU, the worker, records, and the suite's script."""
+"""What the benchmarks share: clocks against a simulated GPU, the worker, and records."""
 
 from __future__ import annotations
 
 import json
 import operator
 import os
-import subprocess
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import record, timing
 from benchmarks.worker import Lost, Worker
-
-SUITE = Path(timing.__file__).with_name("gpu_suite.sh")
 
 
 class Simulated:
@@ -127,25 +123,3 @@ def test_records(tmp_path):
     record.save({"a": [1, None]}, tmp_path / "new" / "r.json")
     assert json.loads((tmp_path / "new" / "r.json").read_text()) == {"a": [1, None]}
     assert record.aligned([["a", "b"], ["long", "100"]]) == ["a       b", "long  100"]
-
-
-def test_the_gpu_suite_lists_its_parts():
-    assert subprocess.run(["bash", "-n", SUITE], check=False).returncode == 0
-    listed = subprocess.run(["bash", SUITE, "--list"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [text.split()[0] for text in listed] == "build kernels fps notes tests memcheck racecheck".split()
-    assert sum(int(text.split()[1]) for text in listed) <= 9 * 60
-    wrong = subprocess.run(["bash", SUITE, "build", "x"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and "no part 'x'" in wrong.stderr and not wrong.stdout
-
-
-def test_the_gpu_suite_goes_on_and_sums_up(tmp_path):
-    """With an interpreter that fails, and no checker: one part fails, one is absent, both are in the table."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho called $*\nexit 3\n")
-    python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(["bash", SUITE, "kernels", "memcheck"], capture_output=True, text=True, env=env, check=False)
-    table = (tmp_path / "out/gpu-suite.txt").read_text().splitlines()
-    assert done.returncode == 1 and done.stdout.splitlines()[-2:] == table
-    assert table[0].startswith("kernels") and table[0].endswith("FAILED, code 3") and table[1].endswith("absent")
-    assert "called benchmarks/kernels.py --quick" in (tmp_path / "out/gpu-kernels.log").read_text()

@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import kernels, plain_vae, vae_decode, vae_work
-from benchmarks.work import Sizes
-from dsa_engine.config import ModelConfig
+from benchmarks.limit import UNFINISHED
 from dsa_engine.models.vae import WanVAE
 from dsa_engine.ops import reference
 
@@ -152,33 +151,39 @@ def test_kernels_prints_the_plan_of_the_vae(capsys):
 def test_the_three_ways_are_judged_by_float32(monkeypatch):
     """On a CPU the last one runs eagerly; a wrong one is seen."""
     shape = (1, 3, 16, 2, 3)
-    results = vae_decode.judge(shape, "cpu", 0, 1e-3, dim=8)
+    results = list(vae_decode.judge(shape, "cpu", 0, 1e-3, dim=8))
     assert [r["backend"] for r in results] == ["eager", "channels_last", "graphed"]
     assert all(r["status"] == "ok" and 0 < r["error"] <= r["limit"] and r["us"] > 0 for r in results)
     decode = WanVAE.decode
     monkeypatch.setattr(WanVAE, "decode", lambda *args: (1.1 * decode(*args)[0], decode(*args)[1]))
-    results = vae_decode.judge(shape, "cpu", 0, None, dim=8)
+    results = list(vae_decode.judge(shape, "cpu", 0, None, dim=8))
     assert [r["status"] for r in results] == ["ok", "wrong", "wrong"] and "us" not in results[0]
 
 
-@pytest.mark.parametrize(
-    "argv, asked", [("", True), ("--ops vae_decode", True), ("--ops modulate", False), ("--model shapes", False)]
-)
-def test_kernels_times_the_decode_where_there_is_a_gpu(argv, asked, monkeypatch):
-    calls = []
-    monkeypatch.setattr(vae_decode, "judge", lambda *args: calls.append(args) or [{"status": "ok"}])
-    args = kernels.parsed(argv.split())
-    sizes = Sizes(ModelConfig.preset(args.model), args.height, args.width)
-    assert kernels.decoded(args, sizes, "cpu", None) == [] and not calls
-    assert bool(kernels.decoded(args, sizes, "cuda", None)) == asked
-    assert calls == ([((1, 3, 16, 60, 104), "cuda", 0, 3.0)] if asked else [])
+SMALL = "--height 16 --width 24 --dim 8 --seconds 0.001".split()
 
 
-def test_a_decode_that_fails_is_reported(monkeypatch):
-    def judge(*_):
-        raise RuntimeError("out of memory")
+def failing(way, *_):
+    raise RuntimeError(f"out of memory in {way}")
 
-    monkeypatch.setattr(vae_decode, "judge", judge)
-    args = kernels.parsed([])
-    (found,) = kernels.decoded(args, Sizes(ModelConfig.preset(args.model), 480, 832), "cuda", None)
-    assert (found["status"], found["why"]) == ("failed", "out of memory")
+
+def test_each_way_is_saved_at_once_and_a_failure_stops_no_other(tmp_path, monkeypatch, capsys):
+    saved, whole = [], vae_decode.third
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(vae_decode, "save", lambda result, path: saved.append(json.loads(json.dumps(result))))
+    assert vae_decode.main([*SMALL, "--save", str(tmp_path / "vae.json")]) == 0
+    assert [[r["backend"] for r in one["results"]] for one in saved] == [list(vae_decode.WAYS[:n]) for n in (1, 2, 3)]
+    assert [one["unfinished"] for one in saved] == [True, True, False]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == saved[-1]
+    middle = vae_decode.WAYS[1]
+    monkeypatch.setattr(vae_decode, "third", lambda way, *rest: (failing if way == middle else whole)(way, *rest))
+    assert vae_decode.main(SMALL) == 1
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [r["status"] for r in results] == ["ok", "failed", "ok"] and "out of memory" in results[1]["why"]
+
+
+def test_a_way_that_does_not_fit_the_limit_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert vae_decode.main([*SMALL, "--limit", "0"]) == UNFINISHED
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {r["status"] for r in result["results"]} == {"skipped"} and result["unfinished"]

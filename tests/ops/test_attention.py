@@ -232,9 +232,9 @@ def check_attention(batch, tokens, heads, head_dim, frame, window, slots, slot, 
     used = {}
     for s, row in zip(slot, runs):
         used.setdefault(s, []).extend(frames_of(row))
-    q = torch.randn(batch, tokens, heads, head_dim).to(DEVICE, dtype)
-    shape = (2, slots, window, frame, heads, head_dim)
-    k, v = (nan_cache(c, used) for c in torch.randn(shape).to(DEVICE, cache_dtype))
+    q = torch.randn(batch, tokens, heads, head_dim, device=DEVICE).to(dtype)
+    shape = (2, slots, window, frame, heads, head_dim)  # of the real size 200 million numbers: a CPU takes 4 s for them
+    k, v = (nan_cache(c, used) for c in torch.randn(shape, device=DEVICE).to(cache_dtype))
     scales = random_scales(slots, heads, head_dim) if cache_dtype == torch.float8_e4m3fn else None
     args = q, k, v, torch.tensor(slot, device=DEVICE), torch.tensor(runs, device=DEVICE), scales
     with pytest.MonkeyPatch.context() as patch, poisoned_memory():

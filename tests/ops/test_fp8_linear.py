@@ -25,7 +25,7 @@ def surrounded(*shape, dtype, scale=1.0, offset=0.0):
     """Random rows between NaN, which must not be read."""
     buffer = poison(math.prod(shape) + 64, dtype=dtype)
     x = buffer[32:-32].view(shape)
-    return x.copy_(offset + scale * torch.randn(shape))
+    return x.copy_(offset + scale * torch.randn(shape, device=DEVICE))
 
 
 def assert_quantised(got: Rowwise, exact: torch.Tensor, slack: float = 2.0**-20) -> None:

@@ -114,8 +114,8 @@ SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 30), st.
 def case(batch, frames, pixels, channels, dtype, past=0):
     """(x, gain, bias, room for the result behind `past` frames); NaN lies between the rows of x, and in the room."""
     around = poison(batch, frames + 1, pixels, channels, dtype=dtype)
-    around[:, 1:] = (3 * torch.randn(batch, frames, pixels, channels) + 0.5).to(DEVICE, dtype)
-    gain, bias = (torch.randn(2, channels) + 1).to(DEVICE, dtype)
+    around[:, 1:] = (3 * torch.randn(batch, frames, pixels, channels, device=DEVICE) + 0.5).to(dtype)
+    gain, bias = (torch.randn(2, channels, device=DEVICE) + 1).to(dtype)
     return around[:, 1:], gain, bias, poison(batch, frames + past, pixels, channels, dtype=dtype)
 
 

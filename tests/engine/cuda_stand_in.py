@@ -140,6 +140,7 @@ class Runtime:
 
     def __init__(self, cuda):
         self.cuda, self.calls, self.alive, self.fails, self.ids = cuda, [], {}, None, itertools.count(1)
+        self.last = self.SUCCESS  # error
         self.cudaError_t = SimpleNamespace(cudaSuccess=self.SUCCESS)
         self.cudaGraphNodeType = SimpleNamespace(cudaGraphNodeTypeConditional="conditional")
         self.cudaGraphConditionalNodeType = SimpleNamespace(cudaGraphCondTypeWhile="while")
@@ -151,9 +152,16 @@ class Runtime:
     def cudaGetErrorString(self, error):
         return self.SUCCESS, b"invalid argument"
 
+    def cudaGetLastError(self):
+        last, self.last = self.last, self.SUCCESS
+        return (last,)
+
     def made(self, call, value=None):
         self.calls.append(call)
-        return (self.FAILURE, None) if self.fails == call[0] else (self.SUCCESS, value)
+        if self.fails == call[0]:
+            self.last = self.FAILURE
+            return self.FAILURE, None
+        return self.SUCCESS, value
 
     def graph(self):
         number = next(self.ids)

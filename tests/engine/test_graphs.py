@@ -417,6 +417,48 @@ def test_capturing_leaves_a_pool_as_it_was(cuda, model):
     assert cuda.log == ["side waits for main", *["capture in pool on side, thread_local"] * (len(made.wanted) - 2)]
 
 
+@pytest.mark.parametrize("call", ["cudaGraphAddChildGraphNode", "cudaGraphAddNode", "cudaGraphInstantiate"])
+def test_a_loop_that_the_driver_refuses_costs_the_loops_alone(cuda, model, caplog, call):
+    """It is said, and every chunk is replayed to the same bits, a launch up to each decision."""
+    (engine, ours), (_, theirs) = (pool(*model, 1) for _ in range(2))
+    made, seen = StepGraphs(ours, (1,), loop_rows=1), []
+    cuda.runtime.fails = call
+    with caplog.at_level(logging.WARNING):
+        made.capture(lambda done, of: seen.append(done))
+    (text,) = caplog.messages
+    assert text.startswith(f"no loop on the device, single steps are launched instead: RuntimeError: {call}: ")
+    assert {*made._captured} == {*made.wanted} and not any(graph.loop for graph in made.wanted)
+    assert len(seen) == len(made.wanted) and ours.cache.in_use == 0
+    a, b = (rollout(engine, inputs, [Confidence(0.5)]) for inputs in (ours, theirs))
+    for _ in range(CHUNKS):
+        cuda.launches = 0
+        (got, forwards), (expected, expected_forwards) = chunk(a, made, on_device=True), chunk(b)
+        assert forwards == expected_forwards and got.latents.equal(expected.latents)
+        assert cuda.launches == len(forwards)
+
+
+def on_cuda(engine, monkeypatch):
+    """Engine.capture and who asks for the device are told that it is a CUDA device."""
+    monkeypatch.setattr(type(engine), "device", torch.device("cuda", 0))
+
+
+def test_a_capture_that_fails_leaves_no_graphs_and_the_next_one_tries_again(cuda, model, monkeypatch):
+    engine, _ = pool(*model, 1)
+    on_cuda(engine, monkeypatch)
+    options = dict(height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, config=engine.config)
+    with monkeypatch.context() as fault:
+        fault.setattr(cuda, "CUDAGraph", lambda **_: 1 / 0)
+        fault.setattr(torch.cuda, "CUDAGraph", cuda.CUDAGraph)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                engine.capture(**options)
+            (inputs,) = engine._pools.values()
+            assert inputs.graphs is None and inputs.cache.in_use == 0
+    assert engine.capture(**options) > 0
+    assert {*inputs.graphs._captured} == {*inputs.graphs.wanted}
+    assert engine.capture(**options) == 0.0  # it is there
+
+
 def test_torch_takes_what_the_stand_in_takes():
     bind = inspect.signature(torch.cuda.graph).bind
     bind(None, pool=(0, 1), stream=None, capture_error_mode="thread_local")

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dsa_engine.engine import device_loop
+from dsa_engine.engine.device import read
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Node, Row, chunk_plan
 
@@ -198,21 +198,12 @@ class StepGraphs:
 
     def flags(self, slots: Sequence[int]) -> list[bool]:
         """Which of the slots have stopped, as soon as what was launched until now is done."""
-        state = self._read(self.inputs.state)
+        state = read(self.inputs.state).tolist()
         return [state[slot][-1] > 0 for slot in slots]
 
     def _taken(self, slots: Sequence[int]) -> list[int]:
-        step = self._read(self.inputs.step)
+        step = read(self.inputs.step).tolist()
         return [step[slot] for slot in slots]
-
-    def _read(self, source: Tensor) -> list:
-        """A small tensor on the host, as soon as what was launched until now is done."""
-        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-        host.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        event.synchronize()
-        return host.tolist()
 
     # ---- capturing ---------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.device import Moment
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Node, chunk_plan, execute
 from dsa_engine.models.confidence import ConfidenceHead
@@ -47,7 +47,8 @@ class Rollout:
         self.slot: Tensor | None = cache.acquire(len(policies))
         self.slots: list[int] = self.slot.tolist()
         self.text_kv, self.inputs = text_kv, inputs
-        self.commit_seconds = 0.0  # of the last chunk, where its commit was a forward of its own
+        # The last chunk's commit from beginning to end, where it was a forward of its own.
+        self.commit_span: tuple[Moment, Moment] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -95,9 +96,9 @@ class Rollout:
         )
 
     def _settle_timed(self) -> None:
-        start = time.perf_counter()
+        start = Moment(self.cache.k.device)
         self.settle()
-        self.commit_seconds = time.perf_counter() - start
+        self.commit_span = start, Moment(self.cache.k.device)
 
     @torch.inference_mode()
     def begin(self) -> tuple[Node, ...]:
@@ -108,7 +109,7 @@ class Rollout:
         room = self.config.window is None or self.cache.spare >= size
         merge = room and self.cache.still is None and self.config.commit == "clean"
         whole = all(latents.shape[1] == size for _, latents in self.past)  # a picture at the start is less than a chunk
-        commit, self.replays, self.commit_seconds = merge and not self.committed and not self.stale, [], 0.0
+        commit, self.replays, self.commit_span = merge and not self.committed and not self.stale, [], None
         if commit:
             inputs.x0[self.slot] = self.past[-1][1]
         elif self.stale and merge and whole:

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsa_engine.engine import device_loop
+from dsa_engine.engine import device_loop, graphs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.models.dit import TextKV
 from dsa_engine.ops import cuda as kernels
 from dsa_engine.ops import reference
 
-PATCHED = ("Stream", "current_stream", "stream", "Event", "CUDAGraph", "graph", "graph_pool_handle", "synchronize")
+PATCHED = ("Stream", "current_stream", "stream", "CUDAGraph", "graph", "graph_pool_handle", "synchronize")
 
 
 class Recorder(TorchDispatchMode):
@@ -109,11 +109,9 @@ class Cuda:
         yield
         self.stream_now = "main"
 
-    def Event(self):
-        def synchronize():
-            self.reads += 1
-
-        return SimpleNamespace(record=lambda: None, synchronize=synchronize)
+    def read(self, x):
+        self.reads += 1
+        return x.clone()
 
     def CUDAGraph(self, keep_graph=False):
         return FakeGraph(self, keep_graph)
@@ -250,6 +248,7 @@ def patch(cuda, monkeypatch):
     cuda.runtime.fails = None
     for name in PATCHED:
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(graphs, "read", cuda.read)
     monkeypatch.setattr(device_loop, "runtime", lambda: cuda.runtime)
     monkeypatch.setattr(kernels, "csrc", cuda.runtime)
     monkeypatch.setattr(reference, "attention", masked_attention)

@@ -198,7 +198,7 @@ class StepGraphs:
 
     def flags(self, slots: Sequence[int]) -> list[bool]:
         """Which of the slots have stopped, as soon as what was launched until now is done."""
-        state = read(self.inputs.state).tolist()
+        state = self.inputs.told_back()
         return [state[slot][-1] > 0 for slot in slots]
 
     def _taken(self, slots: Sequence[int]) -> list[int]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsa_engine.engine import device_loop, graphs
+from dsa_engine.engine import device_loop, graphs, inputs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.models.dit import TextKV
 from dsa_engine.ops import cuda as kernels
@@ -248,7 +248,8 @@ def patch(cuda, monkeypatch):
     cuda.runtime.fails = None
     for name in PATCHED:
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-    monkeypatch.setattr(graphs, "read", cuda.read)
+    for module in (graphs, inputs):
+        monkeypatch.setattr(module, "read", cuda.read)
     monkeypatch.setattr(device_loop, "runtime", lambda: cuda.runtime)
     monkeypatch.setattr(kernels, "csrc", cuda.runtime)
     monkeypatch.setattr(reference, "attention", masked_attention)

@@ -87,7 +87,7 @@ class BeforeCopy(TorchFunctionMode):
         self.seen = seen
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.cpu:
+        if func in (torch.Tensor.cpu, torch.Tensor.copy_):  # from a GPU into page-locked memory
             self.seen()
         return func(*args, **(kwargs or {}))
 
@@ -129,7 +129,9 @@ class EngineStream:
         with BeforeCopy(lambda: self.watch.mark("decode")):
             frames = to_uint8(pixels)
         if self.watch.marks[-1][0] != "decode":
-            raise RuntimeError("to_uint8 has made no copy to the host by Tensor.cpu: where decoding ends is not known")
+            raise RuntimeError(
+                "to_uint8 has made no copy to the host by Tensor.cpu or copy_: where decoding ends is not known"
+            )
         return frames
 
     def close(self) -> None:

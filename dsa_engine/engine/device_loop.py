@@ -80,5 +80,6 @@ class DeviceLoop:
         """A function of the CUDA runtime: what it returns beside its error, which raises."""
         error, *result = getattr(self.runtime, name)(*arguments)
         if error != self.runtime.cudaError_t.cudaSuccess:
+            self.runtime.cudaGetLastError()  # forgets it, else whoever launches a kernel next is told of it
             raise RuntimeError(f"{name}: {self.runtime.cudaGetErrorString(error)[1].decode()} ({error.name})")
         return result[0] if result else None

@@ -65,6 +65,10 @@ class Engine:
         self._pools: dict[PoolShape, StepInputs] = {}
         self._decoders: dict[tuple[int, ...], ChunkDecoder] = {}  # by the shape of a chunk's latents
 
+    @property
+    def device(self) -> torch.device:
+        return self.dit.device
+
     def session(
         self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
         policy: Policy, seed: int, config: RolloutConfig, given: Tensor | None = None, guide: Tensor | None = None,
@@ -94,15 +98,16 @@ class Engine:
         Returns the seconds it took; progress(done, of) is called after each of the pool's. Raises RuntimeError where
         there is no CUDA device.
         """
-        if self.dit.device.type != "cuda":
-            raise RuntimeError(f"CUDA graphs on {self.dit.device}: they need a CUDA device")
+        if self.device.type != "cuda":
+            raise RuntimeError(f"CUDA graphs on {self.device}: they need a CUDA device")
         inputs, seconds = self._shared(self._pool_shape(height, width, frames, config)), 0.0
         if inputs.graphs is None:
             why = device_loop.unavailable()
             if why is not None:
                 logger.warning("no loop on the device, single steps are launched instead: %s", why)
-            inputs.graphs = StepGraphs(inputs, loop_rows=0 if why else 1)
-            seconds = inputs.graphs.capture(progress)
+            graphs = StepGraphs(inputs, loop_rows=0 if why else 1)
+            seconds = graphs.capture(progress)
+            inputs.graphs = graphs  # only now: after a failure the next call tries again
         return seconds + self._capture_decoder(self._chunk(height, width, config))
 
     def _capture_decoder(self, latents: tuple[int, ...]) -> float:
@@ -127,7 +132,7 @@ class Engine:
         if shape not in self._pools:  # pools of other shapes that nobody uses make room
             kept = {other: pool for other, pool in self._pools.items() if pool.cache.in_use or pool.graphs is not None}
             self._pools = kept | {shape: self._pool(shape, self.max_sessions)}
-            if self.dit.device.type == "cuda" and kept:
+            if self.device.type == "cuda" and kept:
                 logger.info("%s was not captured: its forwards are launched op by op", shape)
         return self._pools[shape]
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dsa_engine.engine import device_loop
+from dsa_engine.engine.device import read
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Node, Row, chunk_plan
 
@@ -198,21 +198,12 @@ class StepGraphs:
 
     def flags(self, slots: Sequence[int]) -> list[bool]:
         """Which of the slots have stopped, as soon as what was launched until now is done."""
-        state = self._read(self.inputs.state)
+        state = self.inputs.told_back()
         return [state[slot][-1] > 0 for slot in slots]
 
     def _taken(self, slots: Sequence[int]) -> list[int]:
-        step = self._read(self.inputs.step)
+        step = read(self.inputs.step).tolist()
         return [step[slot] for slot in slots]
-
-    def _read(self, source: Tensor) -> list:
-        """A small tensor on the host, as soon as what was launched until now is done."""
-        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-        host.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        event.synchronize()
-        return host.tolist()
 
     # ---- capturing ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +212,8 @@ class StepGraphs:
         """Capture every graph; returns the seconds it took. progress(done, of) is called after each.
 
         Every forward is run once before, for what is compiled, chosen or loaded at first use must not be captured. It
-        runs in a cache slot that nobody has (RuntimeError if there is none), with rows that do not count.
+        runs in a cache slot that nobody has (RuntimeError if there is none), with rows that do not count. A loop that
+        cannot be made costs all loops and nothing else: their chunks are then replayed a step at a time.
         """
         start = time.perf_counter()
         device = self.inputs.x.device
@@ -237,7 +229,13 @@ class StepGraphs:
                 for size in self._rows:
                     self._forward(size)
             for done, graph in enumerate(self.wanted, 1):
-                self._captured[graph] = self._capture(graph, stream, pool)
+                try:
+                    self._captured[graph] = self._capture(graph, stream, pool)
+                except Exception as error:  # of the driver, of the kernel's launcher or of cuda-python
+                    if not graph.loop:
+                        raise
+                    self._without_loops(error)
+                    break  # loops come last
                 if progress is not None:
                     progress(done, len(self.wanted))
             torch.cuda.synchronize(device)
@@ -258,6 +256,12 @@ class StepGraphs:
         if part:
             captured.instantiate()  # else only the first replay would
         return captured
+
+    def _without_loops(self, error: Exception) -> None:
+        """Go on with what needs no loop: every plan of a loop has graphs of its single steps too."""
+        logger.warning("no loop on the device, single steps are launched instead: %s: %s", type(error).__name__, error)
+        self.wanted = tuple(graph for graph in self.wanted if not graph.loop)
+        self._captured = {graph: made for graph, made in self._captured.items() if not graph.loop}
 
     def _forward(self, size: int, steps: bool = True) -> None:
         self.inputs.run(self._rows[size], [self._keys] * size, steps)

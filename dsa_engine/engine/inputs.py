@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine import ops
+from dsa_engine.engine.device import read
 from dsa_engine.engine.plan import Row
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
@@ -100,6 +101,11 @@ class StepInputs:
     def _sent(self, host: Tensor) -> Tensor:
         """On the device, without a wait: torch keeps the page-locked memory until the copy is done, then reuses it."""
         return (host.pin_memory() if self.x.is_cuda else host).to(self.x.device, non_blocking=True)
+
+    def told_back(self) -> list[list[float]]:
+        """`state` of every slot on the host, [N + 1][F + 1], as soon as what was launched until now is done: one read,
+        whoever of them is asked about."""
+        return read(self.state).tolist()
 
     def forward(self, rows: Sequence[Row]) -> None:
         """One forward over some rows, commits first (a step may see a chunk that is committed in the same forward)."""

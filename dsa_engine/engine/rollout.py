@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.device import Moment
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Node, chunk_plan, execute
 from dsa_engine.models.confidence import ConfidenceHead
@@ -47,7 +47,8 @@ class Rollout:
         self.slot: Tensor | None = cache.acquire(len(policies))
         self.slots: list[int] = self.slot.tolist()
         self.text_kv, self.inputs = text_kv, inputs
-        self.commit_seconds = 0.0  # of the last chunk, where its commit was a forward of its own
+        # The last chunk's commit from beginning to end, where it was a forward of its own.
+        self.commit_span: tuple[Moment, Moment] | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -95,9 +96,9 @@ class Rollout:
         )
 
     def _settle_timed(self) -> None:
-        start = time.perf_counter()
+        start = Moment(self.cache.k.device)
         self.settle()
-        self.commit_seconds = time.perf_counter() - start
+        self.commit_span = start, Moment(self.cache.k.device)
 
     @torch.inference_mode()
     def begin(self) -> tuple[Node, ...]:
@@ -108,7 +109,7 @@ class Rollout:
         room = self.config.window is None or self.cache.spare >= size
         merge = room and self.cache.still is None and self.config.commit == "clean"
         whole = all(latents.shape[1] == size for _, latents in self.past)  # a picture at the start is less than a chunk
-        commit, self.replays, self.commit_seconds = merge and not self.committed and not self.stale, [], 0.0
+        commit, self.replays, self.commit_span = merge and not self.committed and not self.stale, [], None
         if commit:
             inputs.x0[self.slot] = self.past[-1][1]
         elif self.stale and merge and whole:
@@ -152,21 +153,27 @@ class Rollout:
         for slot in live:
             self.counts[slot] += node.step
 
-    def stopped(self, live: Sequence[int]) -> list[bool]:
-        """Which of the slots are done with their chunk: what the stop flags or, where a device cannot, policies say."""
-        rows = [self.slots.index(slot) for slot in live]
-        state, limit = self.inputs.state[self.slot[rows]], len(self.schedule)
-        flags = [bool(flag) for flag in state[:, -1].tolist()]
+    def stopped(self, live: Sequence[int], state: Sequence[Sequence[float]] | None = None) -> list[bool]:
+        """Which of the slots are done with their chunk: what the stop flags or, where a device cannot, policies say.
+
+        state: `StepInputs.told_back` after the forward, where somebody has read it already. A policy that judges how
+        far an estimate has moved costs one read more.
+        """
+        state = self.inputs.told_back() if state is None else state
         if not self.judged:
-            return flags
-        x0 = self.inputs.x0[self.slot]
-        policies = [self.policies[row] for row in rows]
-        before = None if self.before is None else self.before[rows]
-        values = read([policy.reads for policy in policies], state[:, :-1], x0[rows], before)
+            return [state[slot][-1] > 0 for slot in live]
+        rows, limit = [self.slots.index(slot) for slot in live], len(self.schedule)
+        policies, x0 = [self.policies[row] for row in rows], self.inputs.x0[self.slot]
+        judged = [policy.reads if policy.reads == "change" else None for policy in policies]  # the rest is in `state`
+        before = None if self.before is None else _picked(self.before, rows)
+        moved = read(judged, None, _picked(x0, rows), before)
         self.before = x0
+        values = [state[slot][:-1] if p.reads == "confidence" else m for slot, p, m in zip(live, policies, moved)]
         return [
-            flag if policy.rule(self.index, limit) else policy.done(self.index, self.counts[slot], value, limit)
-            for slot, policy, value, flag in zip(live, policies, values, flags)
+            state[slot][-1] > 0
+            if policy.rule(self.index, limit)
+            else policy.done(self.index, self.counts[slot], value, limit)
+            for slot, policy, value in zip(live, policies, values)
         ]
 
     def denoised(self) -> Denoised:
@@ -242,6 +249,11 @@ class Rollout:
         if self.slot is not None:
             self.cache.release(self.slot)
             self.slot, self.past = None, []
+
+
+def _picked(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x[rows], for which a list of numbers would have to be sent to the device."""
+    return x if len(rows) == len(x) else torch.stack([x[row] for row in rows])
 
 
 # Replaced, never written to: no copy needed.

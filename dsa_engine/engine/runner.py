@@ -80,16 +80,17 @@ class Runner:
             return []
         alone = {row.key for row in rows if row.commit} - {row.key for row in rows if not row.commit}
         together = {row.key for row in rows if row.commit} - alone
+        inputs = self.inputs
         try:
             ahead = {row: not row.commit and row.key in together for row in rows}
-            self.inputs.forward([Row(row.key, row.commit, ahead[row]) for row in rows])
+            inputs.forward([Row(row.key, row.commit, ahead[row]) for row in rows])
         except BaseException:
             self.batcher.report(())
             for key in dict.fromkeys(row.key for row in rows):
                 self.batcher.remove(key)
                 self._wait(key)
             raise
-        done = []
+        stepped, done, state = [], [], None
         for row in rows:
             turn = self._turns[row.key]
             rollout = turn.session.rollout
@@ -102,7 +103,12 @@ class Runner:
             elif not row.commit:
                 node = turn.plan.pop(0)
                 rollout.took(node, rollout.slots)
-                if not turn.plan or (node.decide and rollout.stopped(rollout.slots)[0]):
-                    done.append(row.key)
+                stepped.append((row.key, node.decide))
+        if any(decide and self._turns[key].plan for key, decide in stepped):
+            state = inputs.told_back()  # of all of them at once, for every read waits for the device
+        for key, decide in stepped:
+            turn = self._turns[key]
+            if not turn.plan or (decide and turn.session.rollout.stopped([key], state)[0]):
+                done.append(key)
         self.batcher.report(done)
         return [self._turns.pop(key).session for key in done]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsa_engine.engine.device import Moment, copied
 from dsa_engine.engine.plan import Node
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.models.codec import VideoCodec
@@ -29,7 +30,8 @@ class Chunk:
     frames: uint8 [T, H, W, 3]; latents [F, C, h, w]; steps: denoising steps taken; confidence: one value in (0, 1) per
     latent frame, None without a head; pts: seconds of the first frame from the clip's start;
     timings: milliseconds of `commit` (the previous chunk's, where it is a forward of its own and does not ride along
-    with the first step), `denoise`, `decode` and `total`; prompt: the one in force.
+    with the first step), `denoise`, `decode` (to pixels on the device) and `total`, their sum: on a CUDA device by its
+    own events, for the host is ahead of it; prompt: the one in force.
     """
 
     index: int
@@ -73,6 +75,22 @@ class Snapshot:
     shape: tuple[int, ...] = field(repr=False, default=())
 
 
+class Times(NamedTuple):
+    """When a chunk was begun, by the host's clock and on the device, when it was denoised, and the commit in it."""
+
+    start: float
+    begun: Moment
+    denoised: Moment
+    commit: tuple[Moment, Moment] | None
+
+    def timings(self, decoded: Moment) -> dict[str, float]:
+        """`Chunk.timings`, once the host has waited for the frames."""
+        commit = 0.0 if self.commit is None else self.commit[1].since(self.commit[0])
+        denoise, decode = self.denoised.since(self.begun) - commit, decoded.since(self.denoised)
+        parts = {"commit": 1e3 * commit, "denoise": 1e3 * denoise, "decode": 1e3 * decode}
+        return parts | {"total": sum(parts.values())}
+
+
 class Text(Protocol):
     """What makes a prompt the model's: the engine."""
 
@@ -96,7 +114,7 @@ class Session:
         self.rollout, self._decoder, self._text = rollout, decoder, text
         self._embeds, self._transition = embeds, None
         self._limit = limit
-        self._start = 0.0  # of the chunk that is being made
+        self._begun: tuple[float, Moment] | None = None  # when the chunk that is being made was, as in Times
         self._stream: Any = None  # of the decoder, on a CUDA device
         self._begin()
         self.fps, self.prompt = fps, prompt
@@ -105,6 +123,10 @@ class Session:
         given = self.rollout.given
         self._decoder_state: Any = None  # after the frames that were given too: made when the first chunk is decoded
         self._frames = 0 if given is None else self._decoder.frames_of(given.shape[1], True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rollout.cache.k.device
 
     @property
     def index(self) -> int:
@@ -127,13 +149,11 @@ class Session:
         the session is closed or has made all its frames.
         """
         self._ready()
-        self._start = time.perf_counter()
         return self._finish(self.rollout.denoise(on_step))
 
     def begin(self) -> tuple[Node, ...]:
         """The first half of `next_chunk` for a `Runner`: everything is ready for the forwards of the plan returned."""
         self._ready()
-        self._start = time.perf_counter()
         return self.rollout.begin()
 
     def finish(self) -> Chunk:
@@ -149,6 +169,7 @@ class Session:
         if way is not None and self.index < way.first + way.chunks:
             self._embeds = way.embeds(self.index)
             self.rollout.switch(self._text.text_kv(self._embeds), way.recache)
+        self._begun = time.perf_counter(), Moment(self.device)
 
     def chunks(self) -> Iterator[Chunk]:
         """All chunks up to the clip's end, each decoded while the next one is denoised: that in a thread of its own,
@@ -164,19 +185,21 @@ class Session:
                 following = None if self.exhausted else ahead.submit(self._denoise)
                 yield decode()
 
-    def _denoise(self) -> tuple[Denoised, AbstractContextManager]:
+    def _denoise(self) -> tuple[Denoised, Times, AbstractContextManager]:
         """The next chunk, and the context in which it can be decoded beside what follows."""
         self._ready()
-        self._start = time.perf_counter()
-        return (result := self.rollout.denoise()), self._beside(result)
+        return (result := self.rollout.denoise()), self._times(), self._beside(result)
+
+    def _times(self) -> Times:
+        """Those of the chunk that is denoised now. Before `_beside`, whose stream waits for them too."""
+        return Times(*self._begun, Moment(self.device), self.rollout.commit_span)
 
     def _beside(self, result: Denoised) -> AbstractContextManager:
-        device = self.rollout.cache.k.device
-        if device.type != "cuda":
+        if self.device.type != "cuda":
             return nullcontext()
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+            self._stream = torch.cuda.Stream(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         result.latents.record_stream(self._stream)
         return torch.cuda.stream(self._stream)
 
@@ -186,52 +209,44 @@ class Session:
         chunk is begun.
         """
         result = self.rollout.denoised()
-        return self._hand_over(result, self._beside(result))
+        return self._hand_over(result, self._times(), self._beside(result))
 
-    def _hand_over(self, result: Denoised, beside: AbstractContextManager) -> Callable[[], Chunk]:
-        times = (self._start, time.perf_counter(), self.rollout.commit_seconds)
+    def _hand_over(self, result: Denoised, times: Times, beside: AbstractContextManager) -> Callable[[], Chunk]:
         index, past = self.index, self._past_state()
         self.rollout.accept(result.latents)
 
         def decode() -> Chunk:
             with beside:
-                return self._decode(result, index, past, *times)
+                return self._decode(result, index, past, times)
 
         return decode
 
     def _finish(self, result: Denoised) -> Chunk:
-        times = (self._start, time.perf_counter(), self.rollout.commit_seconds)
-        chunk = self._decode(result, self.index, self._past_state(), *times)
+        times = self._times()
+        chunk = self._decode(result, self.index, self._past_state(), times)
         self.rollout.accept(result.latents)  # cannot fail: the session moves on as a whole or not at all
         return chunk
 
-    def _decode(
-        self, result: Denoised, index: int, past: Any, start: float, denoised: float, commit: float
-    ) -> Chunk:  # fmt: skip
-        """Frames of a chunk that was begun and denoised at these times; past: the decoder's state before it. When all
-        is done the session has them behind it."""
-        confidence = None if result.confidence is None else result.confidence[0].tolist()
+    def _decode(self, result: Denoised, index: int, past: Any, times: Times) -> Chunk:
+        """Frames of a chunk; past: the decoder's state before it. When all is done the session has them behind it."""
         with torch.inference_mode():
             pixels, decoder_state = self._decoder.decode(result.latents, past)
-            frames = to_uint8(pixels[0])
-        end = time.perf_counter()
+            decoded = Moment(self.device)
+            confidence = None if result.confidence is None else copied(result.confidence[0])
+            frames = to_uint8(pixels[0])  # waits for all of it
+        took = time.perf_counter() - times.start
         chunk = Chunk(
             index=index,
             frames=frames,
             latents=result.latents[0],
             steps=result.steps[0],
-            confidence=confidence,
+            confidence=None if confidence is None else confidence.tolist(),
             pts=self._frames / self.fps,
-            timings={
-                "commit": 1e3 * commit,
-                "denoise": 1e3 * (denoised - start - commit),
-                "decode": 1e3 * (end - denoised),
-                "total": 1e3 * (end - start),
-            },
+            timings=times.timings(decoded),
             prompt=self.prompt,
         )
         for policy in self.rollout.policies:
-            policy.observe(end - start, len(frames))
+            policy.observe(took, len(frames))
         self._decoder_state = decoder_state
         self._frames += len(frames)
         return chunk
@@ -323,4 +338,8 @@ class Session:
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """[..., T, 3, H, W] in [0, 1] -> uint8 [..., T, H, W, 3], rounded to nearest."""
     pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.movedim(-3, -1).contiguous().cpu().numpy()
+    host = copied(pixels.movedim(-3, -1).contiguous())
+    if not pixels.is_cuda:
+        return host.numpy()
+    Moment(pixels.device).wait()
+    return host.numpy().copy()  # who keeps the frames of a long clip must not keep so much page-locked memory

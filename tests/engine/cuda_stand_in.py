@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsa_engine.engine import device_loop
+from dsa_engine.engine import device_loop, graphs, inputs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.models.dit import TextKV
 from dsa_engine.ops import cuda as kernels
 from dsa_engine.ops import reference
 
-PATCHED = ("Stream", "current_stream", "stream", "Event", "CUDAGraph", "graph", "graph_pool_handle", "synchronize")
+PATCHED = ("Stream", "current_stream", "stream", "CUDAGraph", "graph", "graph_pool_handle", "synchronize")
 
 
 class Recorder(TorchDispatchMode):
@@ -109,11 +109,9 @@ class Cuda:
         yield
         self.stream_now = "main"
 
-    def Event(self):
-        def synchronize():
-            self.reads += 1
-
-        return SimpleNamespace(record=lambda: None, synchronize=synchronize)
+    def read(self, x):
+        self.reads += 1
+        return x.clone()
 
     def CUDAGraph(self, keep_graph=False):
         return FakeGraph(self, keep_graph)
@@ -140,6 +138,7 @@ class Runtime:
 
     def __init__(self, cuda):
         self.cuda, self.calls, self.alive, self.fails, self.ids = cuda, [], {}, None, itertools.count(1)
+        self.last = self.SUCCESS  # error
         self.cudaError_t = SimpleNamespace(cudaSuccess=self.SUCCESS)
         self.cudaGraphNodeType = SimpleNamespace(cudaGraphNodeTypeConditional="conditional")
         self.cudaGraphConditionalNodeType = SimpleNamespace(cudaGraphCondTypeWhile="while")
@@ -151,9 +150,16 @@ class Runtime:
     def cudaGetErrorString(self, error):
         return self.SUCCESS, b"invalid argument"
 
+    def cudaGetLastError(self):
+        last, self.last = self.last, self.SUCCESS
+        return (last,)
+
     def made(self, call, value=None):
         self.calls.append(call)
-        return (self.FAILURE, None) if self.fails == call[0] else (self.SUCCESS, value)
+        if self.fails == call[0]:
+            self.last = self.FAILURE
+            return self.FAILURE, None
+        return self.SUCCESS, value
 
     def graph(self):
         number = next(self.ids)
@@ -242,6 +248,8 @@ def patch(cuda, monkeypatch):
     cuda.runtime.fails = None
     for name in PATCHED:
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    for module in (graphs, inputs):
+        monkeypatch.setattr(module, "read", cuda.read)
     monkeypatch.setattr(device_loop, "runtime", lambda: cuda.runtime)
     monkeypatch.setattr(kernels, "csrc", cuda.runtime)
     monkeypatch.setattr(reference, "attention", masked_attention)

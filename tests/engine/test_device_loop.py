@@ -64,6 +64,7 @@ def test_an_error_of_the_runtime_names_its_call(cuda, call):
     with pytest.raises(RuntimeError, match=rf"{call}: invalid argument \(cudaErrorInvalidValue\)"):
         parts = [cuda.CUDAGraph(keep_graph=True) for _ in range(2)]
         device_loop.DeviceLoop(*parts, torch.zeros(1, dtype=torch.long), torch.ones(1)).replay()
+    assert cuda.runtime.last is cuda.runtime.SUCCESS  # the next launch of a kernel, which asks, is not told of it
 
 
 def test_the_real_runtime_takes_these_names_and_values(monkeypatch):

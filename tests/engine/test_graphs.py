@@ -246,13 +246,15 @@ def test_the_bits_are_those_of_the_eager_executor(cuda, model, captured, name, l
     a, b = rollout(engine, made.inputs, policies, commit), rollout(engine, theirs, policies, commit)
     for index in range(CHUNKS):
         cuda.launches = cuda.reads = 0
-        (got, forwards), (expected, expected_forwards) = chunk(a, made, on_device=True), chunk(b)
+        got, forwards = chunk(a, made, on_device=True)
+        reads = cuda.reads
+        expected, expected_forwards = chunk(b)
         assert forwards == expected_forwards and got.steps == expected.steps
         assert got.latents.equal(expected.latents) and got.confidence.equal(expected.confidence)
         assert_alike(made.inputs, theirs)
         assert forwards[0][0].commit == (index > 0 and commit == "clean")
         decided = sum(node.decide for node, _ in forwards)
-        assert cuda.reads == (min(decided, 1) if loop_rows else decided)
+        assert reads == (min(decided, 1) if loop_rows else decided)
         if loop_rows or not decided:
             assert cuda.launches == 1
 
@@ -415,6 +417,48 @@ def test_capturing_leaves_a_pool_as_it_was(cuda, model):
     loops = [graph for graph in made.wanted if graph.loop]
     assert loops == [Graph((2, 1), loop=True), Graph((1, 1), loop=True)]
     assert cuda.log == ["side waits for main", *["capture in pool on side, thread_local"] * (len(made.wanted) - 2)]
+
+
+@pytest.mark.parametrize("call", ["cudaGraphAddChildGraphNode", "cudaGraphAddNode", "cudaGraphInstantiate"])
+def test_a_loop_that_the_driver_refuses_costs_the_loops_alone(cuda, model, caplog, call):
+    """It is said, and every chunk is replayed to the same bits, a launch up to each decision."""
+    (engine, ours), (_, theirs) = (pool(*model, 1) for _ in range(2))
+    made, seen = StepGraphs(ours, (1,), loop_rows=1), []
+    cuda.runtime.fails = call
+    with caplog.at_level(logging.WARNING):
+        made.capture(lambda done, of: seen.append(done))
+    (text,) = caplog.messages
+    assert text.startswith(f"no loop on the device, single steps are launched instead: RuntimeError: {call}: ")
+    assert {*made._captured} == {*made.wanted} and not any(graph.loop for graph in made.wanted)
+    assert len(seen) == len(made.wanted) and ours.cache.in_use == 0
+    a, b = (rollout(engine, inputs, [Confidence(0.5)]) for inputs in (ours, theirs))
+    for _ in range(CHUNKS):
+        cuda.launches = 0
+        (got, forwards), (expected, expected_forwards) = chunk(a, made, on_device=True), chunk(b)
+        assert forwards == expected_forwards and got.latents.equal(expected.latents)
+        assert cuda.launches == len(forwards)
+
+
+def on_cuda(engine, monkeypatch):
+    """Engine.capture and who asks for the device are told that it is a CUDA device."""
+    monkeypatch.setattr(type(engine), "device", torch.device("cuda", 0))
+
+
+def test_a_capture_that_fails_leaves_no_graphs_and_the_next_one_tries_again(cuda, model, monkeypatch):
+    engine, _ = pool(*model, 1)
+    on_cuda(engine, monkeypatch)
+    options = dict(height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, config=engine.config)
+    with monkeypatch.context() as fault:
+        fault.setattr(cuda, "CUDAGraph", lambda **_: 1 / 0)
+        fault.setattr(torch.cuda, "CUDAGraph", cuda.CUDAGraph)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                engine.capture(**options)
+            (inputs,) = engine._pools.values()
+            assert inputs.graphs is None and inputs.cache.in_use == 0
+    assert engine.capture(**options) > 0
+    assert {*inputs.graphs._captured} == {*inputs.graphs.wanted}
+    assert engine.capture(**options) == 0.0  # it is there
 
 
 def test_torch_takes_what_the_stand_in_takes():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_engine import Confidence, Fixed, PerChunk, Pipeline
+from dsa_engine.engine import inputs as inputs_module
 from dsa_engine.engine.runner import Runner
 
 PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
@@ -124,6 +126,33 @@ def test_one_that_stops_early_makes_room_at_once(pipe):
     while len(runner):
         done.append([sessions.index(session) for session in runner.forward()])
     assert sum(map(len, done)) == 3 and 0 in done[0] and len(done) == 3  # five steps of two a forward
+    for session in sessions:
+        session.close()
+
+
+@pytest.mark.parametrize("policy", [Confidence(0.5), PerChunk([3, 1, 2, 2])], ids=str)
+def test_a_forward_asks_the_device_once_whoever_is_in_it(pipe, monkeypatch, policy):
+    """Six sessions: one read of all stop flags after each forward that decides, none after others, and no session is
+    asked by itself."""
+    sessions = [pipe.session(PROMPTS[i % 3], seed=i, step_policy=policy, num_frames=12) for i in range(6)]
+    runner, reads, numbers, deciding = Runner(12), [], [], 0
+    read, tolist = inputs_module.read, torch.Tensor.tolist
+    monkeypatch.setattr(inputs_module, "read", lambda x: reads.append(x.shape) or read(x))
+    for _ in range(4):
+        for session in sessions:
+            runner.add(session)
+        while len(runner):
+            deciding += any(turn.plan[0].decide for turn in runner._turns.values())
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    torch.Tensor, "tolist", lambda x: tolist(x.is_floating_point() and numbers.append(x) or x)
+                )
+                made = runner.forward()
+            for session in made:
+                session.finish()
+    assert len(reads) == deciding and (deciding > 0) == isinstance(policy, Confidence)
+    assert reads == [(pipe.engine.max_sessions + 1, 4)] * deciding
+    assert [x.shape for x in numbers] == reads  # no other confidences or flags are told to the host
     for session in sessions:
         session.close()
 

@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_engine import Budget, Confidence, Fixed
+from dsa_engine.engine import rollout as rollout_module
+from dsa_engine.engine import session as session_module
+from dsa_engine.engine.device import Moment
 from dsa_engine.engine.runner import Runner
+from dsa_engine.engine.session import to_uint8
 
 RED, BLUE = "a red circle moves sideways", "a blue square jumps on navy"
 POLICY = Confidence(0.1)
@@ -248,6 +252,96 @@ def test_chunks_carry_their_time_and_timings(pipe):
         assert parts == pytest.approx(chunk.timings["total"], rel=1e-6)
         assert chunk.frames.shape == (3, 64, 64, 3) and chunk.frames.dtype == np.uint8
         assert len(chunk.confidence) == 3 and all(0 < c < 1 for c in chunk.confidence)
+
+
+class Queue:
+    """A device whose host is ahead of it: what is launched is done in its own time, `now` when the queue is empty."""
+
+    def __init__(self):
+        self.now, self.waited = 0, -1
+
+    def launch(self, function, takes):
+        def launched(*args, **kwargs):
+            self.now += takes
+            return function(*args, **kwargs)
+
+        return launched
+
+    def moment(self, device):
+        queue, at = self, self.now
+
+        class Moment:
+            def since(self, earlier):
+                assert queue.waited >= at >= earlier.at, "read before the device was there"
+                return at - earlier.at
+
+        Moment.at = at
+        return Moment()
+
+
+@pytest.mark.parametrize("make", ["next_chunk", "finish", "hand_over", "chunks"])
+def test_timings_are_the_devices(pipe, monkeypatch, make):
+    """The stages take as long as the device takes for them, though the host has launched all of them at once; they are
+    read when the host has waited for the frames, and not before."""
+    queue, steps = Queue(), 3
+    monkeypatch.setattr(session_module, "Moment", queue.moment)
+    monkeypatch.setattr(rollout_module, "Moment", queue.moment)
+    monkeypatch.setattr(pipe.engine.dit, "trunk", queue.launch(pipe.engine.dit.trunk, 10))
+    monkeypatch.setattr(rollout_module, "commit_chunk", queue.launch(rollout_module.commit_chunk, 4))
+    monkeypatch.setattr(pipe.engine.decoder, "decode", queue.launch(pipe.engine.decoder.decode, 7))
+
+    def fetched(pixels):
+        queue.waited = queue.now
+        return to_uint8(pixels)
+
+    monkeypatch.setattr(session_module, "to_uint8", fetched)
+    with pipe.session(RED, step_policy=Fixed(steps), num_frames=9, rope="relative", sink=1) as session:
+        runner = Runner()
+
+        def one():
+            if make == "next_chunk":
+                return session.next_chunk()
+            runner.add(session)
+            while not runner.forward():
+                pass
+            return session.finish() if make == "finish" else session.hand_over()()
+
+        made = list(session.chunks()) if make == "chunks" else [one() for _ in range(3)]
+    for chunk in made:
+        if make == "chunks" and chunk.index < 2:  # the next one's forwards run beside the decoding
+            continue
+        commit = 14e3 * (chunk.index > 0)  # a sink that moves: the commit is a forward of its own
+        expected = {"commit": commit, "denoise": steps * 10e3, "decode": 7e3, "total": commit + steps * 10e3 + 7e3}
+        assert chunk.timings == expected
+
+
+def test_moments_are_events_of_the_current_stream_and_the_clock_elsewhere(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            log.append(f"record on {stream}")
+
+        def elapsed_time(self, later):
+            return 2500.0
+
+        def synchronize(self):
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the current one of {device}")
+    gpu = torch.device("cuda", 1)
+    first, second = Moment(gpu), Moment(gpu)
+    assert second.since(first) == 2.5 and log == ["record on the current one of cuda:1"] * 2  # no wait
+    second.wait()
+    assert log[2:] == ["wait"]
+    first, second = (Moment(torch.device("cpu")) for _ in range(2))
+    assert 0 <= second.since(first) < 60
+    second.wait()
+    assert len(log) == 3
 
 
 def test_the_sessions_leave_the_global_random_state_alone(pipe):

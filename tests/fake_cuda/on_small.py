@@ -64,12 +64,12 @@ def test_the_frames_are_a_cpus(pipe, options):
 
 
 @pytest.mark.parametrize("policy", [Fixed(2), Confidence(0.5)], ids=["known count", "decided on the device"])
-def test_a_steady_chunk_waits_once_for_the_decision_and_once_for_its_frames(pipe, policy):
+def test_a_steady_chunk_waits_once_for_the_decision_and_once_for_its_frames(pipe, policy, request):
     with pipe.session(PROMPT, step_policy=policy, seed=1) as session:
         session.next_chunk(), session.next_chunk()
-        device.phase = f"steady {policy}"
+        phase = device.phase = request.node.name
         session.next_chunk()
-        phase, device.phase = device.phase, "after"
+        device.phase = "after"
     waits = [e for e in device.of(phase, READ, WAIT, TO_DEVICE, TO_HOST) if "pinned, asynchronous" not in e.detail]
     # Triton draws the noise on a GPU; plain torch, which stands in for it here, reads the seed to draw it on the CPU.
     waits = {(e.kind, e.place.split(" ")[0]): e.detail for e in waits if "ops/noise.py" not in e.place}

@@ -61,7 +61,7 @@ def compile_for(arch: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from tests.triton_compile import SHARED_LIMIT, AheadOfTime
+    from tests.triton_compile import CHIPS, AheadOfTime
 
     driver.set_active(AheadOfTime(arch))
     run = JITFunction.run
@@ -75,9 +75,9 @@ def compile_for(arch: int) -> None:
         if kernel.hash not in compiled:
             compiled[kernel.hash] = (name, shared)
             late[name] += device.capturing
-        if shared > SHARED_LIMIT[arch]:
+        if shared > CHIPS[arch].limit:
             raise RuntimeError(
-                f"{name}: {shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}, at {where()}"
+                f"{name}: {shared} bytes of shared memory, sm_{arch} has {CHIPS[arch].limit}, at {where()}"
             )
 
     JITFunction.run = launch

@@ -17,7 +17,7 @@ NO_DATA = ("--no-data", "60000", "--compile", "90")
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++: torch without CUDA lacks a device guard")
 @pytest.mark.parametrize(
     "file, options",
-    [("on_rules.py", ()), ("on_small.py", ()), ("on_codecs.py", ()), ("on_wan.py", NO_DATA)],
+    [("on_rules.py", ()), ("on_small.py", ()), ("on_parts.py", ()), ("on_wan.py", NO_DATA)],
 )
 def test_on_the_pretend_gpu(file, options, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DSA_", "PYTEST_", "TRITON_"))}

@@ -84,14 +84,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of a device. held: all the time; work: beside that while a phase lasts, one phase at a time."""
+    """Bytes of a device. held: all the time; work: beside that while a phase lasts.
+
+    A stream denoises its next chunk while this one is decoded, and CUDA graphs keep the memory that they work with
+    between two replays, each their own: so the two add up. A prompt is encoded between chunks.
+    """
 
     held: dict[str, int]
     work: dict[str, int]
 
     @property
     def peak(self) -> int:
-        return sum(self.held.values()) + max(self.work.values())
+        beside = max((size for phase, size in self.work.items() if phase != "denoise"), default=0)
+        return sum(self.held.values()) + self.work["denoise"] + beside
 
 
 def predict(

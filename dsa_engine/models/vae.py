@@ -304,9 +304,11 @@ class WanVAE(StreamingVAE):
         self.conv1 = PointwiseConv3d(2 * latent_channels, 2 * latent_channels)
         self.conv2 = PointwiseConv3d(latent_channels, latent_channels)
         self.decoder = _decoder(widths[::-1], blocks, latent_channels, tuple(time_down)[::-1])
-        # Not in the files, so they must have their values even when the parameters are made on the meta device.
-        self.register_buffer("mean", torch.tensor(mean, device="cpu")[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std, device="cpu")[:, None, None], persistent=False)
+        # Not in the files, so they must have their values even when the parameters are made on the meta device; made on
+        # any other they are on it too.
+        device = "cpu" if torch.get_default_device().type == "meta" else None
+        self.register_buffer("mean", torch.tensor(mean, device=device)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=device)[:, None, None], persistent=False)
 
     def lay_out(self) -> WanVAE:
         """The weights in the order in memory that the convolutions read; else each call would copy them into it."""

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import plain_vae
 from dsa_engine.models import vae as vae_module
 from dsa_engine.models.streaming_vae import Stream
-from dsa_engine.models.vae import CausalConv3d, WanVAE
+from dsa_engine.models.vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE
 
 PARTS = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 
@@ -199,6 +201,37 @@ def test_at_full_size_only_the_last_convolution_is_padded(monkeypatch):
     assert padded[0].is_contiguous(memory_format=torch.channels_last_3d)
     assert shapes == {name: tensor.shape for name, tensor in vae.state_dict().items()}
     assert shapes["decoder.head.2.weight"] == (3, 96, 3, 3, 3) and len(shapes) == 194
+
+
+class DefaultDevice(TorchFunctionMode):
+    """Where a `with torch.device(...)` would act: the memory of tensors made without saying on what device."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in _device_constructors() and (kwargs or {}).get("device") is None:
+            self.kept.append(out)
+        return out
+
+
+def test_all_of_it_is_made_on_the_default_device():
+    with DefaultDevice() as made:
+        vae = WanVAE(dim=2)
+    places = {tensor.untyped_storage().data_ptr() for tensor in made.kept}
+    tensors = {**dict(vae.named_parameters()), **dict(vae.named_buffers())}
+    assert {"mean", "std", "conv2.weight"} <= tensors.keys()
+    assert [n for n, t in tensors.items() if t.untyped_storage().data_ptr() not in places] == []
+
+
+def test_made_on_the_meta_device_it_keeps_what_no_file_holds():
+    with torch.device("meta"):
+        vae = WanVAE(dim=2)
+    assert vae.conv2.weight.is_meta and not vae.mean.is_meta
+    assert vae.mean.flatten().tolist() == pytest.approx(LATENT_MEAN)
+    assert vae.std.flatten().tolist() == pytest.approx(LATENT_STD)
 
 
 def frames_of(vae) -> list[int]:

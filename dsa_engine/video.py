@@ -27,10 +27,11 @@ LIMITED_RANGE = 1
 
 def encoder_options() -> dict[str, str]:
     """Options of libx264. x264's AVX-512 code (core 165) lets memory that was never written into its choice of
-    quantisers where a picture's macroblocks do not fill a vector: a clip's bytes would change from run to run."""
+    quantisers where a picture's macroblocks do not fill a vector: a clip's bytes would change from run to run. What
+    the CPU has is asked, which is what x264 takes; torch may have been told to take less (ATEN_CPU_CAPABILITY)."""
     import torch
 
-    narrow = {"x264-params": "asm=avx2"} if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else {}
+    narrow = {"x264-params": "asm=avx2"} if torch.cpu._is_avx512_supported() else {}
     return {"crf": str(CRF)} | narrow
 
 

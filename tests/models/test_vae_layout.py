@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import plain_vae
+from dsa_engine.models import vae as vae_module
 from dsa_engine.models.streaming_vae import Stream
-from dsa_engine.models.vae import CausalConv3d, WanVAE
+from dsa_engine.models.vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE
 
 PARTS = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 
@@ -145,6 +149,89 @@ def test_nothing_is_copied_but_the_past_the_enlarged_and_what_no_norm_precedes(v
     normed = sum(t.numel() // 2 * frames for t, frames in zip(state, frames_of(model)))
     assert copies.elements["copy_"] == tails + inputs + normed
     assert not copies.elements["cat"] and not copies.elements["stack"] and not copies.elements["constant_pad_nd"]
+
+
+@pytest.mark.parametrize("bias_later", [False, True])
+def test_padded_outputs_change_no_value_and_no_weight(bias_later, monkeypatch):
+    """Of small integers, whose sums are exact in whatever order."""
+    layer = CausalConv3d(16, 3, bias_later=bias_later).requires_grad_(False)
+    for tensor in layer.parameters():
+        tensor.copy_(torch.randint(-8, 9, tensor.shape))
+    layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randint(-8, 9, (2, 16, 4, 5, 6)).float().contiguous(memory_format=torch.channels_last_3d)
+    expected = layer.convolve(x)
+    monkeypatch.setattr(vae_module, "_unit", lambda x: 8)
+    found = layer.convolve(x)
+    assert expected.shape == found.shape == (2, 3, 2, 5, 6) and expected.abs().max() > 100
+    assert torch.equal(found, expected)
+    assert layer.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+class Convolutions(TorchDispatchMode):
+    """The weights of those over time, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "convolution" and args[0].ndim == 5:
+            self.weights.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_at_full_size_only_the_last_convolution_is_padded(monkeypatch):
+    """For tensor cores, which take 8 outputs of a 16-bit dtype; the weights keep their names and shapes."""
+    for device, dtype, unit in [(True, torch.bfloat16, 8), (True, torch.float16, 8), (True, torch.float32, 1),
+                                (False, torch.bfloat16, 1)]:  # fmt: skip
+        assert vae_module._unit(SimpleNamespace(is_cuda=device, dtype=dtype)) == unit
+    monkeypatch.setattr(vae_module, "_unit", lambda x: 8)
+    with torch.device("meta"), torch.no_grad():
+        vae = WanVAE().to("meta", torch.bfloat16).lay_out()
+        shapes = {name: tensor.shape for name, tensor in vae.state_dict().items()}
+        _, state = vae.decode(torch.empty(1, 3, 16, 4, 6))
+        with Convolutions() as seen:
+            frames, _ = vae.decode(torch.empty(1, 3, 16, 4, 6), state)
+    convolutions = [m for m in vae.decoder.modules() if isinstance(m, CausalConv3d)]
+    padded = [w for w, m in zip(seen.weights, convolutions, strict=True) if w.shape != m.weight.shape]
+    assert frames.shape == (1, 12, 3, 32, 48) and len(padded) == 1 and padded[0] is seen.weights[-1]
+    assert padded[0].shape == (8, 96, 3, 3, 3)
+    assert padded[0].is_contiguous(memory_format=torch.channels_last_3d)
+    assert shapes == {name: tensor.shape for name, tensor in vae.state_dict().items()}
+    assert shapes["decoder.head.2.weight"] == (3, 96, 3, 3, 3) and len(shapes) == 194
+
+
+class DefaultDevice(TorchFunctionMode):
+    """Where a `with torch.device(...)` would act: the memory of tensors made without saying on what device."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in _device_constructors() and (kwargs or {}).get("device") is None:
+            self.kept.append(out)
+        return out
+
+
+def test_all_of_it_is_made_on_the_default_device():
+    with DefaultDevice() as made:
+        vae = WanVAE(dim=2)
+    places = {tensor.untyped_storage().data_ptr() for tensor in made.kept}
+    tensors = {**dict(vae.named_parameters()), **dict(vae.named_buffers())}
+    assert {"mean", "std", "conv2.weight"} <= tensors.keys()
+    assert [n for n, t in tensors.items() if t.untyped_storage().data_ptr() not in places] == []
+
+
+def test_made_on_the_meta_device_it_keeps_what_no_file_holds():
+    with torch.device("meta"):
+        vae = WanVAE(dim=2)
+    assert vae.conv2.weight.is_meta and not vae.mean.is_meta
+    assert vae.mean.flatten().tolist() == pytest.approx(LATENT_MEAN)
+    assert vae.std.flatten().tolist() == pytest.approx(LATENT_STD)
 
 
 def frames_of(vae) -> list[int]:

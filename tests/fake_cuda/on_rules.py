@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -36,7 +37,12 @@ def capture(function):
 
 @pytest.mark.parametrize("to", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0)])
 def test_tensors_say_where_they_are(to):
-    for x in (torch.zeros(3, device=to), torch.zeros(3).to(to), torch.tensor([1, 2], device=to), torch.ones(2).to(to)[:1]):
+    for x in (
+        torch.zeros(3, device=to),
+        torch.zeros(3).to(to),
+        torch.tensor([1, 2], device=to),
+        torch.ones(2).to(to)[:1],
+    ):
         assert x.is_cuda and x.device == torch.device("cuda", 0)
     assert torch.nn.Linear(2, 3).to(to).weight.device == torch.device("cuda", 0)
 
@@ -60,6 +66,21 @@ def test_it_computes_what_a_cpu_computes():
 def test_a_mix_of_devices_is_an_error_with_its_line(mix):
     with pytest.raises(RuntimeError, match=rf"{HERE}:\d+"):
         mix(torch.zeros(3, device="cuda"), torch.zeros(3))
+
+
+def test_a_generator_of_the_device_draws_there():
+    draw = [torch.randn(3, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) for _ in range(2)]
+    assert draw[0].is_cuda and torch.equal(draw[0].cpu(), draw[1].cpu())
+
+
+def test_a_deep_copy_is_there_and_counted():
+    before, layer = device.memory.now, torch.nn.Linear(10, 10).to("cuda")
+    other = copy.deepcopy(layer)
+    assert other.weight.is_cuda and device.memory.now == before + 2 * 440
+    other.weight.data.zero_()
+    assert layer.weight.abs().sum().cpu() > 0
+    del layer, other
+    assert device.memory.now == before
 
 
 def test_a_number_on_the_cpu_may_take_part():

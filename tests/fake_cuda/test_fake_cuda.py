@@ -20,8 +20,20 @@ NO_DATA = ("--no-data", "60000", "--compile", "90")
     [("on_rules.py", ()), ("on_small.py", ()), ("on_parts.py", ()), ("on_wan.py", NO_DATA)],
 )
 def test_on_the_pretend_gpu(file, options, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DSA_", "PYTEST_", "TRITON_"))}
-    command = [sys.executable, "-m", "tests.support.fake_cuda", *options, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("DSA_", "PYTEST_", "TRITON_"))
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.fake_cuda",
+        *options,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(
         [*command, f"--basetemp={tmp_path / 'inner'}", f"tests/fake_cuda/{file}"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,

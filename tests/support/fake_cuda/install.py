@@ -84,6 +84,13 @@ def pin_memory(tensor: torch.Tensor, *_) -> torch.Tensor:
     return pinned(tensor.clone())
 
 
+class Generator(torch.Generator):
+    """One of the pretend device is the CPU's, which draws for it."""
+
+    def __new__(cls, device_="cpu"):
+        return super().__new__(cls, "cpu")
+
+
 def no_inference(mode=True):
     """`torch.inference_mode` as no_grad: of a tensor made in the one, torch lets no other than itself make views."""
     return torch.no_grad()(mode) if callable(mode) else torch.set_grad_enabled(not mode)
@@ -97,6 +104,7 @@ def install() -> None:
     for name, value in REPLACED.items():
         setattr(torch.cuda, name, value)
     torch.inference_mode = no_inference
+    torch.Generator = Generator
     torch.Tensor.pin_memory = pin_memory
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor.to("cuda")
     torch.backends.cudnn.version = lambda: 91900

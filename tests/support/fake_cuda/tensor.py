@@ -40,6 +40,13 @@ class CudaTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
 
+    def __deepcopy__(self, memo: dict):
+        if id(self) not in memo:
+            copy = CudaTensor(self.inner.clone(), self.index)
+            parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if parameter else copy
+        return memo[id(self)]
+
     def __repr__(self):
         return f"CudaTensor({list(self.shape)}, {self.dtype}, cuda:{self.index})"
 
@@ -197,6 +204,8 @@ def compute(func, name: str, args: tuple, flat: list, spec, ours: list, asked):
             given[i] = value.to("meta")
     args, kwargs = tree_unflatten(given, spec)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory", "non_blocking")}
+    if empty:
+        kwargs.pop("generator", None)
     if name == "copy_":
         args = args[:2]
     capture = device.capture if device.capturing else None

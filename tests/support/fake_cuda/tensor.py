@@ -204,8 +204,8 @@ def compute(func, name: str, args: tuple, flat: list, spec, ours: list, asked):
             given[i] = value.to("meta")
     args, kwargs = tree_unflatten(given, spec)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("pin_memory", "non_blocking")}
-    if empty:
-        kwargs.pop("generator", None)
+    if empty and "generator" in kwargs:  # meta draws nothing
+        kwargs["generator"] = None
     if name == "copy_":
         args = args[:2]
     capture = device.capture if device.capturing else None

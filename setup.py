@@ -24,10 +24,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "csrc"
 EXTENSION = "dsa_engine.csrc"
-# Slowest first. wgmma and TMA are sm_90a alone; what is bound by memory runs on sm_80 to sm_89 as well.
+# Slowest first. wgmma and TMA are sm_90a alone; what is bound by memory runs from sm_80 on, on what is later than Hopper
+# by its PTX, which the driver compiles.
 SOURCES = ("attention.cu", "modulate.cu", "epilogue.cu", "norm_rope.cu", "graphs.cu", "bindings.cpp")
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
-AMPERE = ["-gencode=arch=compute_80,code=sm_80"]
+AMPERE = ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
+LEAST = (12, 5)  # the first CUDA with cudaGetDriverEntryPointByVersion (csrc/attention.cu)
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The CUDA runtime is linked in and hidden, or its calls would go to the copy that torch has loaded.
 LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s"]
@@ -54,9 +56,12 @@ def find_nvcc() -> tuple[str, str]:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildFailed(f"{nvcc} does not run: {error}") from error
-    release = re.search(r"release (\d+)\.", version)
-    if release is None or int(release[1]) < 12:
-        raise BuildFailed(f"{nvcc} must be of CUDA 12 or later, for sm_90a; it says {version.strip()!r}")
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if release is None or (int(release[1]), int(release[2])) < LEAST:
+        raise BuildFailed(
+            f"{nvcc} must be of CUDA {LEAST[0]}.{LEAST[1]} or later, for sm_90a and cudaGetDriverEntryPointByVersion; it "
+            f"says {version.strip()!r}"
+        )
     return nvcc, version
 
 

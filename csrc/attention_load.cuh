@@ -85,6 +85,8 @@ struct AttentionLoader {
     AttentionRing<1> q, landed;
     int lane = threadIdx.x % 32;
 
+    // All lanes wait and lane 0 alone arrives. A __syncwarp() before the next wait: a lane that lagged by two phases of a
+    // barrier would wait for the same parity again, for ever. Before `v_landed` it is that of clear_values.
     __device__ __forceinline__ void load_queries(int row, int head, int query) {
         mbarrier_wait(&shared.q_barrier.empty[0], q.phase ^ 1);
         if (lane == 0) {
@@ -93,6 +95,7 @@ struct AttentionLoader {
                 tma_load_4d(shared.q[part], &parameters.q, &shared.q_barrier.full[0], part * 64, head, query, row);
             }
         }
+        __syncwarp();
         q.next();
     }
 
@@ -102,6 +105,7 @@ struct AttentionLoader {
             shared.k_valid[k.stage] = keys.valid;
             load_tile(shared.k[k.stage], &parameters.k, &shared.k_barrier.full[k.stage], keys.token, head);
         }
+        __syncwarp();
         k.next();
     }
 
@@ -122,6 +126,7 @@ struct AttentionLoader {
             clear_values(keys.valid);
             if (lane == 0) mbarrier_arrive(full);
         }
+        __syncwarp();
         v.next();
     }
 
@@ -228,6 +233,7 @@ struct AttentionTransposer {
                     mbarrier_arrive(&shared.v_barrier.empty[v.stage]);
                     mbarrier_arrive(&shared.t_barrier.full[t.stage]);
                 }
+                __syncwarp();
                 v.next();
                 t.next();
             }

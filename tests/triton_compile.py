@@ -69,8 +69,8 @@ BF16, E4M3, F32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
 
 class Case(NamedTuple):
     """One launch. needs: kernel -> instructions that its SASS must have, as prefixes of opcodes parted by blanks;
-    `MMA` and `ASYNC.128` stand for what the architecture has. arches: where the op runs. everywhere: the tests hold it on
-    all of these."""
+    `MMA` and `ASYNC.128` stand for what the architecture has. arches: where the op runs; everywhere: the tests hold it
+    on all of these."""
 
     name: str
     launch: Callable[[], object]

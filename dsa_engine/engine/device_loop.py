@@ -14,7 +14,7 @@ from dsa_engine.ops import cuda as kernels
 
 def unavailable() -> str | None:
     """Why there can be no loop on the device here; None if there can."""
-    why = kernels.unavailable()
+    why = kernels.unavailable(kernels.SET_WHILE)  # attention may be missing: the loop does not call it
     if why is None:
         try:
             runtime()

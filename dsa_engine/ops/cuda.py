@@ -27,9 +27,13 @@ NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0
 NO_HEAD = (0, 0, 0, 0, 0, 0, views.NO_FRAMES)
 
 
-def unavailable(op: str | None = None) -> str | None:
-    """Why the kernels, or that of one op, cannot run on the current device; None if they can."""
-    if op is not None and op not in OPS:
+# The condition of a loop on the device (engine/device_loop.py) is a kernel too, though no op.
+SET_WHILE = "set_while"
+
+
+def unavailable(op: str) -> str | None:
+    """Why the kernel of one op, or SET_WHILE, cannot run on the current device; None if it can."""
+    if op not in (*OPS, SET_WHILE):
         return f"{op} has no CUDA kernel"
     if csrc is None:
         return f"the CUDA extension is not part of this installation ({_missing})"
@@ -37,9 +41,9 @@ def unavailable(op: str | None = None) -> str | None:
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
         major, minor = torch.cuda.get_device_capability()
-        if (major, minor) != (9, 0) and (major != 8 or op == "attention"):
-            needs = "9.0" if op == "attention" else "8.0 to 9.0"
-            return f"compute capability {major}.{minor}: {op or 'every kernel'} was compiled for {needs}"
+        if (major, minor) != (9, 0) if op == "attention" else major < 8:  # the others have PTX for what is later
+            needs = "9.0 alone" if op == "attention" else "8.0 and later"
+            return f"compute capability {major}.{minor}: {op} was compiled for {needs}"
     return None
 
 
@@ -282,5 +286,6 @@ def _multiprocessors(x: Tensor) -> int:
 
 
 def _check_e4m3(op: str, x: Tensor) -> None:
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (9, 0):
+    """The conversion is in the code for 9.0 alone; what other devices run is compiled for 8.0 and would stop there."""
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) != (9, 0):
         raise ValueError(f"{op}: e4m3 on {torch.cuda.get_device_name(x.device)}: needs compute capability 9.0")

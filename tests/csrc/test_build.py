@@ -164,6 +164,23 @@ def broken(tmp_path) -> str:
     return str(tmp_path)
 
 
+@pytest.mark.parametrize("release, accepted", [("11.8", False), ("12.4", False), ("12.5", True), ("13.0", True)])
+def test_the_compiler_must_know_the_runtime_calls_of_the_sources(tmp_path, broken, release, accepted):
+    """cudaGetDriverEntryPointByVersion came with CUDA 12.5."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("99.0", release))
+    done = setup(tmp_path, "build_py", DSA_BUILD_CUDA="1", CUDA_HOME=broken)
+    refused = "must be of CUDA 12.5 or later" in done.stderr
+    assert (refused, done.returncode == 0) == (not accepted, accepted), done.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_bound_by_memory_has_ptx_for_later_devices_and_attention_has_none(built, source):
+    listed = output(tool("cuobjdump"), "-lptx", "-lelf", str(object_of(source)))
+    assert ("sm_80.ptx" in listed) == ("sm_80.cubin" in listed) == (source != "attention")
+    assert "sm_90" in listed
+
+
 @pytest.mark.parametrize("mode", ["auto", "1"])
 def test_a_compiler_that_fails_is_quoted(tmp_path, broken, mode):
     pytest.importorskip("pybind11", reason="needs pybind11")

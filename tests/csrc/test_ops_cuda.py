@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from csrc.emulated import check_error
+from dsa_engine.engine import device_loop
 from dsa_engine.ops import cuda as ops_cuda
 from dsa_engine.ops import dispatch, reference, views
 from dsa_engine.structures import CacheScales
@@ -76,7 +77,7 @@ def test_it_says_why_it_cannot_run(monkeypatch):
     assert ops_cuda.unavailable("pool_frames") == "pool_frames has no CUDA kernel"
     monkeypatch.setattr(ops_cuda, "csrc", None)
     monkeypatch.setattr(ops_cuda, "_missing", "No module named 'dsa_engine.csrc'", raising=False)
-    assert "not part of this installation (No module named 'dsa_engine.csrc')" in ops_cuda.unavailable()
+    assert "not part of this installation (No module named 'dsa_engine.csrc')" in ops_cuda.unavailable("modulate")
 
     class Built:
         DEVICE = "cuda"
@@ -85,18 +86,54 @@ def test_it_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ops_cuda.unavailable("attention") == "torch finds no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, kernels, attention in [((9, 0), True, True), ((8, 0), True, False), ((10, 0), False, False)]:
+    for capability, kernels, attention in [
+        ((9, 0), True, True), ((8, 0), True, False), ((8, 9), True, False), ((12, 0), True, False),
+        ((7, 5), False, False), ((10, 0), True, False),
+    ]:  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
-        assert (ops_cuda.unavailable() is None, ops_cuda.unavailable("attention") is None) == (kernels, attention)
-    assert ops_cuda.unavailable("attention") == "compute capability 10.0: attention was compiled for 9.0"
+        assert (ops_cuda.unavailable("attention") is None) == attention
+        for op in ("modulate", "epilogue", ops_cuda.SET_WHILE):
+            assert (ops_cuda.unavailable(op) is None) == kernels
+    assert ops_cuda.unavailable("attention") == "compute capability 10.0: attention was compiled for 9.0 alone"
+
+
+@pytest.mark.parametrize("capability, possible", [((8, 9), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
+def test_e4m3_is_refused_where_its_conversion_was_not_compiled(monkeypatch, capability, possible):
+    """Blackwell runs the PTX for 8.0, in which it is a trap."""
+
+    class Cuda:
+        device = torch.device("cuda:0")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    if possible:
+        ops_cuda._check_e4m3("modulate", Cuda())
+    else:
+        with pytest.raises(ValueError, match="e4m3 on a device: needs compute capability 9.0"):
+            ops_cuda._check_e4m3("modulate", Cuda())
 
 
 def test_a_missing_extension_is_named_where_it_was_looked_for():
     """As in a pure installation: importing the module is no error."""
     script = (
         "import sys; sys.modules['dsa_engine.csrc'] = None\n"
-        "from dsa_engine.ops import cuda; sys.stdout.write(cuda.unavailable())"
+        "from dsa_engine.ops import cuda; sys.stdout.write(cuda.unavailable('modulate'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "the CUDA extension is not part of this installation" in done.stdout and "dsa_engine.csrc" in done.stdout
+
+
+def test_a_loop_on_the_device_needs_its_own_kernel_alone(monkeypatch):
+    """A Blackwell has no attention of csrc's, and keeps the WHILE loop."""
+
+    class Built:
+        DEVICE = "cuda"
+
+    monkeypatch.setattr(ops_cuda, "csrc", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device_loop, "runtime", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert ops_cuda.unavailable("attention") is not None and device_loop.unavailable() is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert device_loop.unavailable() == "compute capability 7.5: set_while was compiled for 8.0 and later"

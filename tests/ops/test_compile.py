@@ -1,4 +1,4 @@
-"""The Triton kernels compiled at the models' shapes with no GPU: registers, memory, SASS. For sm_80 and sm_90 all of them,
+"""The Triton kernels compiled at the models' shapes with no GPU: registers, memory, SASS. For sm_80 and sm_90 all,
 for four more what comes near the limit of the shared memory; `python tests/triton_compile.py` holds all for all."""
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import threading
 from types import SimpleNamespace
 
 import torch
+import torch.profiler
 
 from . import graphs, guard
 from .device import PINNED, WAIT, device
@@ -91,6 +92,14 @@ class Generator(torch.Generator):
         return super().__new__(cls, "cpu")
 
 
+class Profile(torch.profiler.profile):
+    """Of the host alone: there is no device to trace."""
+
+    def __init__(self, *, activities=None, **options):
+        kept = [a for a in activities or () if a != torch.profiler.ProfilerActivity.CUDA]
+        super().__init__(activities=kept or None, **options)
+
+
 def no_inference(mode=True):
     """`torch.inference_mode` as no_grad: of a tensor made in the one, torch lets no other than itself make views."""
     return torch.no_grad()(mode) if callable(mode) else torch.set_grad_enabled(not mode)
@@ -105,6 +114,7 @@ def install() -> None:
         setattr(torch.cuda, name, value)
     torch.inference_mode = no_inference
     torch.Generator = Generator
+    torch.profiler.profile = Profile
     torch.Tensor.pin_memory = pin_memory
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor.to("cuda")
     torch.backends.cudnn.version = lambda: 91900

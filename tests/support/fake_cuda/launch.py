@@ -37,6 +37,9 @@ def interpret() -> None:
     """Launches run in Triton's interpreter (TRITON_INTERPRET=1), and again with each replay of a capture."""
     from triton.runtime.interpreter import InterpretedFunction
 
+    from tests import interpreter
+
+    interpreter.install()  # bfloat16 and FP8 done right
     run = InterpretedFunction.run
 
     def launch(self, *args, grid, warmup=False, **kwargs):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsa_engine import arguments
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.device import current, on_device
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
@@ -112,9 +113,10 @@ class Pipeline:
             raise ValueError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         fp8 = named_quantization(quantization, device)  # before anything is read
-        parts = package.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
-        if fp8.linear:
-            quantise_linears(parts.dit)
+        with current(device):
+            parts = package.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
+            if fp8.linear:
+                quantise_linears(parts.dit)
         if head is not None:
             parts = package.with_head(parts, head)
         steps = None if steps is None else tuple(steps)
@@ -134,6 +136,11 @@ class Pipeline:
     @property
     def config(self) -> RolloutConfig:
         return self.engine.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is. It is made current wherever the pipeline or a session of it is called, in any thread."""
+        return self.engine.device
 
     @property
     def max_steps(self) -> int:
@@ -367,6 +374,7 @@ class Pipeline:
         width = self.width if width is None else width
         return arguments.latent_size(self.engine, height, width)
 
+    @on_device
     @torch.inference_mode()
     def _decode(self, latents: Tensor, output_type: str):
         if output_type == "latent":

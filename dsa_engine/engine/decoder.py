@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,8 +158,9 @@ class ChunkDecoder:
     # ---- capturing ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, tune: bool = True) -> float:
-        """Capture the function, once for each direction; returns the seconds it took.
+    def capture(self, tune: bool = True, stream: Any = None) -> float:
+        """Capture the function, once for each direction; returns the seconds it took. stream: to capture on, None for a
+        new one.
 
         tune: cuDNN times its convolutions first and takes the fastest, which may be others in another process; else
         those that it deems best. States that are held stay good.
@@ -170,7 +172,7 @@ class ChunkDecoder:
             for buffer in (0, 1):
                 self._vacate(buffer)
             self._graphs.clear()
-            stream, pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+            stream, pool = stream or torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
             stream.wait_stream(torch.cuda.current_stream(self._device))
             torch.backends.cudnn.benchmark = tune
             try:

@@ -1,11 +1,61 @@
-"""What work on a device takes beside tensors: points in its time, and copies to the host. On a CPU both are trivial."""
+"""What work on a device takes beside tensors: that it is current, streams, points in its time, copies to the host.
+
+On a CPU all of it is trivial.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """In it a CUDA device is the thread's current one. Triton and csrc launch there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def on_device(method: Method) -> Method:
+    """A method during which the object's `device` is current: for whatever can be called from outside, for nobody else
+    knows which device that is, and every thread begins with the first."""
+
+    @functools.wraps(method)
+    def there(self, *args, **kwargs):
+        with current(self.device):
+            return method(self, *args, **kwargs)
+
+    return there
+
+
+class Streams(NamedTuple):
+    """The streams of an engine beside its callers' own, made once: torch hands out 32 in turn, and two that are at work
+    at once must not be the same one, nor share the workspace that cuBLAS keeps for each."""
+
+    capture: torch.cuda.Stream  # of the model's graphs
+    decode: torch.cuda.Stream  # the decoder's graphs are captured there too
+
+    @classmethod
+    def on(cls, device: torch.device) -> Streams | None:
+        """None where there is no CUDA device."""
+        return cls(torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else None
+
+
+def stream_of(device: torch.device) -> Any:
+    """The thread's current stream, for another thread to `follow`; None where there is no CUDA device."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def follow(stream: Any) -> None:
+    """From now on this thread launches on that stream, and so on its device."""
+    if stream is not None:
+        torch.cuda.set_stream(stream)
 
 
 class Moment:

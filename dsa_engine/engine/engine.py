@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import device_loop
 from dsa_engine.engine.decoder import ChunkDecoder, too_large
+from dsa_engine.engine.device import Streams, on_device
 from dsa_engine.engine.graphs import StepGraphs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.rollout import Rollout
@@ -69,6 +71,11 @@ class Engine:
     def device(self) -> torch.device:
         return self.dit.device
 
+    @cached_property
+    def streams(self) -> Streams | None:
+        return Streams.on(self.device)
+
+    @on_device
     def session(
         self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
         policy: Policy, seed: int, config: RolloutConfig, given: Tensor | None = None, guide: Tensor | None = None,
@@ -86,8 +93,9 @@ class Engine:
             self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
         )
         decoder = self._decoders.get(self._chunk(height, width, config), self.decoder)
-        return Session(rollout, decoder, self, embeds, fps, prompt, frames)
+        return Session(rollout, decoder, self, embeds, fps, prompt, frames, self.streams and self.streams.decode)
 
+    @on_device
     def capture(
         self, *, height: int, width: int, frames: int | None, config: RolloutConfig,
         progress: Callable[[int, int], None] | None = None,
@@ -106,7 +114,7 @@ class Engine:
             if why is not None:
                 logger.warning("no loop on the device, single steps are launched instead: %s", why)
             graphs = StepGraphs(inputs, loop_rows=0 if why else 1)
-            seconds = graphs.capture(progress)
+            seconds = graphs.capture(progress, self.streams.capture)
             inputs.graphs = graphs  # only now: after a failure the next call tries again
         return seconds + self._capture_decoder(self._chunk(height, width, config))
 
@@ -119,7 +127,7 @@ class Engine:
             logger.warning("the decoder was not captured, its chunks are launched op by op: %s", why)
             return 0.0
         decoder = ChunkDecoder(self.decoder, latents)
-        seconds = decoder.capture(tune=not self.deterministic)
+        seconds = decoder.capture(not self.deterministic, self.streams and self.streams.decode)
         self._decoders[latents] = decoder
         return seconds
 
@@ -136,6 +144,7 @@ class Engine:
                 logger.info("%s was not captured: its forwards are launched op by op", shape)
         return self._pools[shape]
 
+    @on_device
     def rollout(
         self, embeds: Tensor, *, height: int, width: int, frames: int, policy: Policy, seeds: Sequence[int],
         config: RolloutConfig, initial: Tensor | None = None, renoise: Renoise | None = None,
@@ -189,11 +198,13 @@ class Engine:
             self._scales = cache_scales(self.dit, [0.0, *(TIMESTEPS * sigma for sigma in levels)])
         return self._scales
 
+    @on_device
     @torch.inference_mode()
     def text_kv(self, embeds: Tensor) -> TextKV:
         """Cross-attention keys and values of prompt embeddings [B, L, text_dim]."""
         return self.dit.text_kv(embeds, collapse=True)
 
+    @on_device
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings [B, L, text_dim]. Raises ValueError where there is no text encoder or no such prompt."""
@@ -203,6 +214,7 @@ class Engine:
             raise ValueError("this pipeline has no text encoder: give prompt_embeds instead of a prompt")
         return self.text.encode(prompts)
 
+    @on_device
     @torch.inference_mode()
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Latents [B, F, C, h, w] of pixel frames [B, T, 3, H, W] in [0, 1], in the model's device and dtype."""

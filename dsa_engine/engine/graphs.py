@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -208,8 +208,9 @@ class StepGraphs:
     # ---- capturing ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> float:
-        """Capture every graph; returns the seconds it took. progress(done, of) is called after each.
+    def capture(self, progress: Callable[[int, int], None] | None = None, stream: Any = None) -> float:
+        """Capture every graph; returns the seconds it took. progress(done, of) is called after each. stream: to capture
+        on, None for a new one; the workspace of its products is the graphs' for as long as they are replayed.
 
         Every forward is run once before, for what is compiled, chosen or loaded at first use must not be captured. It
         runs in a cache slot that nobody has (RuntimeError if there is none), with rows that do not count. A loop that
@@ -223,7 +224,7 @@ class StepGraphs:
                 rows.zero_()[0] = slot
             self._filled.clear()
             self._captured.clear()
-            stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            stream, pool = stream or torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):  # the stream of the captures, for what is kept for each stream
                 for size in self._rows:

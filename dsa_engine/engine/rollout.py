@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
-from dsa_engine.engine.device import Moment
+from dsa_engine.engine.device import Moment, on_device
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Node, chunk_plan, execute
 from dsa_engine.models.confidence import ConfidenceHead
@@ -51,6 +51,10 @@ class Rollout:
         self.commit_span: tuple[Moment, Moment] | None = None
         self._begin()
 
+    @property
+    def device(self) -> torch.device:
+        return self.cache.k.device
+
     def _begin(self) -> None:
         self.told: TextKV | None = None  # the prompt that the inputs hold
         self.index = 0  # of the next chunk to be made
@@ -66,6 +70,7 @@ class Rollout:
         self.ahead = False  # the chunk before was committed by a forward of a chunk that is not accepted yet
         self.stale = bool(self.past)  # the cache has yet to be made, or was made under an earlier prompt
 
+    @on_device
     @torch.inference_mode()
     def denoise(self, on_step: Callable[[Step], None] | None = None) -> Denoised:
         """Commit the previous chunk and denoise the next one. It counts only when it is taken with `accept`.
@@ -96,10 +101,11 @@ class Rollout:
         )
 
     def _settle_timed(self) -> None:
-        start = Moment(self.cache.k.device)
+        start = Moment(self.device)
         self.settle()
-        self.commit_span = start, Moment(self.cache.k.device)
+        self.commit_span = start, Moment(self.device)
 
+    @on_device
     @torch.inference_mode()
     def begin(self) -> tuple[Node, ...]:
         """Make the inputs ready for the next chunk; returns the plan that makes it. `took` follows each forward."""
@@ -202,6 +208,7 @@ class Rollout:
         self.text_kv = text_kv
         self.stale = self.stale or (recache and bool(self.past))
 
+    @on_device
     @torch.inference_mode()
     def settle(self) -> None:
         """Bring the cache up to date: commit what is not committed, or replay the whole window after a switch."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dsa_engine.engine.batcher import Batcher
+from dsa_engine.engine.device import on_device
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Node, Row
 from dsa_engine.engine.session import Session
@@ -40,6 +41,11 @@ class Runner:
     def inputs(self) -> StepInputs | None:
         return next((turn.session.rollout.inputs for turn in self._turns.values()), None)
 
+    @property
+    def device(self) -> torch.device:
+        """That of its sessions; with nobody there is nothing to do on any."""
+        return torch.device("cpu") if self.inputs is None else self.inputs.x.device
+
     def __len__(self) -> int:
         return len(self._turns)
 
@@ -69,6 +75,7 @@ class Runner:
         if self._turns.pop(slot, None) is not None:
             self.batcher.remove(slot)
 
+    @on_device
     @torch.inference_mode()
     def forward(self) -> list[Session]:
         """One forward over as many rows as fit; returns the sessions whose chunk is denoised, to be finished.

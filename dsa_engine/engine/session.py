@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsa_engine.engine.device import Moment, copied
+from dsa_engine.engine.device import Moment, copied, follow, on_device, stream_of
 from dsa_engine.engine.plan import Node
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.models.codec import VideoCodec
@@ -108,14 +108,15 @@ class Session:
 
     def __init__(
         self, rollout: Rollout, decoder: VideoCodec, text: Text, embeds: Tensor, fps: float, prompt: str | None,
-        limit: int | None,
+        limit: int | None, stream: Any = None,
     ):  # fmt: skip
-        """embeds [1, L, text_dim]: of the prompt."""
+        """embeds [1, L, text_dim]: of the prompt; stream: on a CUDA device, where chunks are decoded beside others'
+        forwards."""
         self.rollout, self._decoder, self._text = rollout, decoder, text
         self._embeds, self._transition = embeds, None
         self._limit = limit
         self._begun: tuple[float, Moment] | None = None  # when the chunk that is being made was, as in Times
-        self._stream: Any = None  # of the decoder, on a CUDA device
+        self._stream = stream
         self._begin()
         self.fps, self.prompt = fps, prompt
 
@@ -142,6 +143,7 @@ class Session:
         """True when the clip has all the frames it was made for."""
         return self._limit is not None and self.rollout.position + self.rollout.config.chunk_frames > self._limit
 
+    @on_device
     def next_chunk(self, on_step: Callable[[Step], None] | None = None) -> Chunk:
         """Denoise and decode the next chunk. An exception on the way leaves the session as it was.
 
@@ -151,11 +153,13 @@ class Session:
         self._ready()
         return self._finish(self.rollout.denoise(on_step))
 
+    @on_device
     def begin(self) -> tuple[Node, ...]:
         """The first half of `next_chunk` for a `Runner`: everything is ready for the forwards of the plan returned."""
         self._ready()
         return self.rollout.begin()
 
+    @on_device
     def finish(self) -> Chunk:
         """The second half: decode what the forwards have made."""
         return self._finish(self.rollout.denoised())
@@ -172,19 +176,23 @@ class Session:
         self._begun = time.perf_counter(), Moment(self.device)
 
     def chunks(self) -> Iterator[Chunk]:
-        """All chunks up to the clip's end, each decoded while the next one is denoised: that in a thread of its own,
-        and the decoding, on a CUDA device, on a stream of its own.
+        """All chunks up to the clip's end, each decoded while the next one is denoised: that in a thread of its own, on
+        the stream that is current now, and the decoding, on a CUDA device, on the engine's stream for it.
 
         The chunks are those of `next_chunk`, but the session is one ahead of them: it takes no `update`, `snapshot` or
         `reset` in between, and leaving the loop early closes it.
         """
-        with self, ThreadPoolExecutor(1) as ahead:
+        return self._chunks(stream_of(self.device))
+
+    def _chunks(self, stream: Any) -> Iterator[Chunk]:
+        with self, ThreadPoolExecutor(1, initializer=follow, initargs=(stream,)) as ahead:
             following = ahead.submit(self._denoise)
             while following is not None:
                 decode = self._hand_over(*following.result())
                 following = None if self.exhausted else ahead.submit(self._denoise)
                 yield decode()
 
+    @on_device
     def _denoise(self) -> tuple[Denoised, Times, AbstractContextManager]:
         """The next chunk, and the context in which it can be decoded beside what follows."""
         self._ready()
@@ -197,12 +205,11 @@ class Session:
     def _beside(self, result: Denoised) -> AbstractContextManager:
         if self.device.type != "cuda":
             return nullcontext()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         result.latents.record_stream(self._stream)
         return torch.cuda.stream(self._stream)
 
+    @on_device
     def hand_over(self) -> Callable[[], Chunk]:
         """`finish` in two: the chunk counts at once, and the function returned decodes it, in any thread and, on a CUDA
         device, on a stream of its own, beside what others do meanwhile. It is to be called once, and before the next
@@ -212,7 +219,7 @@ class Session:
         return self._hand_over(result, self._times(), self._beside(result))
 
     def _hand_over(self, result: Denoised, times: Times, beside: AbstractContextManager) -> Callable[[], Chunk]:
-        index, past = self.index, self._past_state()
+        index, past = self.index, self._decoder_state
         self.rollout.accept(result.latents)
 
         def decode() -> Chunk:
@@ -223,13 +230,16 @@ class Session:
 
     def _finish(self, result: Denoised) -> Chunk:
         times = self._times()
-        chunk = self._decode(result, self.index, self._past_state(), times)
+        chunk = self._decode(result, self.index, self._decoder_state, times)
         self.rollout.accept(result.latents)  # cannot fail: the session moves on as a whole or not at all
         return chunk
 
+    @on_device
     def _decode(self, result: Denoised, index: int, past: Any, times: Times) -> Chunk:
         """Frames of a chunk; past: the decoder's state before it. When all is done the session has them behind it."""
         with torch.inference_mode():
+            if index == 0 and self.rollout.given is not None:  # here, on the stream that goes on from it
+                past = self._decoder.decode(self.rollout.given, None)[1]
             pixels, decoder_state = self._decoder.decode(result.latents, past)
             decoded = Moment(self.device)
             confidence = None if result.confidence is None else copied(result.confidence[0])
@@ -251,6 +261,7 @@ class Session:
         self._frames += len(frames)
         return chunk
 
+    @on_device
     def opening(self) -> np.ndarray | None:
         """The frames that the clip was given to begin with, as the decoder gives them back: uint8 [T, H, W, 3]."""
         if self.rollout.given is None:
@@ -258,6 +269,7 @@ class Session:
         with torch.inference_mode():
             return to_uint8(self._decoder.decode(self.rollout.given, None)[0][0])
 
+    @on_device
     def update(self, prompt: str, recache: bool = True, transition_chunks: int = 0) -> None:
         """Another prompt from the next chunk on.
 
@@ -279,6 +291,7 @@ class Session:
             self._embeds, self._transition = embeds, None
         self.prompt = prompt
 
+    @on_device
     def snapshot(self) -> Snapshot:
         """A copy of the whole state. It stays good whatever the session does next."""
         self._check_open()
@@ -287,6 +300,7 @@ class Session:
             self._transition, self._shape,
         )  # fmt: skip
 
+    @on_device
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot of this session, or of one of the same model, size and window."""
         self._check_open()
@@ -300,6 +314,7 @@ class Session:
         self._frames, self.prompt = snapshot.frames, snapshot.prompt
         self._embeds, self._transition = snapshot.embeds, snapshot.transition
 
+    @on_device
     def reset(self) -> None:
         """Back to the first chunk, under the prompt in force: the same seed gives the same frames again."""
         self._check_open()
@@ -309,12 +324,7 @@ class Session:
         self.rollout.restart()
         self._begin()
 
-    def _past_state(self) -> Any:
-        """The decoder's state before the next chunk."""
-        if self.index == 0 and self.rollout.given is not None:
-            return self._decoder.decode(self.rollout.given, None)[1]
-        return self._decoder_state
-
+    @on_device
     def close(self) -> None:
         """Give the cache slot back; harmless when done twice."""
         self._decoder_state = None  # so that a decoder need not keep it for nobody

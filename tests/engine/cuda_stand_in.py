@@ -23,7 +23,7 @@ from dsa_engine.models.dit import TextKV
 from dsa_engine.ops import cuda as kernels
 from dsa_engine.ops import reference
 
-PATCHED = ("Stream", "current_stream", "stream", "CUDAGraph", "graph", "graph_pool_handle", "synchronize")
+PATCHED = ("Stream", "current_stream", "stream", "device", "CUDAGraph", "graph", "graph_pool_handle", "synchronize")
 
 
 class Recorder(TorchDispatchMode):
@@ -99,6 +99,9 @@ class Cuda:
 
     def Stream(self, device=None):
         return SimpleNamespace(name="side", wait_stream=lambda other: self.log.append(f"side waits for {other.name}"))
+
+    def device(self, device):
+        return contextlib.nullcontext()
 
     def current_stream(self, device=None):
         return SimpleNamespace(name=self.stream_now, cuda_stream=7)

@@ -212,7 +212,7 @@ def streamed(pipe, chunks=4):
 
 def test_sessions_on_it_give_the_same_frames(pipe, monkeypatch):
     expected = streamed(pipe)
-    monkeypatch.setattr(ChunkDecoder, "capture", lambda decoder, tune: 0.5)
+    monkeypatch.setattr(ChunkDecoder, "capture", lambda decoder, tune, stream: 0.5)
     monkeypatch.setattr(engine_module, "too_large", lambda codec, shape: None)
     shape = pipe.engine._chunk(2, 2, pipe.config)
     assert shape == (1, 3, 16, 2, 2)
@@ -228,7 +228,7 @@ def test_sessions_on_it_give_the_same_frames(pipe, monkeypatch):
 
 
 def test_a_closed_session_leaves_no_state_behind(pipe, monkeypatch):
-    monkeypatch.setattr(ChunkDecoder, "capture", lambda decoder, tune: 0.0)
+    monkeypatch.setattr(ChunkDecoder, "capture", lambda decoder, tune, stream: 0.0)
     monkeypatch.setattr(engine_module, "too_large", lambda codec, shape: None)
     pipe.engine._capture_decoder((1, 3, 16, 2, 2))
     embeds = torch.ones(1, 2, pipe.engine.dit.config.text_dim)

@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sink", type=int, help="latent frames that stay in the cache for ever")
     add("--rope", choices=ROPE_MODES, help="where a sink is seen: where it was made, or always next to the window")
     add("--commit", choices=COMMIT_MODES, help="what a chunk leaves in the cache")
+    add("--no-graphs", action="store_true", help="capture no CUDA graphs: the first frame comes earlier, others later")
     add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
     loading(add)
     serving(command(serve, "answer over HTTP: jobs, live video over a WebSocket, and a page to watch it").add_argument)
@@ -203,7 +204,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
             start = plan.starts[chunk]
             tqdm.write(f"from {start / pipe.fps:g} s (frame {start}, chunk {chunk}): {plan.prompts[chunk]}", sys.stderr)
         torch.set_num_threads(args.threads or pipe.cpu_threads)
-        warmup = warm_up(pipe)
+        warmup = warm_up(pipe, not args.no_graphs)
         facts, chunks = make_clip(pipe, plan, options, writer, not args.no_recache, keep=args.report is not None)
     policy = args.steps or default_policy(pipe)
     facts |= {name: getattr(args, name) for name in ("scale", "output", "report", "model", "seed")}
@@ -259,16 +260,16 @@ def serve(args: argparse.Namespace) -> tuple[None, list[str], int]:
     return None, [], 0
 
 
-def warm_up(pipe: Pipeline) -> float:
+def warm_up(pipe: Pipeline, graphs: bool = True) -> float:
     """Seconds of `Pipeline.warmup`, with a bar while CUDA graphs are captured."""
-    quiet = pipe.engine.dit.device.type != "cuda"
+    quiet = pipe.engine.dit.device.type != "cuda" or not graphs
     with tqdm(desc="capturing", unit="graph", file=sys.stderr, disable=quiet) as bar:
 
         def progress(done: int, of: int) -> None:
             bar.total = of
             bar.update(done - bar.n)
 
-        return pipe.warmup(progress)
+        return pipe.warmup(progress, graphs)
 
 
 SESSION_OPTIONS = ("seed", "height", "width", "window", "sink", "rope", "commit", "strength")

@@ -337,16 +337,17 @@ class Pipeline:
         `session`. Leaving the loop early frees everything."""
         return self.session(prompt, num_frames=num_frames, **options).chunks()
 
-    def warmup(self, progress: Callable[[int, int], None] | None = None) -> float:
+    def warmup(self, progress: Callable[[int, int], None] | None = None, graphs: bool = True) -> float:
         """Make one chunk and throw it away; returns the seconds it took. The first real chunk is then a usual one.
 
         On a CUDA device the graphs of sessions of the default size and window are captured as well, of the default
-        length where the window is the whole clip; progress(done, of) is called after each.
+        length where the window is the whole clip; progress(done, of) is called after each. graphs=False leaves them out:
+        for one clip they take longer to capture than they save.
         """
         start = time.perf_counter()
         size = self._size()
         config, model = self.config, self.engine.dit.config
-        if self.engine.dit.device.type == "cuda":
+        if graphs and self.engine.dit.device.type == "cuda":
             whole = config.window is None and self.engine.decoder is not None
             frames = arguments.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
             self.engine.capture(

@@ -52,12 +52,12 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
-def lend(module: nn.Module, device: torch.device | str) -> None:
-    """From now on a module's weights live on the CPU, and on the device while its forward runs.
+def lend(module: nn.Module, device: torch.device | str, pin: bool = False) -> None:
+    """From now on a module's weights live on the CPU, and on the device while its forward runs. pin: as for `Loan`.
 
     The tensors that it is called with are moved there too; its results stay there.
     """
-    loan = Loan(module, device)
+    loan = Loan(module, device, pin)
 
     def moved(value: Any) -> Any:
         return value.to(loan.device) if isinstance(value, Tensor) else value

@@ -125,7 +125,7 @@ class UMT5(nn.Module):
         self.model.to(home)
         if self.offload:
             for layer in self._layers():
-                lend(layer, self.device)
+                lend(layer, self.device, pin=True)  # pageable, a prompt of umT5-XXL waits seconds for its copies
         self._placed = True
 
     def _find(self, prompt: str) -> Tensor:

@@ -85,13 +85,16 @@ def test_frames_are_encoded_where_the_codec_is(codec):
         check([ours.cpu()], [codec.encode(frames)])
 
 
-def test_a_module_that_is_lent_is_there_for_its_forward_only():
+@pytest.mark.parametrize("pin", [False, True])
+def test_a_module_that_is_lent_is_there_for_its_forward_only(pin, request):
     layer, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
     with torch.no_grad():
         expected = layer(x)
-        lend(layer, "cuda")
-        before = device.memory.now
+        lend(layer, "cuda", pin)
+        before, device.phase = device.memory.now, request.node.name
         ours = layer(x)
+    weights = [e.detail for e in device.of(device.phase, TO_DEVICE) if e.detail.endswith((" 256 bytes", " 32 bytes"))]
+    assert len(weights) == 2 and all(w.startswith("pinned, asynchronous" if pin else "pageable") for w in weights)
     assert ours.is_cuda and torch.equal(ours.cpu(), expected)
     assert layer.weight.device.type == "cpu" and device.memory.now == before + ours.nbytes
 

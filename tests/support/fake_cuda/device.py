@@ -95,7 +95,7 @@ class Device:
 
     @property
     def streams(self) -> list:
-        """Of this thread, the current one last."""
+        """Of this thread, the current one last, each with the device that was current before."""
         if not hasattr(self._thread, "streams"):
             self._thread.streams = []
         return self._thread.streams

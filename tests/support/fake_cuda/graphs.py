@@ -32,11 +32,12 @@ class Stream:
         self.cuda_stream = next(self.numbers)
 
     def __enter__(self):
-        device.streams.append(self)
+        device.streams.append((self, device.current))
+        device.current = self.device_index
         return self
 
     def __exit__(self, *_):
-        device.streams.remove(self)
+        _, device.current = device.streams.pop()
 
     def wait_stream(self, other) -> None:
         pass
@@ -90,7 +91,13 @@ def default_stream(device_=None) -> Stream:
 
 
 def current_stream(device_=None) -> Stream:
-    return device.streams[-1] if device.streams else default_stream()
+    return device.streams[-1][0] if device.streams else default_stream()
+
+
+def set_stream(stream_: Stream) -> None:
+    """Of this thread, and its device with it."""
+    device.streams[:] = [(stream_, device.current)]
+    device.current = stream_.device_index
 
 
 def stream(stream_):

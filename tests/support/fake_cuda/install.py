@@ -73,6 +73,7 @@ REPLACED = {
     "CUDAGraph": graphs.CUDAGraph,
     "graph": graphs.graph,
     "stream": graphs.stream,
+    "set_stream": graphs.set_stream,
     "current_stream": graphs.current_stream,
     "default_stream": graphs.default_stream,
     "graph_pool_handle": graphs.graph_pool_handle,

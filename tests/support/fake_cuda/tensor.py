@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -120,9 +121,19 @@ def on_host(func, name: str, args: tuple, kwargs: dict[str, Any]):
     return pinned(func(*args, **(kwargs | {"pin_memory": False})))
 
 
+PINNED_STORAGES: dict[int, StorageWeakRef] = {}
+
+
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    tensor._pinned = True
+    """From now on its memory counts as pinned, whatever tensor lies on it."""
+    for key in [key for key, reference in PINNED_STORAGES.items() if reference.expired()]:
+        del PINNED_STORAGES[key]
+    PINNED_STORAGES[storage(tensor)] = StorageWeakRef(tensor.untyped_storage())
     return tensor
+
+
+def is_pinned(tensor: torch.Tensor) -> bool:
+    return storage(tensor) in PINNED_STORAGES and not PINNED_STORAGES[storage(tensor)].expired()
 
 
 # ---- the rules -------------------------------------------------------------------------------------------------------
@@ -158,7 +169,7 @@ def transfer(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> 
 
 def transfer_of(host: torch.Tensor, to_device: bool, non_blocking: bool) -> None:
     """host: what says whether the host's memory is pinned. `.to("cpu")` makes its own, which is not."""
-    kind = "pinned" if getattr(host, "_pinned", False) else "pageable"
+    kind = "pinned" if is_pinned(host) else "pageable"
     how = "asynchronous" if non_blocking and kind == "pinned" else "blocking"
     device.event(TO_DEVICE if to_device else TO_HOST, f"{kind}, {how}, {host.nbytes} bytes")
 

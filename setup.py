@@ -24,8 +24,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "csrc"
 EXTENSION = "dsa_engine.csrc"
-# Slowest first. wgmma and TMA are sm_90a alone; what is bound by memory runs from sm_80 on, on what is later than Hopper
-# by its PTX, which the driver compiles.
+# Slowest first. wgmma and TMA are sm_90a alone; what is bound by memory runs from sm_80 on, and on what is later than
+# Hopper by its PTX, which the driver compiles.
 SOURCES = ("attention.cu", "modulate.cu", "epilogue.cu", "norm_rope.cu", "graphs.cu", "bindings.cpp")
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 AMPERE = ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
@@ -59,8 +59,8 @@ def find_nvcc() -> tuple[str, str]:
     release = re.search(r"release (\d+)\.(\d+)", version)
     if release is None or (int(release[1]), int(release[2])) < LEAST:
         raise BuildFailed(
-            f"{nvcc} must be of CUDA {LEAST[0]}.{LEAST[1]} or later, for sm_90a and cudaGetDriverEntryPointByVersion; it "
-            f"says {version.strip()!r}"
+            f"{nvcc} must be of CUDA {LEAST[0]}.{LEAST[1]} or later, for sm_90a and cudaGetDriverEntryPointByVersion; "
+            f"it says {version.strip()!r}"
         )
     return nvcc, version
 

@@ -35,7 +35,7 @@ def attention(
             "for each row of q"
         )
     check_scales("attention", k_cache, scales)
-    return implementation("attention", q)(q, k_cache, v_cache, slot, keys, scales)
+    return implementation("attention", q, q.shape[-1], k_cache.dtype)(q, k_cache, v_cache, slot, keys, scales)
 
 
 def check_scales(op: str, k_cache: Tensor, scales: CacheScales | None) -> None:
@@ -63,4 +63,4 @@ def cross_attention(
         raise ValueError(
             f"cross_attention: used and repeat must both be [{q.shape[0]}], one for each row, or both None"
         )
-    return implementation("cross_attention", q)(q, k, v, used, repeat)
+    return implementation("cross_attention", q, q.shape[-1])(q, k, v, used, repeat)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.ops import views
+from dsa_engine.ops.support import E4M3, Call, Kind, Limits, Reason
 from dsa_engine.structures import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
 
 try:
@@ -29,10 +30,39 @@ NO_HEAD = (0, 0, 0, 0, 0, 0, views.NO_FRAMES)
 
 # The condition of a loop on the device (engine/device_loop.py) is a kernel too, though no op.
 SET_WHILE = "set_while"
+ATTENTION_HEAD_DIMS = {torch.bfloat16: (64, 128), E4M3: (128,)}  # by the dtype of the cache
 
 
-def unavailable(op: str) -> str | None:
-    """Why the kernel of one op, or SET_WHILE, cannot run on the current device; None if it can."""
+def _eights(dim: int, stored: torch.dtype | None) -> bool:
+    return dim % 8 == 0
+
+
+ROWS = Limits(head_dim=_eights, head_dims="that are multiples of 8")
+LIMITS = dict.fromkeys(OPS, ROWS) | {
+    "attention": Limits(
+        (torch.bfloat16,), tuple(ATTENTION_HEAD_DIMS),
+        lambda dim, stored: dim in ATTENTION_HEAD_DIMS[stored or torch.bfloat16], "64 and 128 (an e4m3 cache: 128)",
+    )
+}  # fmt: skip
+
+
+def supports(call: Call) -> Reason | None:
+    """Why a call cannot run here; None if it can, as far as the choice knows it."""
+    if call.op not in OPS:
+        return Reason(Kind.NO_OP, f"cuda has no {call.op}")
+    if csrc is None:
+        return Reason(Kind.NOT_INSTALLED, unavailable(call.op))
+    why = unavailable(call.op, call.capability)
+    if why is not None:
+        return Reason(Kind.DEVICE, why)
+    if call.stored == E4M3 and call.capability != (9, 0):
+        return Reason(Kind.CALL, "cuda's e4m3 needs compute capability 9.0")
+    return LIMITS[call.op].refuse("cuda", call)
+
+
+def unavailable(op: str, capability: tuple[int, int] | None = None) -> str | None:
+    """Why the kernel of one op, or SET_WHILE, cannot run on a device of that capability, None for the current one; None
+    if it can."""
     if op not in (*OPS, SET_WHILE):
         return f"{op} has no CUDA kernel"
     if csrc is None:
@@ -40,7 +70,7 @@ def unavailable(op: str) -> str | None:
     if csrc.DEVICE == "cuda":
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = capability or torch.cuda.get_device_capability()
         if (major, minor) != (9, 0) if op == "attention" else major < 8:  # the others have PTX for what is later
             needs = "9.0 alone" if op == "attention" else "8.0 and later"
             return f"compute capability {major}.{minor}: {op} was compiled for {needs}"
@@ -241,11 +271,12 @@ def attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales: CacheScales | None = None
 ) -> Tensor:
     op, (batch, tokens, heads, head_dim) = "attention", q.shape
-    head_dims, dtype, k_scale, v_scale = (64, 128), torch.bfloat16, 0, 0
+    dtype, k_scale, v_scale = torch.bfloat16, 0, 0
     if scales is not None:
-        head_dims, dtype, k_scale, v_scale = (128,), torch.float8_e4m3fn, scales.k.data_ptr(), scales.v.data_ptr()
+        dtype, k_scale, v_scale = E4M3, scales.k.data_ptr(), scales.v.data_ptr()
         views.check_plain(op, "scales.k", scales.k, torch.float32)
         views.check_plain(op, "scales.v", scales.v, torch.float32)
+    head_dims = ATTENTION_HEAD_DIMS[dtype]
     if head_dim not in head_dims:
         nearest = min(head_dims, key=lambda d: abs(d - head_dim))
         raise ValueError(f"{op}: head dim {head_dim} with a cache of {k_cache.dtype} must be one of "

@@ -3,12 +3,14 @@
 On a CPU, and wherever a gradient is wanted, every op is plain torch. On a CUDA device `auto` takes what a measurement
 on that compute capability has found fastest (`MEASURED`) and, where nothing was measured, the portable Triton kernels:
 a kernel that nobody has timed is no default over one that runs everywhere. Another value of `DSA_BACKEND` asks for one
-implementation: of all ops that it has, the others staying as in `auto`.
+implementation: of all ops and tensors that it has a kernel for, the others staying as in `auto`. Each backend says what
+it has (`ops/support.py`); what plain torch must do because no kernel takes it is logged, once.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +20,9 @@ import torch
 from torch import Tensor
 
 from dsa_engine.ops import libraries, reference
+from dsa_engine.ops.support import E4M3, Call, Kind, Limits, Reason
+
+logger = logging.getLogger(__name__)
 
 STEMS = {
     "norm_rope": ("rms_norm", "norm_rope", "norm_rope_append"),
@@ -36,52 +41,77 @@ BACKENDS = ("auto", "torch", *KERNELS, *libraries.NAMES)
 # Fastest backend by compute capability and op, from `benchmarks/kernels.py` on such a device. None was measured yet.
 MEASURED: dict[tuple[int, int], dict[str, str]] = {}
 
+# What the Triton kernels take; their head dims are powers of two.
+POWERS = Limits(head_dim=lambda dim, stored: dim & (dim - 1) == 0, head_dims="that are powers of two")
+TILES = Limits(head_dim=lambda dim, stored: dim in (16, 32, 64, 128), head_dims="16, 32, 64 and 128")
+TRITON = dict.fromkeys(STEM_OF, POWERS) | {
+    "attention": TILES,
+    "cross_attention": TILES,
+    "fp8_linear": Limits((E4M3,)),
+    "gaussian": Limits((torch.int64,)),
+}
+
 
 class Choice(NamedTuple):
     backend: str
     why: str
 
 
-def choose(op: str, wanted: str, capability: tuple[int, int] | None, lacks: Callable[[str, str], str | None]) -> Choice:
-    """The backend of an op for a value of `DSA_BACKEND` on a device of some compute capability, None for a CPU.
+def choose(call: Call, wanted: str, supports: Callable[[str, Call], Reason | None]) -> Choice:
+    """The backend of a call for a value of `DSA_BACKEND`.
 
-    lacks(backend, op): why a backend cannot run the op here, None if it can. Raises ValueError for a value that does
-    not exist, RuntimeError for one that was asked for by name, has the op and cannot run here.
+    supports(backend, call): why a backend cannot run it here, None if it can. Raises ValueError for a value that does
+    not exist, RuntimeError for one that was asked for by name, has the op and cannot run it here at all.
     """
     if wanted not in BACKENDS:
         raise ValueError(f"DSA_BACKEND={wanted!r}: must be one of {', '.join(BACKENDS)}")
-    if capability is None:
+    if call.capability is None:
         return Choice("torch", "the tensors are on a CPU")
-    if wanted == "torch":
-        return Choice("torch", "asked for by DSA_BACKEND")
-    if wanted in KERNELS or (wanted in libraries.NAMES and op == "attention"):
-        why_not = lacks(wanted, op)
-        if why_not is None:
+    if wanted != "auto":
+        reason = supports(wanted, call)
+        if reason is None:
             return Choice(wanted, "asked for by DSA_BACKEND")
-        if "has no" not in why_not:  # an op that a backend simply does not have is nobody's mistake
-            raise RuntimeError(f"DSA_BACKEND={wanted}: {op} cannot run here: {why_not}")
-    fastest = MEASURED.get(capability, {}).get(op)
-    if fastest is not None and lacks(fastest, op) is None:
-        return Choice(fastest, f"fastest when measured on compute capability {capability[0]}.{capability[1]}")
-    why_not = lacks("triton", op)
-    return Choice("triton", "portable; nothing was measured") if why_not is None else Choice("torch", why_not)
+        if not reason.here:
+            raise RuntimeError(f"DSA_BACKEND={wanted}: {call.op} cannot run here: {reason.text}")
+        if reason.kind is Kind.CALL:  # an op that a backend simply does not have is nobody's mistake
+            logger.warning("DSA_BACKEND=%s does not run %s, the default does: %s", wanted, call, reason.text)
+    for backend, why in order(call):
+        reason = supports(backend, call)
+        if reason is None:
+            return Choice(backend, why)
+    if reason.kind is Kind.CALL:
+        logger.warning("plain torch runs %s: %s", call, reason.text)
+    return Choice("torch", reason.text)
 
 
-def lacks(backend: str, op: str) -> str | None:
-    """Why a backend cannot run an op on this machine's current CUDA device; None if it can."""
+def order(call: Call) -> list[tuple[str, str]]:
+    """The backends that `auto` tries for a call on a CUDA device, first to last, each with why; after them torch."""
+    fastest = MEASURED.get(call.capability, {}).get(call.op)
+    if fastest is None:
+        return [("triton", "portable; nothing was measured")]
+    measured = f"fastest when measured on compute capability {call.capability[0]}.{call.capability[1]}"
+    return [(fastest, measured), ("triton", f"portable; {fastest}, {measured}, does not run this")]
+
+
+def supports(backend: str, call: Call) -> Reason | None:
+    """Why a backend cannot run a call on its CUDA device; None if it can."""
     if backend == "torch":
         return None
     if backend in libraries.NAMES:
-        return libraries.unavailable(backend) if op == "attention" else f"{backend} has no {op}"
+        return libraries.supports(backend, call)
     try:
-        module = _module(backend, op)
+        module = _module(backend, call.op)
     except ImportError as error:
-        return f"{backend} is not installed: {error}"
-    if not hasattr(module, op):
-        return f"{backend} has no {op}"
+        return Reason(Kind.NOT_INSTALLED, f"{backend} is not installed: {error}")
+    if not hasattr(module, call.op):
+        return Reason(Kind.NO_OP, f"{backend} has no {call.op}")
     if backend == "cuda":
-        return module.unavailable(op)
-    return None if torch.cuda.get_device_capability() >= (8, 0) else "Triton kernels need compute capability 8.0"
+        return module.supports(call)
+    if call.capability < (8, 0):
+        return Reason(Kind.DEVICE, "Triton kernels need compute capability 8.0")
+    if E4M3 in (call.dtype, call.stored) and call.capability < (8, 9):
+        return Reason(Kind.CALL, "triton's e4m3 needs compute capability 8.9")
+    return TRITON[call.op].refuse("triton", call)
 
 
 def _module(backend: str, op: str):
@@ -91,21 +121,30 @@ def _module(backend: str, op: str):
 
 
 def choice(op: str, device: str = "cuda") -> Choice:
-    """What this process runs for an op on a kind of device, "cpu" or "cuda"."""
-    capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    return choose(op, os.environ.get("DSA_BACKEND", "auto"), capability, lacks)
+    """What this process runs for an op on a kind of device, "cpu" or "cuda" (the current one), whatever its tensors."""
+    if device != "cuda":
+        return _choice(Call(op, None))
+    return _choice(Call(op, torch.cuda.get_device_capability(), index=torch.cuda.current_device()))
 
 
 @cache
-def _function(op: str) -> Callable:
-    backend = choice(op).backend
+def _choice(call: Call) -> Choice:
+    return choose(call, os.environ.get("DSA_BACKEND", "auto"), supports)
+
+
+@cache
+def _function(op: str, dtype: torch.dtype, head_dim: int | None, stored: torch.dtype | None, index: int) -> Callable:
+    backend = _choice(Call(op, torch.cuda.get_device_capability(index), dtype, head_dim, stored, index)).backend
     if backend == "torch":
         return getattr(reference, op)
     return getattr(libraries, backend) if backend in libraries.NAMES else getattr(_module(backend, op), op)
 
 
-def implementation(op: str, x: Tensor) -> Callable:
-    """The function that runs an op for a call on x; decided once a process for CUDA tensors."""
-    if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
+def implementation(
+    op: str, x: Tensor, head_dim: int | None = None, stored: torch.dtype | None = None
+) -> Callable:  # fmt: skip
+    """The function that runs an op for a call on x; decided once a process for CUDA tensors of a kind (`Call`)."""
+    device = x.device
+    if device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
         return getattr(reference, op)
-    return _function(op)
+    return _function(op, x.dtype, head_dim, stored, device.index)

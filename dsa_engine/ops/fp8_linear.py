@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.support import E4M3
 from dsa_engine.structures import Rowwise
 
 
 def quantise(x: Tensor) -> Rowwise:
     """x [..., C] -> `Rowwise`: scale = max|row| / 448 (1 where that is 0), values = x / scale to nearest even."""
-    return implementation("quantise", x)(x)
+    return implementation("quantise", x, stored=E4M3)(x)
 
 
 def fp8_linear(x: Tensor | Rowwise, weight: Rowwise, bias: Tensor | None = None, dtype=torch.bfloat16) -> Tensor:

@@ -18,18 +18,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsa_engine.ops.support import HALVES, Call, Kind, Limits, Reason
+
 MODULES = {"cudnn": "torch", "flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 NAMES = tuple(MODULES)
+FROM = {"cudnn": 8, "flash2": 8, "flash3": 9, "flash4": 9}  # the least compute capability
 
 
-def unavailable(name: str) -> str | None:
-    """Why a library cannot be used here; None if it can. Nothing is imported to find out."""
+def _small(dim: int, stored: torch.dtype | None) -> bool:
+    return dim % 8 == 0 and dim <= 128
+
+
+LIMITS = Limits(HALVES, HALVES, _small, "that are multiples of 8 up to 128")
+
+
+def supports(name: str, call: Call) -> Reason | None:
+    """Why a library cannot run a call here; None if it can. Nothing is imported to find out."""
+    if call.op != "attention":
+        return Reason(Kind.NO_OP, f"{name} has no {call.op}")
     package = MODULES[name].partition(".")[0]
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(MODULES[name]) is None:
-        return f"{MODULES[name]} is not installed"
-    major, _ = torch.cuda.get_device_capability()
-    least = 9 if name in ("flash3", "flash4") else 8
-    return None if major >= least else f"{name} needs compute capability {least}.0"
+        return Reason(Kind.NOT_INSTALLED, f"{MODULES[name]} is not installed")
+    if call.capability[0] < FROM[name]:
+        return Reason(Kind.DEVICE, f"{name} needs compute capability {FROM[name]}.0")
+    return LIMITS.refuse(name, call)
 
 
 def order_frames(keys: Tensor, window: int) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.support import E4M3
 from dsa_engine.structures import Rowwise
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | Rowwise:
     """LayerNorm(x) * (1 + scale) + shift, no affine. x [B, T, C] -> [B, T, C] in x's dtype; fp8: as `Rowwise`."""
     _check("modulate", x, shift, scale)
-    return implementation("modulate", x)(x, shift, scale, eps, fp8)
+    return implementation("modulate", x, stored=E4M3 if fp8 else None)(x, shift, scale, eps, fp8)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def residual_modulate(
     dtype; fp8: that one as `Rowwise`.
     """
     _check("residual_modulate", x, shift, scale, *([] if gate is None else [gate]), like=y)
-    return implementation("residual_modulate", x)(x, y, gate, shift, scale, eps, fp8)
+    return implementation("residual_modulate", x, stored=E4M3 if fp8 else None)(x, y, gate, shift, scale, eps, fp8)
 
 
 def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
@@ -41,7 +42,7 @@ def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
     `Rowwise`."""
     if bias.shape != x.shape[-1:]:
         raise ValueError(f"gelu_bias: bias {list(bias.shape)} must be [{x.shape[-1]}], the last dim of x")
-    return implementation("gelu_bias", x)(x, bias, fp8)
+    return implementation("gelu_bias", x, stored=E4M3 if fp8 else None)(x, bias, fp8)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def norm_rope(
     q, k: [B, T, C]; gain_q, gain_k: [C]; cos, sin: [B, T, D/2] float32 (`models.rope.rope_table`).
     Returns q, k: [B, T, H, D] in their dtype, H = C / D.
     """
-    return implementation("norm_rope", q)(q, k, gain_q, gain_k, cos, sin, eps)
+    return implementation("norm_rope", q, 2 * cos.shape[-1])(q, k, gain_q, gain_k, cos, sin, eps)
 
 
 def norm_rope_append(
@@ -53,6 +53,6 @@ def norm_rope_append(
             f"with F = {write.shape[1]} frames of S = {k_cache.shape[2]} tokens"
         )
     check_scales("norm_rope_append", k_cache, scales)
-    return implementation("norm_rope_append", q)(
+    return implementation("norm_rope_append", q, k_cache.shape[-1], k_cache.dtype)(
         q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales
     )

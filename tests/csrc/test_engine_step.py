@@ -57,7 +57,7 @@ def through(monkeypatch):
     def route(module, ops):
         called = []
 
-        def implementation(op, x, **key):
+        def implementation(op, x, *key, **more):
             called.append(op)
             return getattr(module if op in ops else reference, op)
 

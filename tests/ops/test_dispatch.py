@@ -7,25 +7,35 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import kernels  # noqa: F401  the interpreter is put right before a kernel is imported
 import pytest
 import torch
 
 from dsa_engine import ops
+from dsa_engine.ops import cuda as ops_cuda
 from dsa_engine.ops import dispatch, libraries, reference
+from dsa_engine.ops.support import E4M3, Call, Kind, Reason
+from dsa_engine.triton_kernels import attention as triton_attention
 
-HOPPER = (9, 0)
+HOPPER, AMPERE = (9, 0), (8, 0)
+CALL = Call("attention", HOPPER, torch.bfloat16, 128, torch.bfloat16)
 
 
-def everything(backend, op):
+def everything(backend, call):
     return None
 
 
-def nothing(backend, op):
-    return f"{backend} is not installed"
+def nothing(backend, call):
+    return Reason(Kind.NOT_INSTALLED, f"{backend} is not installed")
 
 
-def choose(op="modulate", wanted="auto", capability=HOPPER, lacks=everything):
-    return dispatch.choose(op, wanted, capability, lacks).backend
+def refuses(wanted, kind):
+    """All backends run everything, but one of them for a reason of some kind."""
+    return lambda backend, call: Reason(kind, f"{backend} has a reason") if backend == wanted else None
+
+
+def choose(op="modulate", wanted="auto", capability=AMPERE, supports=everything, **call):
+    return dispatch.choose(Call(op, capability, **call), wanted, supports).backend
 
 
 def test_every_public_op_has_a_stem_and_a_reference():
@@ -51,26 +61,116 @@ def test_on_a_cpu_everything_is_torch():
 
 def test_auto_takes_what_was_measured_then_triton_then_torch(monkeypatch):
     assert choose() == "triton"
-    assert choose(lacks=nothing) == "torch"
+    assert choose(supports=nothing) == "torch"
     monkeypatch.setitem(dispatch.MEASURED, HOPPER, {"attention": "cudnn", "modulate": "cuda"})
-    assert choose("attention") == "cudnn" and choose("modulate") == "cuda" and choose("epilogue") == "triton"
-    assert choose("attention", capability=(8, 0)) == "triton"
-    assert choose("modulate", lacks=lambda backend, op: "broken" if backend == "cuda" else None) == "triton"
+    measured = {op: choose(op, capability=HOPPER) for op in ("attention", "modulate", "epilogue")}
+    assert measured == {"attention": "cudnn", "modulate": "cuda", "epilogue": "triton"}
+    assert choose("attention", capability=AMPERE) == "triton"
+    assert choose("modulate", capability=HOPPER, supports=refuses("cuda", Kind.CALL)) == "triton"
 
 
 def test_a_backend_that_is_asked_for_runs_or_says_why_not():
     assert choose(wanted="cuda") == "cuda" and choose(wanted="torch") == "torch"
     assert choose("attention", wanted="flash3") == "flash3"
-    assert choose("modulate", wanted="flash3") == "triton"  # it has attention alone
-    assert choose(wanted="cuda", lacks=lambda b, op: f"{b} has no {op}" if b == "cuda" else None) == "triton"
-    with pytest.raises(RuntimeError, match="DSA_BACKEND=cuda: modulate cannot run here: cuda is not installed"):
-        choose(wanted="cuda", lacks=nothing)
+    for kind in (Kind.NOT_INSTALLED, Kind.DEVICE):
+        with pytest.raises(RuntimeError, match="DSA_BACKEND=cuda: modulate cannot run here: cuda has a reason"):
+            choose(wanted="cuda", supports=refuses("cuda", kind))
     with pytest.raises(ValueError, match="DSA_BACKEND='fast': must be one of auto, torch, triton"):
         choose(wanted="fast")
 
 
+def test_an_op_or_a_call_that_a_backend_has_no_kernel_for_takes_the_default(caplog):
+    """Whatever the text of the reason says; only tensors that it does not take are worth a word."""
+    assert choose(wanted="cuda", supports=refuses("cuda", Kind.NO_OP)) == "triton" and caplog.messages == []
+    refused = refuses("cuda", Kind.CALL)
+    assert choose("attention", "cuda", supports=refused, dtype=torch.float32, head_dim=32) == "triton"
+    (message,) = caplog.messages
+    assert message.startswith("DSA_BACKEND=cuda does not run attention (float32, head dim 32), the default does: cuda ")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A device of compute capability 9.0 with Triton and csrc, as far as the choice looks."""
+
+    class Built:
+        DEVICE = "cuda"
+
+    monkeypatch.setattr(ops_cuda, "csrc", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: HOPPER)
+    for function in (dispatch._choice, dispatch._function):
+        function.cache_clear()
+    yield monkeypatch
+    for function in (dispatch._choice, dispatch._function):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("call, backend", [
+    ((torch.bfloat16, 128, torch.bfloat16), "cuda"),
+    ((torch.bfloat16, 64, torch.bfloat16), "cuda"),
+    ((torch.bfloat16, 128, E4M3), "cuda"),
+    ((torch.bfloat16, 64, E4M3), "triton"),  # csrc has e4m3 at 128 alone
+    ((torch.bfloat16, 32, torch.bfloat16), "triton"),  # the small model that is shipped
+    ((torch.float32, 128, torch.float32), "triton"),
+    ((torch.float16, 128, torch.float16), "triton"),
+    ((torch.bfloat16, 96, torch.bfloat16), "reference"),
+])  # fmt: skip
+def test_attention_of_a_kind_that_csrc_does_not_take_falls_back(hopper, caplog, call, backend):
+    """The same process runs each kind by what can run it, and says so once."""
+    hopper.setenv("DSA_BACKEND", "cuda")
+    dtype, head_dim, stored = call
+
+    class Query:
+        device, requires_grad = torch.device("cuda", 0), False
+
+    Query.dtype = dtype
+    for _ in range(3):
+        function = dispatch.implementation("attention", Query(), head_dim, stored)
+    assert function.__module__.removeprefix("dsa_engine.").split(".")[-1] == {
+        "cuda": "cuda", "triton": "attention", "reference": "reference"}[backend]  # fmt: skip
+    warned = sum("DSA_BACKEND=cuda does not run attention" in message for message in caplog.messages)
+    assert warned == (backend != "cuda")
+    assert dispatch._function.cache_info().hits == 2
+
+
+def test_a_kind_that_no_kernel_takes_is_logged_and_runs_in_plain_torch(caplog):
+    call = Call("attention", (8, 0), torch.bfloat16, 96, torch.bfloat16)
+    assert dispatch.choose(call, "auto", dispatch.supports).backend == "torch"
+    assert "plain torch runs attention (bfloat16, head dim 96, bfloat16 stored): triton takes head dims" in caplog.text
+    call = call._replace(head_dim=128, stored=E4M3)
+    assert dispatch.choose(call, "auto", dispatch.supports).backend == "torch"  # an A100 has no e4m3
+    assert dispatch.choose(call._replace(capability=(8, 9)), "auto", dispatch.supports).backend == "triton"
+
+
+def test_what_csrc_has_follows_the_device(monkeypatch):
+    class Built:
+        DEVICE = "cuda"
+
+    monkeypatch.setattr(ops_cuda, "csrc", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kinds = {}
+    for capability in ((7, 5), (8, 0), (9, 0), (10, 0)):
+        calls = Call("attention", capability), Call("modulate", capability), Call("modulate", capability, stored=E4M3)
+        kinds[capability] = [reason and reason.kind for reason in map(ops_cuda.supports, calls)]
+    assert kinds == {
+        (7, 5): [Kind.DEVICE] * 3, (8, 0): [Kind.DEVICE, None, Kind.CALL], (9, 0): [None] * 3,
+        (10, 0): [Kind.DEVICE, None, Kind.CALL],
+    }  # fmt: skip
+    monkeypatch.setattr(ops_cuda, "csrc", None)
+    monkeypatch.setattr(ops_cuda, "_missing", "no module", raising=False)
+    assert ops_cuda.supports(Call("modulate", HOPPER)).kind is Kind.NOT_INSTALLED
+    assert ops_cuda.supports(Call("gaussian", HOPPER)).kind is Kind.NO_OP
+
+
+def test_tables_say_what_the_launchers_check():
+    for dim in (8, 16, 32, 48, 64, 128, 256):
+        ours = dispatch.TRITON["attention"].refuse("triton", Call("attention", HOPPER, head_dim=dim)) is None
+        assert ours == (dim in triton_attention.HEAD_DIMS)
+
+
 def test_a_gradient_or_a_cpu_tensor_takes_the_reference(monkeypatch):
-    monkeypatch.setattr(dispatch, "_function", lambda op: pytest.fail("a kernel has no backward"))
+    monkeypatch.setattr(dispatch, "_function", lambda *key: pytest.fail("a kernel has no backward"))
     x = torch.zeros(1, 4, 8)
     assert dispatch.implementation("modulate", x) is reference.modulate
 
@@ -148,7 +248,11 @@ def test_cudnn_is_forced_and_masked(case, monkeypatch, close):
 
 
 def test_libraries_that_are_not_there_say_so():
-    assert libraries.unavailable("flash3") == "flash_attn_interface is not installed"
-    assert libraries.unavailable("flash4") == "flash_attn.cute is not installed"
+    for name, module in (("flash3", "flash_attn_interface"), ("flash4", "flash_attn.cute")):
+        assert libraries.supports(name, CALL) == (Kind.NOT_INSTALLED, f"{module} is not installed")
+    assert libraries.supports("cudnn", CALL) is None
+    assert libraries.supports("cudnn", CALL._replace(op="modulate")).kind is Kind.NO_OP
+    assert libraries.supports("cudnn", CALL._replace(capability=(7, 5))).kind is Kind.DEVICE
+    assert libraries.supports("cudnn", CALL._replace(stored=E4M3)).kind is Kind.CALL
     with pytest.raises(ValueError, match="FP8"):
         libraries.flash2(*[None] * 5, scales=1)

@@ -346,7 +346,7 @@ class Pipeline:
         start = time.perf_counter()
         size = self._size()
         config, model = self.config, self.engine.dit.config
-        if self.engine.dit.device.type == "cuda":
+        if self.device.type == "cuda":
             whole = config.window is None and self.engine.decoder is not None
             frames = arguments.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
             self.engine.capture(
@@ -356,7 +356,15 @@ class Pipeline:
         latents = self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
         if self.engine.decoder is not None:
             self._decode(latents, "pt")
+            if self.device.type == "cuda":
+                self.warm_decoder()
         return time.perf_counter() - start
+
+    def warm_decoder(self) -> None:
+        """Decode two chunks of nothing as sessions of the default size do. For a thread that decodes and is not the one
+        that called `warmup`: what is chosen and loaded at first use is each thread's own."""
+        height, width = self._size()
+        self.engine.warm_decoder(height=height, width=width, config=self.config)
 
     def close(self) -> None:
         """Free the cache pools. The pipeline can still be used: the next session allocates anew."""

@@ -341,13 +341,13 @@ class Pipeline:
         """Make one chunk and throw it away; returns the seconds it took. The first real chunk is then a usual one.
 
         On a CUDA device the graphs of sessions of the default size and window are captured as well, of the default
-        length where the window is the whole clip; progress(done, of) is called after each. graphs=False leaves them out:
-        for one clip they take longer to capture than they save.
+        length where the window is the whole clip; progress(done, of) is called after each. graphs=False leaves them
+        out: for one clip they take longer to capture than they save.
         """
         start = time.perf_counter()
         size = self._size()
         config, model = self.config, self.engine.dit.config
-        if graphs and self.engine.dit.device.type == "cuda":
+        if graphs and self.device.type == "cuda":
             whole = config.window is None and self.engine.decoder is not None
             frames = arguments.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
             self.engine.capture(
@@ -355,9 +355,17 @@ class Pipeline:
             )  # fmt: skip
         noise = torch.zeros(1, config.chunk_frames, model.in_dim, *size)
         latents = self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
-        if self.engine.decoder is not None:
+        if self.engine.decoder is not None and self.device.type == "cuda":
+            self.warm_decoder()
+        elif self.engine.decoder is not None:
             self._decode(latents, "pt")
         return time.perf_counter() - start
+
+    def warm_decoder(self) -> None:
+        """Decode two chunks of nothing as sessions of the default size do. For a thread that decodes and is not the one
+        that called `warmup`: what is chosen and loaded at first use is each thread's own."""
+        height, width = self._size()
+        self.engine.warm_decoder(height=height, width=width, config=self.config)
 
     def close(self) -> None:
         """Free the cache pools. The pipeline can still be used: the next session allocates anew."""

@@ -1,7 +1,8 @@
 """A codec's usual chunk as a function over buffers of its own: on a CUDA device a graph, one launch a chunk.
 
 Latents, state and frames of a chunk have the same shapes from a clip's second chunk on. The function reads them in one
-place and writes them in another, so a capture of it serves every chunk of every stream.
+place and writes them in another, so a capture of it serves every chunk of every stream. A clip's first chunk, which has
+no state before it and fewer frames, is another.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class ChunkDecoder:
         self._device, self._lock = weight.device, threading.RLock()
         self._done = torch.cuda.Event() if weight.is_cuda else None  # of the last work on the buffers
         self._held: list[weakref.ref[Held] | None] = [None, None]
-        self._graphs: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []  # by the buffer that is read
+        # By the buffer that is read, None for a clip's first chunk.
+        self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         with torch.inference_mode():
             self._latents = torch.zeros(self.shape, dtype=weight.dtype, device=weight.device)
             first = codec.decode(self._latents)[1]
@@ -80,15 +82,16 @@ class ChunkDecoder:
         """As the codec's; a state may be one of the codec's own too."""
         with self._lock:
             self._wait()
-            if tuple(latents.shape) != self.shape or not self._fits(state):
+            if tuple(latents.shape) != self.shape or not (state is None or self._fits(state)):
                 result = self.codec.decode(latents, self._tensors(state))
             else:
-                source = self._source(state)
+                source = None if state is None else self._source(state)
+                target = _target(source)
                 self._latents.copy_(latents)
-                self._vacate(1 - source)
+                self._vacate(target)
                 frames = self._run(source)
-                held = Held(self, 1 - source)
-                self._held[1 - source] = weakref.ref(held)
+                held = Held(self, target)
+                self._held[target] = weakref.ref(held)
                 result = frames, held
             self._mark()
             return result
@@ -107,10 +110,10 @@ class ChunkDecoder:
             return state
         return state.own if state.buffer is None else self._states[state.buffer]
 
-    def _fits(self, state: State | Held | None) -> bool:
-        """False for the codec to say what is wrong, or that a clip begins."""
+    def _fits(self, state: State | Held) -> bool:
+        """False for the codec to say what is wrong."""
         tensors = self._tensors(state)
-        return tensors is not None and [t.shape for t in tensors] == [t.shape for t in self._states[0]]
+        return [t.shape for t in tensors] == [t.shape for t in self._states[0]]
 
     def _source(self, state: State | Held) -> int:
         """The buffer that holds a state, copied there if need be."""
@@ -136,11 +139,13 @@ class ChunkDecoder:
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
-    def _step(self, source: int) -> Tensor:
-        """The function: frames of the latents after the state of one buffer, whose successor goes to the other."""
-        return self.codec.decode(self._latents, self._states[source], self._states[1 - source])[0]
+    def _step(self, source: int | None) -> Tensor:
+        """The function: frames of the latents after the state of one buffer, or after none, whose successor goes to
+        `_target`."""
+        past = None if source is None else self._states[source]
+        return self.codec.decode(self._latents, past, self._states[_target(source)])[0]
 
-    def _run(self, source: int) -> Tensor:
+    def _run(self, source: int | None) -> Tensor:
         if not self._graphs:
             return self._step(source)
         graph, frames = self._graphs[source]
@@ -159,8 +164,8 @@ class ChunkDecoder:
 
     @torch.inference_mode()
     def capture(self, tune: bool = True, stream: Any = None) -> float:
-        """Capture the function, once for each direction; returns the seconds it took. stream: to capture on, None for a
-        new one.
+        """Capture the function, once for each direction and for a clip's first chunk; returns the seconds it took.
+        stream: to capture on, None for a new one.
 
         tune: cuDNN times its convolutions first and takes the fastest, which may be others in another process; else
         those that it deems best. States that are held stay good.
@@ -177,19 +182,25 @@ class ChunkDecoder:
             torch.backends.cudnn.benchmark = tune
             try:
                 with torch.cuda.stream(stream):
-                    self._step(0)  # what is chosen or loaded at first use must not be captured
-                self._graphs = [self._capture(source, stream, pool) for source in (0, 1)]
+                    for source in (0, None):  # what is chosen or loaded at first use must not be captured
+                        self._step(source)
+                self._graphs = {source: self._capture(source, stream, pool) for source in (0, 1, None)}
             finally:
                 torch.backends.cudnn.benchmark = before
             torch.cuda.current_stream(self._device).wait_stream(stream)
             self._mark()
         return time.perf_counter() - start
 
-    def _capture(self, source: int, stream, pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, source: int | None, stream, pool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             frames = self._step(source)
         return graph, frames
+
+
+def _target(source: int | None) -> int:
+    """The buffer that takes the state after the one that is read, None for a clip's first chunk."""
+    return 0 if source is None else 1 - source
 
 
 def too_large(codec: StreamingVAE, latents: Sequence[int]) -> str | None:

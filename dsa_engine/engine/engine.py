@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from dsa_engine.engine.device import Streams, on_device
 from dsa_engine.engine.graphs import StepGraphs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.rollout import Rollout
-from dsa_engine.engine.session import Session
+from dsa_engine.engine.session import Session, to_uint8
 from dsa_engine.models.codec import VideoCodec
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
@@ -92,7 +93,7 @@ class Engine:
         rollout = Rollout(
             self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
         )
-        decoder = self._decoders.get(self._chunk(height, width, config), self.decoder)
+        decoder = self._decoder_of(self._chunk(height, width, config))
         return Session(rollout, decoder, self, embeds, fps, prompt, frames, self.streams and self.streams.decode)
 
     @on_device
@@ -130,6 +131,23 @@ class Engine:
         seconds = decoder.capture(not self.deterministic, self.streams and self.streams.decode)
         self._decoders[latents] = decoder
         return seconds
+
+    @on_device
+    @torch.inference_mode()
+    def warm_decoder(self, *, height: int, width: int, config: RolloutConfig) -> None:
+        """Decode a clip's first chunk and the next as sessions of this latent size do, in this thread: cuDNN's plans
+        and cuBLAS's handles are each thread's own."""
+        latents, state = self._chunk(height, width, config), None
+        decoder = self._decoder_of(latents)
+        with nullcontext() if self.streams is None else torch.cuda.stream(self.streams.decode):
+            for _ in range(2):
+                zeros = torch.zeros(latents, device=self.device, dtype=self.dit.dtype)
+                pixels, state = decoder.decode(zeros, state)
+                to_uint8(pixels[0])
+
+    def _decoder_of(self, latents: tuple[int, ...]) -> VideoCodec:
+        """What decodes chunks of latents of that shape."""
+        return self._decoders.get(latents, self.decoder)
 
     def _chunk(self, height: int, width: int, config: RolloutConfig) -> tuple[int, ...]:
         """Shape of the latents that a session decodes at once."""

@@ -95,8 +95,12 @@ class Worker:
     # From any thread.
 
     def start(self) -> None:
+        """Start the threads. On a CUDA device the one that decodes warms up first, so that the first frame of a server
+        is a usual one; an error of that is raised."""
         if self._thread is not None:
             raise RuntimeError("the worker runs already")
+        if self._decoders is not None and self.pipe.device.type == "cuda":
+            self._decoders.submit(self.pipe.warm_decoder).result()
         self._thread = threading.Thread(target=self._run, name="dsa-engine-worker", daemon=True)
         self._thread.start()
 

@@ -120,7 +120,7 @@ def test_a_state_survives_what_comes_after_it(codec, decoder):
     """Three chunks on, and capturing anew: both buffers were written since."""
     _, first = decoder.decode(latents(0), None)
     _, second = decoder.decode(latents(1), first)
-    expected = codec.decode(latents(2), codec.decode(latents(1), first)[1])[0]
+    expected = codec.decode(latents(2), codec.decode(latents(1), tensors(first))[1])[0]
     state = second
     for number in range(2, 5):
         _, state = decoder.decode(latents(number), state)
@@ -159,14 +159,14 @@ def test_a_capture_is_launched_once_a_chunk_and_tells_torch_nothing(codec):
     for tune in (True, False):
         patched.cuda.log.clear()
         assert patched.capture(decoder, tune=tune) >= 0
-        assert patched.cuda.log == ["side waits for main", *["capture in pool on side, thread_local"] * 2,
+        assert patched.cuda.log == ["side waits for main", *["capture in pool on side, thread_local"] * 3,
                                     "main waits for side"]  # fmt: skip
-    assert seen == [(0, True), (0, True), (1, True), (0, False), (0, False), (1, False)]
+    assert seen == [(source, tune) for tune in (True, False) for source in (0, None, 0, 1, None)]
     assert torch.backends.cudnn.benchmark == before
     _, state = decoder.decode(latents(0), None)
     for number in range(3):
         _, state = decoder.decode(latents(number), state)
-    assert patched.cuda.launches == 3
+    assert patched.cuda.launches == 4  # the first chunk of a clip too
 
 
 def test_it_is_a_codec(codec, decoder):

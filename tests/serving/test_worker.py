@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -408,3 +409,23 @@ def test_limits_are_checked(wrong):
 def test_a_pipeline_with_too_few_places_is_refused(pipe):
     with pytest.raises(ValueError, match="make it with 9"):
         Worker(pipe, Limits(sessions=5, jobs=4))
+
+
+def test_the_thread_that_decodes_warms_up_before_anybody_is_served(pipe, monkeypatch):
+    """What cuDNN chooses is each thread's own: the pipeline's warm-up in another thread does not serve it."""
+    decoded, decode = [], pipe.engine.decoder.decode
+
+    def seen(x, state):
+        decoded.append((threading.current_thread().name, tuple(x.shape)))
+        return decode(x, state)
+
+    monkeypatch.setattr(pipe.engine.decoder, "decode", seen)
+    worker = Worker(pipe, Limits(sessions=1, jobs=0))
+    worker.start()
+    assert not decoded  # there is nothing to choose on a CPU
+    worker.stop()
+    monkeypatch.setattr(Pipeline, "device", torch.device("cuda", 1))
+    worker = Worker(pipe, Limits(sessions=1, jobs=0))
+    worker.start()
+    worker.stop()
+    assert decoded == [("dsa-engine-decoder_0", (1, 3, 16, 8, 8))] * 2  # a clip's first chunk and the next

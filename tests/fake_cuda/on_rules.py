@@ -173,7 +173,7 @@ def test_a_pool_keeps_what_its_captures_work_with():
     for size in (1000, 500):
         with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
             (x[:size] + 1).sum()
-    assert 4000 <= device.pools[pool] <= 4100
+    assert 4000 <= device.memory.pools[pool] <= 4100
 
 
 def test_devices_have_an_index_in_each_thread():

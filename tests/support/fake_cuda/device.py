@@ -32,10 +32,12 @@ class Event(NamedTuple):
 
 
 class Memory:
-    """Bytes of live storages, at their peak too. A storage lives as long as a tensor on it."""
+    """Bytes of live storages; at their peak with those of `pools`, which graphs keep for their replays. A storage lives
+    as long as a tensor on it."""
 
     def __init__(self):
         self.now = self.peak = 0
+        self.pools: dict[Any, int] = {}
         self._users: dict[int, list[int]] = {}  # by storage: bytes, tensors on it
         self._lock = threading.RLock()  # again by itself: a tensor may be collected at any allocation
 
@@ -47,8 +49,12 @@ class Memory:
             users[1] += 1
             if users[1] == 1:
                 self.now += users[0]
-                self.peak = max(self.peak, self.now)
+                self.peak = max(self.peak, self.reserved)
         return Hold(self, inner)
+
+    @property
+    def reserved(self) -> int:
+        return self.now + sum(self.pools.values())
 
     def drop(self, key: int) -> None:
         with self._lock:
@@ -81,7 +87,6 @@ class Device:
         self.memory = Memory()
         self.capture: Any = None  # graphs.Capture
         self.captured: Counter[str] = Counter()  # operations in captures
-        self.pools: dict[Any, int] = {}  # bytes by pool of graphs
         self.guard: Any = None  # of this device for torch's own C++, by thread (guard.cpp)
         self._thread = threading.local()
 
@@ -112,17 +117,8 @@ class Device:
         """Whether this thread's stream is: captures are `thread_local`."""
         return self.capture is not None and self.capture.thread == threading.get_ident()
 
-    @property
-    def reserved(self) -> int:
-        """Bytes of tensors, and those that the pools of graphs keep for their replays."""
-        return self.memory.now + sum(self.pools.values())
-
-    @property
-    def peak(self) -> int:
-        return self.memory.peak + sum(self.pools.values())
-
     def reset_peak(self) -> None:
-        self.memory.peak = self.memory.now
+        self.memory.peak = self.memory.reserved
 
     def of(self, phase: str, *kinds: str) -> dict[Event, int]:
         """The events of a phase."""

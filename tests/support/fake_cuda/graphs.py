@@ -168,17 +168,18 @@ def graph(graph_: CUDAGraph, pool=None, stream=None, capture_error_mode: str = "
     assert device.capture is None, "another stream is capturing"
     device.event(WAIT, "device, before a capture")
     pool = graph_pool_handle() if pool is None else pool
-    before, peak = device.memory.now, device.memory.peak
-    device.reset_peak()
+    memory = device.memory
+    before, peak, pools = memory.now, memory.peak, memory.pools
+    memory.pools, memory.peak = {}, memory.now  # what is made now is made in the pool
     device.capture = capture = Capture()
     try:
         with stream or contextlib.nullcontext():
             yield
     finally:
         device.capture = None
-        kept = device.memory.now - before  # what the capture's results still hold is counted by itself
-        device.pools[pool] = max(device.pools.get(pool, 0), device.memory.peak - before - kept)
-        device.memory.peak = max(peak, device.memory.now)
+        kept = memory.now - before  # what the capture's results still hold is counted by itself
+        pools[pool] = max(pools.get(pool, 0), memory.peak - before - kept)
+        memory.pools, memory.peak = pools, max(peak, memory.now + sum(pools.values()))
     graph_.captured = capture
 
 

@@ -157,8 +157,10 @@ def serving(add: Callable) -> None:
     add("--token", help="clients must send it as a bearer token (default: the environment's DSA_TOKEN, or none)")
     add("--origin", action="append", metavar="URL", help="another page that may use the API, e.g. https://example.com")
     add("--data", type=Path, metavar="FOLDER", help="the jobs' database and videos (default dsa-engine-data)")
-    add("--max-sessions", dest="sessions", type=int, metavar="N", help="live streams at once (default 32)")
-    add("--max-jobs", dest="jobs", type=int, metavar="N", help="jobs at once, 0 for a server without (default 4)")
+    add(
+        "--max-sessions", dest="sessions", type=int, metavar="N", help="live streams at once (default 32, or what fits)"
+    )
+    add("--max-jobs", dest="jobs", type=int, metavar="N", help="jobs at once, 0 for none (default 4, or what fits)")
     add("--queue", dest="waiting", type=int, metavar="N", help="live streams that may wait for a place (default 32)")
     add("--idle-timeout", dest="idle", type=float, metavar="S", help="of a client that gives no sign (default 30)")
     add("--lifetime", type=float, metavar="S", help="of a live stream (default 3600)")
@@ -253,7 +255,10 @@ def serve(args: argparse.Namespace) -> tuple[None, list[str], int]:
     }
     with server.bind(settings) as sock:  # an address that cannot be had is an error before the model is loaded
         places = limits.sessions + limits.jobs
-        with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=places, **parts) as pipe:
+        asked = None if args.sessions is args.jobs is None else places
+        with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=asked, **parts) as pipe:
+            if asked is None:
+                limits = limits.within(pipe.make_room(places))
             torch.set_num_threads(args.threads or pipe.cpu_threads)
             warm_up(pipe)
             server.run(pipe, limits, settings, ready, sock)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsa_engine import arguments
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.device import current, on_device
-from dsa_engine.engine.engine import Engine
+from dsa_engine.engine.engine import SESSIONS, Engine
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
 from dsa_engine.models import package
@@ -81,7 +81,7 @@ class Pipeline:
         shift: float | None = None,
         steps: Sequence[float] | None = None,
         chunk_frames: int | None = None,
-        max_sessions: int = 4,
+        max_sessions: int | None = None,
         deterministic: bool = False,
         offload: str | Sequence[str] | None = None,
         quantization: str | None = None,
@@ -101,9 +101,11 @@ class Pipeline:
         device: default "cuda" where there is one, else "cpu". dtype (or torch_dtype): default bfloat16 on CUDA, float32
         elsewhere. window, sink: latent frames of the KV cache (RolloutConfig), window=-1 for global attention; rope:
         where the sink is seen, "absolute" or "relative"; shift, steps: the noise schedule. None leaves what the model's
-        config says. max_sessions: cache slots of a pool. deterministic: a session's bits never depend on which others
-        run beside it, at the price of batching. offload: parts of "text" and "vae" that live on the CPU and are on the
-        device only where they are at work, or "auto": as few as the device's free memory asks for (`models.memory`).
+        config says. max_sessions: cache slots of a pool, made when the first session opens; None: 4, or as many as fit
+        what a CUDA device then has free, where those are fewer, which is said. deterministic: a session's bits never
+        depend on which others run beside it, at the price of batching. offload: parts of "text" and "vae" that live on
+        the CPU and are on the device only where they are at work, or "auto": as few as the device's free memory asks
+        for (`models.memory`).
         quantization: "fp8", or only its halves "fp8-linear" (products) and "fp8-cache" (keys and values), see
         `models.fp8`; it needs compute capability 8.9, or a CPU, where it is a slow way to see FP8's numbers.
         Raises FileNotFoundError or ValueError naming the file and what was expected of it.
@@ -124,7 +126,7 @@ class Pipeline:
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
         )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
-        parts = package.place(parts, offload, config, max_sessions, E4M3 if fp8.cache else None)
+        parts = package.place(parts, offload, config, max_sessions or SESSIONS, E4M3 if fp8.cache else None)
         engine = Engine(
             parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic, fp8.cache
         )  # fmt: skip
@@ -348,11 +350,7 @@ class Pipeline:
         size = self._size()
         config, model = self.config, self.engine.dit.config
         if graphs and self.device.type == "cuda":
-            whole = config.window is None and self.engine.decoder is not None
-            frames = arguments.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
-            self.engine.capture(
-                height=size[0], width=size[1], frames=frames, config=config, progress=progress
-            )  # fmt: skip
+            self.engine.capture(**self._usual(), progress=progress)
         noise = torch.zeros(1, config.chunk_frames, model.in_dim, *size)
         latents = self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
         if self.engine.decoder is not None and self.device.type == "cuda":
@@ -360,6 +358,21 @@ class Pipeline:
         elif self.engine.decoder is not None:
             self._decode(latents, "pt")
         return time.perf_counter() - start
+
+    def make_room(self, wanted: int) -> int:
+        """Slots for up to `wanted` sessions of the default size and window from now on (`max_sessions`): as many as fit
+        what a CUDA device has free, all of them elsewhere. Before anything is opened or warmed up; at least 1."""
+        fit = wanted if self.device.type != "cuda" else self.engine.fitting(**self._usual())
+        self.engine.max_sessions = max(1, min(wanted, fit))
+        return self.engine.max_sessions
+
+    def _usual(self) -> dict[str, Any]:
+        """What `Engine.capture` takes, for sessions of the default size and window, and of the default length where the
+        window is the whole clip."""
+        (height, width), config = self._size(), self.config
+        whole = config.window is None and self.engine.decoder is not None
+        frames = arguments.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
+        return {"height": height, "width": width, "frames": frames, "config": config}
 
     def warm_decoder(self) -> None:
         """Decode two chunks of nothing as sessions of the default size do. For a thread that decodes and is not the one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ from dsa_engine.engine.graphs import StepGraphs
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session, to_uint8
+from dsa_engine.models import memory
 from dsa_engine.models.codec import VideoCodec
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.models.fp8 import E4M3, cache_scales
+from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.models.text import TextEncoder
 from dsa_engine.sampling.cache import KVCache
@@ -32,6 +35,8 @@ from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 from dsa_engine.structures import CacheScales
 
 logger = logging.getLogger(__name__)
+
+SESSIONS = 4  # of a pool, where nobody says how many
 
 
 class PoolShape(NamedTuple):
@@ -55,17 +60,20 @@ class Engine:
 
     def __init__(
         self, dit: CausalDiT, head: ConfidenceHead | None, decoder: VideoCodec | None, text: TextEncoder | None,
-        config: RolloutConfig, max_sessions: int = 4, deterministic: bool = False, fp8_cache: bool = False,
+        config: RolloutConfig, max_sessions: int | None = None, deterministic: bool = False, fp8_cache: bool = False,
     ):  # fmt: skip
         """deterministic: a session's bits never depend on which others share its forwards (`StepInputs`); fp8_cache:
-        keys and values in e4m3 instead of the model's dtype."""
-        if max_sessions < 1:
+        keys and values in e4m3 instead of the model's dtype; max_sessions: slots of a pool, also where they do not fit
+        the device's free memory (then with a warning); None: SESSIONS, or as many as fit where those are fewer."""
+        if max_sessions is not None and max_sessions < 1:
             raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
-        self.config, self.max_sessions, self.deterministic = config, max_sessions, deterministic
+        self.config, self.deterministic = config, deterministic
+        self.max_sessions, self.asked = max_sessions or SESSIONS, max_sessions is not None
         self.fp8_cache = fp8_cache
         self._scales: CacheScales | None = None  # of the FP8 cache, made with the first pool
         self._pools: dict[PoolShape, StepInputs] = {}
+        self._fit: dict[PoolShape, int] = {}  # sessions that there was memory for when the pool was made, on CUDA
         self._decoders: dict[tuple[int, ...], ChunkDecoder] = {}  # by the shape of a chunk's latents
 
     @property
@@ -88,7 +96,10 @@ class Engine:
         """
         if self.decoder is None:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
-        inputs = self._shared(self._pool_shape(height, width, frames, config))
+        shape = self._pool_shape(height, width, frames, config)
+        inputs = self._shared(shape)
+        if inputs.cache.in_use == inputs.cache.slots:
+            raise RuntimeError(self._full(shape, inputs.cache.slots))
         noise = guided(self._noise([seed], height, width, config), guide, strength, config)
         rollout = Rollout(
             self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
@@ -155,12 +166,60 @@ class Engine:
 
     def _shared(self, shape: PoolShape) -> StepInputs:
         """The pool of all sessions of a shape."""
-        if shape not in self._pools:  # pools of other shapes that nobody uses make room
+        if shape not in self._pools:  # pools of other shapes that nobody uses make room, before this one is made
             kept = {other: pool for other, pool in self._pools.items() if pool.cache.in_use or pool.graphs is not None}
-            self._pools = kept | {shape: self._pool(shape, self.max_sessions)}
-            if self.device.type == "cuda" and kept:
+            self._pools = kept
+            self._pools[shape] = self._pool(shape, self._slots(shape))
+            if self.device.type == "cuda" and len(self._pools) > 1:
                 logger.info("%s was not captured: its forwards are launched op by op", shape)
         return self._pools[shape]
+
+    def _slots(self, shape: PoolShape) -> int:
+        """Slots of a new pool."""
+        if self.device.type != "cuda":
+            return self.max_sessions
+        fit = self._fit[shape] = self._fitting(shape)
+        if fit >= self.max_sessions:
+            return self.max_sessions
+        free = memory.shown(memory.room(self.device))
+        if self.asked:
+            logger.warning(
+                "max_sessions=%d: memory may run out, for %s is free on %s and that is for %d; nearest is %d",
+                self.max_sessions, free, self.device, fit, max(fit, 1),
+            )  # fmt: skip
+            return self.max_sessions
+        logger.warning(
+            "places for %d sessions instead of %d: %s is free on %s, and that is for %d; a smaller window, "
+            "quantization='fp8-cache', offload='auto' or vae='taehv' leave more",
+            max(fit, 1), self.max_sessions, free, self.device, fit,
+        )  # fmt: skip
+        return max(fit, 1)
+
+    def _full(self, shape: PoolShape, slots: int) -> str:
+        """What is said where all slots are taken."""
+        fit = self._fit.get(shape)
+        more = "make the pipeline with a larger max_sessions"
+        if fit is not None:
+            more += f" (there was memory for {fit} when the places were made)"
+        return f"all {slots} places for sessions are taken: close a session, or {more}"
+
+    def fitting(self, *, height: int, width: int, frames: int | None, config: RolloutConfig) -> int:
+        """How many sessions of this latent size, length and window fit what the CUDA device has free now, beside what
+        is there already (`memory.sessions`)."""
+        return self._fitting(self._pool_shape(height, width, frames, config))
+
+    def _fitting(self, shape: PoolShape) -> int:
+        rolling = None if shape.spare == 0 else shape.window
+        config = replace(self.config, window=rolling, sink=shape.sink, rope=shape.rope, chunk_frames=shape.frames)
+        load = memory.Workload(
+            shape.height, shape.width, shape.window, dtype=self.dit.dtype, cache=E4M3 if self.fp8_cache else None
+        )
+        away = isinstance(self.decoder, Offloaded)  # its weights are not there yet, all others are
+        weights = {"generator": 0, "confidence": 0, "vae": memory.part_bytes(self.decoder) if away else 0, "text": 0}
+        return memory.sessions(
+            self.dit.config, config, load, memory.room(self.device) + memory.CONTEXT, text=None, weights=weights,
+            codec=memory.codec_of(self.decoder), offload=("vae",) if away else (),
+        )  # fmt: skip
 
     @on_device
     def rollout(
@@ -246,6 +305,7 @@ class Engine:
     def close(self) -> None:
         """Drop the cache pools and what was captured. Sessions still open keep theirs alive."""
         self._pools.clear()
+        self._fit.clear()
         self._decoders.clear()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,18 @@ class Limits:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"{name}={value!r}: must be a number of seconds above 0, e.g. 30")
+
+    def within(self, places: int) -> Limits:
+        """The same with no more than `places` sessions and jobs, in the same proportion but for one of each where that
+        is possible; fewer than asked for is said."""
+        wanted = self.sessions + self.jobs
+        if places >= wanted:
+            return self
+        jobs = min(self.jobs, max(1, places * self.jobs // wanted), places - 1)
+        bounded = replace(self, sessions=places - jobs, jobs=jobs)
+        logger.warning(
+            "places for %d live streams and %d jobs instead of %d and %d: %d are what the device's memory holds; "
+            "--max-sessions and --max-jobs ask for others",
+            bounded.sessions, bounded.jobs, self.sessions, self.jobs, places,
+        )  # fmt: skip
+        return bounded

@@ -148,8 +148,8 @@ class Engine:
     """The deployment of the replicas: pipeline, worker, `Replica`."""
 
     async def __init__(self, options: Options):
-        limits, context = options.limits(), serve.get_replica_context()
-        pipe = await asyncio.to_thread(self._load, options, limits.sessions + limits.jobs)
+        context = serve.get_replica_context()
+        pipe, limits = await asyncio.to_thread(self._load, options)
         self.worker = Worker(pipe, limits)
         self.worker.start()
         keeper = RayKeeper(context.app_name, limits.lifetime)
@@ -158,13 +158,18 @@ class Engine:
         self._sweeping = asyncio.create_task(self._sweep())
 
     @staticmethod
-    def _load(options: Options, places: int) -> Pipeline:
+    def _load(options: Options) -> tuple[Pipeline, Limits]:
         names = ("device", "family", "lora", "vae", "text", "offload", "deterministic")
         parts = {name: getattr(options, name) for name in names}
-        pipe = Pipeline.from_pretrained(options.model, max_sessions=places, **parts)
+        limits = options.limits()
+        places = limits.sessions + limits.jobs
+        asked = places if options.model_fields_set & {"sessions", "jobs"} else None
+        pipe = Pipeline.from_pretrained(options.model, max_sessions=asked, **parts)
+        if asked is None:
+            limits = limits.within(pipe.make_room(places))
         torch.set_num_threads(options.threads or pipe.cpu_threads)  # the process is the replica's own
         pipe.warmup()
-        return pipe
+        return pipe, limits
 
     async def _sweep(self) -> None:
         while True:

@@ -347,16 +347,20 @@ class Pipeline:
         out: for one clip they take longer to capture than they save.
         """
         start = time.perf_counter()
-        size = self._size()
-        config, model = self.config, self.engine.dit.config
-        if graphs and self.device.type == "cuda":
+        model, cuda = self.engine.dit.config, self.device.type == "cuda"
+        embeds, policy = torch.zeros(1, 1, model.text_dim), Fixed(self.max_steps)
+        if graphs and cuda:
             self.engine.capture(**self._usual(), progress=progress)
-        noise = torch.zeros(1, config.chunk_frames, model.in_dim, *size)
-        latents = self.generate_latents(noise, torch.zeros(1, 1, model.text_dim), step_policy=Fixed(self.max_steps))
-        if self.engine.decoder is not None and self.device.type == "cuda":
+        if self.engine.decoder is not None and cuda:
+            frames = self.frames if self.config.window is None else None  # in the pool that was captured
+            with self.session(prompt_embeds=embeds, num_frames=frames, step_policy=policy) as session:
+                session.next_chunk()
             self.warm_decoder()
-        elif self.engine.decoder is not None:
-            self._decode(latents, "pt")
+        else:
+            noise = torch.zeros(1, self.config.chunk_frames, model.in_dim, *self._size())
+            latents = self.generate_latents(noise, embeds, step_policy=policy)
+            if self.engine.decoder is not None:
+                self._decode(latents, "pt")
         return time.perf_counter() - start
 
     def make_room(self, wanted: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import tempfile
 import time
@@ -21,7 +22,8 @@ from dsa_engine.models import package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import unavailable
-from dsa_engine.ops import dispatch
+from dsa_engine.ops import dispatch, smoke
+from dsa_engine.ops.support import Call
 from dsa_engine.pipeline import Pipeline
 
 REQUIRED = ("dsa-engine", "torch", "numpy", "safetensors", "av", "matplotlib", "tqdm")
@@ -61,6 +63,7 @@ def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "device": device_facts() | {"cudnn": cudnn},
         "fp8": unavailable("cuda" if cuda else "cpu") or ("in hardware" if cuda else "only its numbers, on a CPU"),
         "ops": backends("cuda" if cuda else "cpu"),
+        **({"attention": attention()} if cuda else {}),
         "optional": optional,
         "models": package.shipped(),
         "works": works,
@@ -75,6 +78,22 @@ def backends(device: str) -> dict[str, str]:
     """For each op, which implementation runs on a kind of device, and why."""
     chosen = {op: dispatch.choice(op, device) for op in dispatch.STEM_OF}
     return {op: f"{backend}: {why}" for op, (backend, why) in chosen.items()}
+
+
+def attention() -> dict[str, str]:
+    """What a GPU tries for attention in the model's usual dtype, in order, what it runs, and their smoke tests."""
+    index = torch.cuda.current_device()
+    call = Call("attention", torch.cuda.get_device_capability(index), torch.bfloat16, 128, torch.bfloat16, index)
+    tried = dispatch.order(call)
+    reasons = {backend: dispatch.supports(backend, call) for backend, _ in tried}
+    facts = {"order": ", ".join(f"{b} ({r.text})" if r else b for b, r in reasons.items())}
+    facts["runs"] = ": ".join(dispatch.choose(call, os.environ.get("DSA_BACKEND", "auto"), dispatch.supports))
+    for backend, why in tried:  # csrc's in any case, the others' where they were asked
+        if why == dispatch.SMOKED and reasons[backend] is None:
+            path = smoke.file_of(smoke.identity(backend, index))
+            found = smoke.verdict(backend, index) if backend == "cuda" else smoke.read(path)
+            facts[backend] = f"{found.text}, kept in {path}" if found else "its smoke test was not needed"
+    return facts
 
 
 def version(name: str) -> str | None:

@@ -2,9 +2,11 @@
 
 On a CPU, and wherever a gradient is wanted, every op is plain torch. On a CUDA device `auto` takes what a measurement
 on that compute capability has found fastest (`MEASURED`) and, where nothing was measured, the portable Triton kernels:
-a kernel that nobody has timed is no default over one that runs everywhere. Another value of `DSA_BACKEND` asks for one
-implementation: of all ops and tensors that it has a kernel for, the others staying as in `auto`. Each backend says what
-it has (`ops/support.py`); what plain torch must do because no kernel takes it is logged, once.
+a kernel that nobody has timed is no default over one that runs everywhere. But attention on a Hopper: there
+torch's own takes cuDNN's, which beats Triton's, so it is the first of csrc's, flash-attn 3's and cuDNN's that has
+passed `ops/smoke.py` on the device, else Triton's. Another value of `DSA_BACKEND` asks for one implementation: of all
+ops and tensors that it has a kernel for, the others staying as in `auto`. Each backend says what it has
+(`ops/support.py`); what plain torch must do because no kernel takes it is logged, once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsa_engine.ops import libraries, reference
+from dsa_engine.ops import libraries, reference, smoke
 from dsa_engine.ops.support import E4M3, Call, Kind, Limits, Reason
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,10 @@ TRITON = dict.fromkeys(STEM_OF, POWERS) | {
 }
 
 
+SMOKED = "right on this device by its smoke test; nothing was measured"
+PORTABLE = "portable; nothing was measured"
+
+
 class Choice(NamedTuple):
     backend: str
     why: str
@@ -77,6 +83,12 @@ def choose(call: Call, wanted: str, supports: Callable[[str, Call], Reason | Non
             logger.warning("DSA_BACKEND=%s does not run %s, the default does: %s", wanted, call, reason.text)
     for backend, why in order(call):
         reason = supports(backend, call)
+        if reason is None and why == SMOKED:
+            found = smoke.verdict(backend, call.index)
+            if found is None:
+                logger.warning("%s is first called in a stream capture: no smoke test now, so not %s", call, backend)
+            if found is None or not found.passed:
+                continue
         if reason is None:
             return Choice(backend, why)
     if reason.kind is Kind.CALL:
@@ -88,7 +100,8 @@ def order(call: Call) -> list[tuple[str, str]]:
     """The backends that `auto` tries for a call on a CUDA device, first to last, each with why; after them torch."""
     fastest = MEASURED.get(call.capability, {}).get(call.op)
     if fastest is None:
-        return [("triton", "portable; nothing was measured")]
+        hopper = (call.op, call.capability) == ("attention", (9, 0)) and smoke.covers(call)
+        return [*((backend, SMOKED) for backend in ("cuda", "flash3", "cudnn") if hopper), ("triton", PORTABLE)]
     measured = f"fastest when measured on compute capability {call.capability[0]}.{call.capability[1]}"
     return [(fastest, measured), ("triton", f"portable; {fastest}, {measured}, does not run this")]
 

@@ -13,7 +13,7 @@ import torch
 
 from dsa_engine import ops
 from dsa_engine.ops import cuda as ops_cuda
-from dsa_engine.ops import dispatch, libraries, reference
+from dsa_engine.ops import dispatch, libraries, reference, smoke
 from dsa_engine.ops.support import E4M3, Call, Kind, Reason
 from dsa_engine.triton_kernels import attention as triton_attention
 
@@ -96,6 +96,7 @@ def hopper(monkeypatch):
         DEVICE = "cuda"
 
     monkeypatch.setattr(ops_cuda, "csrc", Built)
+    monkeypatch.setattr(smoke, "verdict", lambda backend, index: smoke.Verdict(False, "not asked"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: HOPPER)

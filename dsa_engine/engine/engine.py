@@ -98,6 +98,7 @@ class Engine:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
         shape = self._pool_shape(height, width, frames, config)
         inputs = self._shared(shape)
+        self._check_graphs(inputs)
         if inputs.cache.in_use == inputs.cache.slots:
             raise RuntimeError(self._full(shape, inputs.cache.slots))
         noise = guided(self._noise([seed], height, width, config), guide, strength, config)
@@ -121,6 +122,9 @@ class Engine:
         if self.device.type != "cuda":
             raise RuntimeError(f"CUDA graphs on {self.device}: they need a CUDA device")
         inputs, seconds = self._shared(self._pool_shape(height, width, frames, config)), 0.0
+        if inputs.graphs is not None and inputs.graphs.stale():
+            logger.warning("the model's weights have moved since its graphs were captured: they are captured anew")
+            inputs.graphs = None
         if inputs.graphs is None:
             why = device_loop.unavailable()
             if why is not None:
@@ -173,6 +177,15 @@ class Engine:
             if self.device.type == "cuda" and len(self._pools) > 1:
                 logger.info("%s was not captured: its forwards are launched op by op", shape)
         return self._pools[shape]
+
+    def _check_graphs(self, inputs: StepInputs) -> None:
+        """RuntimeError where a replay would read weights that are not there any more. Once a stream, for it costs a
+        millisecond."""
+        if inputs.graphs is not None and inputs.graphs.stale():
+            raise RuntimeError(
+                "the model's weights have moved (to another dtype or device, or quantised) since its CUDA graphs were "
+                "captured, which read them where they were: call warmup() again"
+            )
 
     def _slots(self, shape: PoolShape) -> int:
         """Slots of a new pool."""
@@ -237,6 +250,7 @@ class Engine:
         inputs = self._pools.get(shape)
         if inputs is None or inputs.graphs is None or inputs.cache.slots - inputs.cache.in_use < len(seeds):
             inputs = self._pool(shape, len(seeds))
+        self._check_graphs(inputs)
         noise = GivenNoise(self._noise(seeds, height, width, config), initial, renoise)
         noise = guided(noise, guide, strength, config)
         policies, text_kv = [policy] * len(seeds), self.text_kv(embeds)

@@ -18,6 +18,7 @@ from dsa_engine.engine import device_loop
 from dsa_engine.engine.device import read
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Node, Row, chunk_plan
+from dsa_engine.models.memory import tensors
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,8 @@ class StepGraphs:
         self._filled: dict[int, list[Row]] = {}  # what the rows hold
         self._captured: dict[Graph, torch.cuda.CUDAGraph | device_loop.DeviceLoop] = {}
         self._told: set[int] = set()
+        self._done = torch.cuda.Event() if inputs.x.is_cuda else None  # of the last replay, whose memory all share
+        self._weights: list[int] = []  # where they were when they were captured
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -184,11 +187,25 @@ class StepGraphs:
             for rows in forwards:
                 self.inputs.run(self.inputs.rows(rows), [self._keys] * len(rows), any(not row.commit for row in rows))
             return
+        stream = None if self._done is None else torch.cuda.current_stream(self.inputs.x.device)
+        if stream is not None:  # rows and intermediate results lie in one place, whichever stream it is launched on
+            stream.wait_event(self._done)
         for size, rows in zip(graph.sizes, forwards):
             if self._filled.get(size) != rows:
                 self._rows[size].copy_(self.inputs.rows(rows, size))
                 self._filled[size] = rows
         self._captured[graph].replay()
+        if stream is not None:
+            self._done.record(stream)
+
+    def stale(self) -> bool:
+        """Whether a weight lies elsewhere than when it was captured: a replay would read memory that is not its any
+        more. Moving, casting and quantising a model do that; writing into its weights does not."""
+        return bool(self._captured) and self._weights != self._addresses()
+
+    def _addresses(self) -> list[int]:
+        modules = (self.inputs.dit, self.inputs.head)
+        return [x.data_ptr() for module in modules if module is not None for x in tensors(module)]
 
     def _tell(self, rows: int) -> None:
         if rows not in self._told:
@@ -240,6 +257,7 @@ class StepGraphs:
                 if progress is not None:
                     progress(done, len(self.wanted))
             torch.cuda.synchronize(device)
+            self._weights = self._addresses()
         finally:
             self.inputs.cache.release(slot)
         return time.perf_counter() - start

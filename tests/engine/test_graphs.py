@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -22,6 +23,7 @@ from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.graphs import Graph, Launch, StepGraphs, graph_of, graphs_for, launched, lower
 from dsa_engine.engine.inputs import StepInputs
 from dsa_engine.engine.plan import Row, chunk_plan, execute
+from dsa_engine.models import memory
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.ops import cuda as kernels
@@ -440,7 +442,8 @@ def test_a_loop_that_the_driver_refuses_costs_the_loops_alone(cuda, model, caplo
 
 
 def on_cuda(engine, monkeypatch):
-    """Engine.capture and who asks for the device are told that it is a CUDA device."""
+    """Who asks an engine for its device is told that it is a CUDA device, with room for anything."""
+    monkeypatch.setattr(memory, "room", lambda device: 10**12)
     monkeypatch.setattr(type(engine), "device", torch.device("cuda", 0))
 
 
@@ -459,6 +462,53 @@ def test_a_capture_that_fails_leaves_no_graphs_and_the_next_one_tries_again(cuda
     assert engine.capture(**options) > 0
     assert {*inputs.graphs._captured} == {*inputs.graphs.wanted}
     assert engine.capture(**options) == 0.0  # it is there
+
+
+def test_weights_that_have_moved_are_seen(cuda, model, monkeypatch, caplog):
+    """Captured by address. What is written into them in place is read by the next replay."""
+    dit, head = copy.deepcopy(model)
+    engine, _ = pool(dit, head, 1)
+    on_cuda(engine, monkeypatch)
+    options = dict(height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, config=engine.config)
+    engine.capture(**options)
+    (inputs,) = engine._pools.values()
+
+    def opened():
+        embeds = torch.zeros(1, 7, engine.dit.config.text_dim)
+        engine.rollout(embeds, policy=Fixed(1), seeds=[0], **options).close()
+
+    opened()
+    for parameter in dit.parameters():
+        parameter.add_(0.0)
+    opened()
+    kept = [parameter.data for parameter in dit.parameters()]  # or the new ones might lie where these were
+    dit.double().float()
+    with pytest.raises(RuntimeError, match="weights have moved.*call warmup"):
+        opened()
+    with caplog.at_level(logging.WARNING):
+        assert engine.capture(**options) > 0
+    assert kept and "captured anew" in caplog.text and not inputs.graphs.stale()
+    opened()
+
+
+def test_a_replay_waits_for_the_one_before_on_whatever_stream(cuda, captured, monkeypatch):
+    engine, made = captured(1, 0)
+    log = []
+
+    def stream(device):
+        return SimpleNamespace(wait_event=lambda event: log.append("waits"))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(made, "_done", SimpleNamespace(record=lambda on: log.append("marks")))
+    for one in made._captured.values():
+        monkeypatch.setattr(one, "replay", lambda: log.append("replays"))
+    roll = rollout(engine, made.inputs, [Fixed(2)])
+    with torch.inference_mode():
+        roll.begin()
+        made._filled.clear()
+        monkeypatch.setattr(made.inputs, "rows", lambda rows, size: log.append("rows") or torch.zeros(4, size).long())
+        made.forward([Row(roll.slots[0])])
+    assert log == ["waits", "rows", "replays", "marks"]
 
 
 def test_torch_takes_what_the_stand_in_takes():

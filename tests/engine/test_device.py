@@ -13,6 +13,7 @@ from dsa_engine import Confidence, Pipeline, ops
 from dsa_engine.engine import device as devices
 from dsa_engine.engine import session as session_module
 from dsa_engine.engine.runner import Runner
+from dsa_engine.models import memory
 from dsa_engine.serving.limits import Limits
 from dsa_engine.serving.streams import Closed, Made, Order
 from dsa_engine.serving.worker import Worker
@@ -134,6 +135,7 @@ def test_an_engine_has_two_streams_for_its_life(untrained, monkeypatch):
     monkeypatch.setattr(type(pipe.engine), "device", torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
     monkeypatch.setattr(devices, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(memory, "room", lambda device: 10**12)
     used = set()
     for _ in range(40):
         with pipe.session(RED) as session:

@@ -126,6 +126,32 @@ def test_json_says_everything_and_agrees_with_itself(facts, model):
     assert 0 < said["first_frame_ms"] < 1e3 * 9 / said["fps"] and said["warmup_ms"] > 0
 
 
+@pytest.mark.parametrize("flags, graphs", [((), True), (("--no-graphs",), False)])
+def test_graphs_are_captured_for_a_clip_unless_told_not_to(run, monkeypatch, flags, graphs):
+    """Capturing takes longer than they save in one short clip."""
+    asked = []
+    monkeypatch.setattr(Pipeline, "warmup", lambda pipe, progress, graphs: asked.append(graphs) or 0.5)
+    code, _, _ = run("generate", PROMPT, "--json", "--frames", 3, *flags)
+    assert code == 0 and asked == [graphs]
+
+
+def test_a_server_that_nobody_told_how_many_makes_room_for_what_fits(model, monkeypatch):
+    """Then, and only then, are places bounded by the memory there is."""
+    asked, served = [], []
+    load = Pipeline.from_pretrained
+    monkeypatch.setattr(
+        Pipeline,
+        "from_pretrained",
+        lambda *args, **options: asked.append(options["max_sessions"]) or load(*args, **options),
+    )
+    monkeypatch.setattr(Pipeline, "make_room", lambda pipe, wanted: setattr(pipe.engine, "max_sessions", 9) or 9)
+    monkeypatch.setattr("dsa_engine.serving.serve.run", lambda pipe, limits, *_: served.append(limits))
+    for flags in ((), ("--max-jobs", 2)):
+        assert cli.main(["serve", "--model", str(model), "--device", "cpu", "--port", "0", *map(str, flags)]) == 0
+    assert asked == [None, 34]
+    assert [(limits.sessions, limits.jobs) for limits in served] == [(8, 1), (32, 2)]
+
+
 def test_the_clock_counts_the_engine_not_the_file(facts, monkeypatch):
     """On a clock of our own, a session takes 1/4 s to open, an update 1/8 s, a chunk 1/2 s, a write 7 s."""
     clock = [100.0]

@@ -195,9 +195,16 @@ class BaselineStream:
     """One clip. chunks: how many it has, None for no end; window: frames of the cache, the chunk's own with them."""
 
     def __init__(
-        self, baseline: Baseline, watch: Stopwatch, embeds: Tensor, window: int, size: tuple[int, int],
-        chunks: int | None = None, noise: Noise | None = None, decode: bool = True,
-    ):  # fmt: skip
+        self,
+        baseline: Baseline,
+        watch: Stopwatch,
+        embeds: Tensor,
+        window: int,
+        size: tuple[int, int],
+        chunks: int | None = None,
+        noise: Noise | None = None,
+        decode: bool = True,
+    ):
         self.baseline, self.watch, self.chunks, self.decode = baseline, watch, chunks, decode
         pipe, dit = baseline.pipe, baseline.dit
         config = pipe.config
@@ -254,9 +261,7 @@ def difference(pipe: Pipeline, baseline: Baseline, embeds: Tensor, size: tuple[i
     return {"chunks": chunks} | apart(engine_latents(pipe, embeds, noise), plain_latents(baseline, embeds, noise))
 
 
-def fidelity(
-    pipe: Pipeline, embeds: Tensor, size: tuple[int, int], chunks: int, dit: CausalDiT | None = None
-) -> dict:  # fmt: skip
+def fidelity(pipe: Pipeline, embeds: Tensor, size: tuple[int, int], chunks: int, dit: CausalDiT | None = None) -> dict:
     """How far the engine's latents are from those of plain PyTorch in float32, from the same noise and with all steps;
     eager: how far plain PyTorch in the engine's dtype is. dit: the weights as they are, where the engine's are FP8."""
     dit = pipe.engine.dit if dit is None else dit

@@ -84,9 +84,13 @@ class Bench:
 
     def stream(self, regime: Regime, clip: int, policy: Policy, commit: str = "clean", pixels: bool = True):
         session = self.pipe.session(
-            prompt_embeds=self.embeds[clip % len(self.embeds)], seed=self.seed + clip, step_policy=policy,
-            num_frames=regime.frames, window=regime.window if regime.frames is None else None, commit=commit,
-        )  # fmt: skip
+            prompt_embeds=self.embeds[clip % len(self.embeds)],
+            seed=self.seed + clip,
+            step_policy=policy,
+            num_frames=regime.frames,
+            window=regime.window if regime.frames is None else None,
+            commit=commit,
+        )
         return EngineStream(session, self.watch, pixels)
 
     def engine(self, policy: Callable[[Regime, int], Policy]) -> Contestant:
@@ -109,8 +113,9 @@ class Bench:
             chunks = None if regime.frames is None else regime.chunks
             return play(
                 lambda: BaselineStream(baseline, self.watch, embeds, regime.window, self.size, chunks),
-                regime.chunks, regime.skip,
-            )  # fmt: skip
+                regime.chunks,
+                regime.skip,
+            )
 
         return made
 
@@ -121,9 +126,11 @@ def clip_chunks(pipe: Pipeline) -> int:
 
 
 def interleaved(
-    contestants: dict[str, Contestant], regime: Regime, limit: Limit | None = None,
+    contestants: dict[str, Contestant],
+    regime: Regime,
+    limit: Limit | None = None,
     seen: Callable[[dict[str, Rounds]], object] = lambda runs: None,
-) -> tuple[dict[str, Rounds], bool]:  # fmt: skip
+) -> tuple[dict[str, Rounds], bool]:
     """Runs by contestant, round and clip: every clip is made by all, one after the other; and whether these are all.
 
     seen: told the runs after each of them. None is begun that, by the time of the contestant's last one, would end

@@ -121,7 +121,7 @@ def asked_histogram(args: argparse.Namespace) -> tuple[float, ...] | None:
 
 def warmed(
     contestants: dict[str, Contestant], regime: Regime, limit: Limit | None = None
-) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
+) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of each one's first clip. A compiled baseline that fails leaves the contest, and whoever is not warm by
     the limit: by name, why."""
     seconds, failed = {}, {}
@@ -215,7 +215,7 @@ class Standings:
 
 def evaluate(
     args: argparse.Namespace, argv: Sequence[str], saved: Callable[[dict], object] = lambda found: None
-) -> dict:  # fmt: skip
+) -> dict:
     """All figures as one object; saved: told what there is of it whenever there is more."""
     limit, start = Limit(args.limit), time.perf_counter()
     pipe = load(args)
@@ -231,10 +231,15 @@ def evaluate(
         saved(result)
 
     add(
-        policy=label, histogram=asked_histogram(args), threshold=threshold, regime="clip",
+        policy=label,
+        histogram=asked_histogram(args),
+        threshold=threshold,
+        regime="clip",
         clips={"frames": pipe.frames, "chunks": clip.chunks, "clips": clip.clips, "rounds": clip.rounds},
-        tokens_a_frame=pipe.engine.dit.config.tokens_per_frame(*bench.size), machine=machine(), warmup_s=seconds,
-    )  # fmt: skip
+        tokens_a_frame=pipe.engine.dit.config.tokens_per_frame(*bench.size),
+        machine=machine(),
+        warmup_s=seconds,
+    )
     seconds |= {"capture": bench.capture(clip) + bench.capture(steady)}
     first = {"policy": bench.engine(bench.policy)}
     seconds |= warmed(first, warm)[0]
@@ -363,8 +368,14 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     add("--random-weights", action="store_true", help="a preset of the true sizes: right for speed, not for steps")
     add("--vae", help=f"of a checkpoint, as for generate; with --random-weights {' or '.join(VAES)} (default wan)")
     add("--head", type=Path, metavar="FILE", help="confidence head, as for Pipeline.from_pretrained")
-    add("--steps", "--policy", dest="policy", metavar="POLICY", help="as for generate (default: the model's own), or "
-        "histogram:STEPS=SHARE,...: drawn, not decided (default with --random-weights)")  # fmt: skip
+    add(
+        "--steps",
+        "--policy",
+        dest="policy",
+        metavar="POLICY",
+        help="as for generate (default: the model's own), or "
+        "histogram:STEPS=SHARE,...: drawn, not decided (default with --random-weights)",
+    )
     add("--baseline", nargs="*", choices=BASELINES, help="default: eager, on a GPU compile too")
     add("--clips", type=count, help="default 5")
     add("--counts", type=count, nargs="+", metavar="STEPS", help="fixed counts to run (default: all; the most always)")

@@ -100,9 +100,12 @@ async def line(witness: Witness, small: bool = False) -> AsyncIterator[Line]:
 def upgrade(**changed: str | None) -> bytes:
     """The request that opens a WebSocket, with some headers changed, or left out where None."""
     headers = {
-        "Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
+        "Host": "localhost",
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Version": "13",
         "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
-    }  # fmt: skip
+    }
     headers |= {name.replace("_", "-"): value for name, value in changed.items()}
     lines = [f"{name}: {value}" for name, value in headers.items() if value is not None]
     return "\r\n".join([f"GET {PATH} HTTP/1.1", *lines, "", ""]).encode()
@@ -219,13 +222,17 @@ async def half(witness: Witness, rng: Random) -> None:
     """Frames and messages that never end, and then silence or a reset."""
     async with streaming(witness, rng) if rng.random() < 0.5 else opened(witness) as raw:
         whole = framed(change_message(PROMPT, "half").encode())
-        await raw.send(rng.choice((
-            whole[: rng.randrange(1, len(whole))],
-            framed(b'{"type":', fin=False),
-            framed(b"{", said=MIB),
-            framed(b"{", said=2**62),
-            framed(b"", fin=False) * 100,
-        )))  # fmt: skip
+        await raw.send(
+            rng.choice(
+                (
+                    whole[: rng.randrange(1, len(whole))],
+                    framed(b'{"type":', fin=False),
+                    framed(b"{", said=MIB),
+                    framed(b"{", said=2**62),
+                    framed(b"", fin=False) * 100,
+                )
+            )
+        )
         await farewell(witness, raw, "half", rng.uniform(0.5, 4.0))
         if rng.random() < 0.5:
             raw.vanish()
@@ -233,21 +240,25 @@ async def half(witness: Witness, rng: Random) -> None:
 
 async def wrong_upgrade(witness: Witness, rng: Random) -> None:
     async with line(witness) as raw:
-        await raw.send(rng.choice((
-            upgrade(Sec_WebSocket_Version="1"),
-            upgrade(Sec_WebSocket_Key=None),
-            upgrade(Sec_WebSocket_Key="short"),
-            upgrade(Upgrade="h2c"),
-            upgrade(Connection="close"),
-            upgrade(Origin="http://evil.example"),
-            upgrade(Content_Length="5") + b"12345",
-            upgrade()[: rng.randrange(1, 100)],
-            upgrade().replace(b"GET", b"POST"),
-            upgrade().replace(PATH.encode(), b"/v1/realtime/nothing"),
-            b"\x16\x03\x01" + rng.randbytes(200),  # as TLS begins
-            b"GET / HTTP/9.9\r\n\r\n",
-            b"\r\n" * 50,
-        )))  # fmt: skip
+        await raw.send(
+            rng.choice(
+                (
+                    upgrade(Sec_WebSocket_Version="1"),
+                    upgrade(Sec_WebSocket_Key=None),
+                    upgrade(Sec_WebSocket_Key="short"),
+                    upgrade(Upgrade="h2c"),
+                    upgrade(Connection="close"),
+                    upgrade(Origin="http://evil.example"),
+                    upgrade(Content_Length="5") + b"12345",
+                    upgrade()[: rng.randrange(1, 100)],
+                    upgrade().replace(b"GET", b"POST"),
+                    upgrade().replace(PATH.encode(), b"/v1/realtime/nothing"),
+                    b"\x16\x03\x01" + rng.randbytes(200),  # as TLS begins
+                    b"GET / HTTP/9.9\r\n\r\n",
+                    b"\r\n" * 50,
+                )
+            )
+        )
         await answered(witness, raw, "upgrade")
 
 
@@ -311,7 +322,7 @@ REST: tuple[Callable[[Random], bytes], ...] = (
     lambda r: job(seed=r.choice((-1, 2**64, "0", 0.5))),
     lambda r: job(input_reference=base64.b64encode(r.randbytes(3000)).decode()),
     lambda r: job(),
-)  # fmt: skip
+)
 
 
 async def rest(witness: Witness, rng: Random) -> None:
@@ -336,8 +347,16 @@ async def answered(witness: Witness, raw: Line, what: str) -> None:
 
 Attack = Callable[[Witness, Random], Awaitable[None]]
 ATTACKS: dict[Attack, int] = {  # with how many of a hundred hostile clients make it
-    vanish: 25, garbage: 15, huge: 8, half: 12, wrong_upgrade: 10, slow: 8, silent: 5, flood: 5, rest: 12,
-}  # fmt: skip
+    vanish: 25,
+    garbage: 15,
+    huge: 8,
+    half: 12,
+    wrong_upgrade: 10,
+    slow: 8,
+    silent: 5,
+    flood: 5,
+    rest: 12,
+}
 
 
 async def keep_at(attack: Attack, witness: Witness, rng: Random, until: float, pause: float) -> None:

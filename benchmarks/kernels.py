@@ -172,9 +172,13 @@ class Known:
 
 
 def run(
-    todo: Sequence[Job], device: str, limit: Limit, worker: Worker | None, known: Known,
+    todo: Sequence[Job],
+    device: str,
+    limit: Limit,
+    worker: Worker | None,
+    known: Known,
     saved: Callable[[], object] = lambda: None,
-) -> None:  # fmt: skip
+) -> None:
     """Adds what is not known yet, and calls `saved` after each result. Without a worker all runs here."""
 
     def call(function, *args) -> dict:
@@ -322,10 +326,17 @@ def line(row: Row, r: dict, best: bool, limits: dict | None) -> list[str]:
 
     part, why = share(row, r, limits), " ".join(filter(None, (r["status"].replace("ok", ""), r.get("why"))))
     return [
-        row.name, r["backend"] + ("*" if best else ""), text("us", "{:.1f}"), text("again", "{:+.1%}"),
-        text("tflops", "{:.1f}") if row.flop else "-", text("gbs", "{:.0f}"), f"{part:.0%}" if part else "-",
-        text("error", "{:.1e}"), text("limit", "{:.1e}"), why,
-    ]  # fmt: skip
+        row.name,
+        r["backend"] + ("*" if best else ""),
+        text("us", "{:.1f}"),
+        text("again", "{:+.1%}"),
+        text("tflops", "{:.1f}") if row.flop else "-",
+        text("gbs", "{:.0f}"),
+        f"{part:.0%}" if part else "-",
+        text("error", "{:.1e}"),
+        text("limit", "{:.1e}"),
+        why,
+    ]
 
 
 def summed(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, known: Known, about: dict) -> dict:

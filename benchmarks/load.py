@@ -91,9 +91,15 @@ def change_message(prompt: str, event_id: str) -> str:
 def dial(url: str, **options) -> connect:
     """A connection for a client that must be cheap: no compression, no pings of its own, no proxy between."""
     return connect(
-        url.replace("http", "ws", 1) + PATH, compression=None, ping_interval=None, max_size=None, proxy=None,
-        open_timeout=60, close_timeout=2, **options,
-    )  # fmt: skip
+        url.replace("http", "ws", 1) + PATH,
+        compression=None,
+        ping_interval=None,
+        max_size=None,
+        proxy=None,
+        open_timeout=60,
+        close_timeout=2,
+        **options,
+    )
 
 
 async def watch(url: str, script: Script, begin: float, until: float) -> Seen:
@@ -152,9 +158,13 @@ async def _listen(socket: ClientConnection, seen: Seen) -> None:
 
 def _arrival(about: dict) -> Arrival:
     return Arrival(
-        time.monotonic(), about["num_frames"], about["steps"], about["latency_ms"], about["deadline_ms"],
+        time.monotonic(),
+        about["num_frames"],
+        about["steps"],
+        about["latency_ms"],
+        about["deadline_ms"],
         about["late"],
-    )  # fmt: skip
+    )
 
 
 class Play(NamedTuple):

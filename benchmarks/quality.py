@@ -266,8 +266,10 @@ def claims(confidence: Sequence[dict], head: dict, limit: int) -> dict[str, dict
             found[f"valid less that of {name}"] = (value, f"at least {WORSE}", value[0] >= WORSE)
         elif name == "fixed:2":
             found[f"valid less that of {name}"] = (
-                value, f"at least {BETTER}, interval above 0", value[0] >= BETTER and value[1] > 0
-            )  # fmt: skip
+                value,
+                f"at least {BETTER}, interval above 0",
+                value[0] >= BETTER and value[1] > 0,
+            )
         else:
             found[f"valid less that of {name} at equal steps"] = (value, "interval above 0", value[1] > 0)
     found["steps of hard chunks over those of easy ones"] = (row["ratio"], "at least 2", row["ratio"] >= 2)
@@ -373,8 +375,9 @@ def draw(result: dict, path: Path) -> None:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=8, fontsize=8)
     figure.suptitle(
         f"{result['model']}: {result['clips']} clips of {result['chunks']} chunks, "
-        f"{100 * result['mix']['hard']:.0f} % of them hard", size=11
-    )  # fmt: skip
+        f"{100 * result['mix']['hard']:.0f} % of them hard",
+        size=11,
+    )
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -390,7 +393,7 @@ def compared(args: argparse.Namespace) -> Source | None:
 
 def comparison(
     args: argparse.Namespace, pipe: Pipeline, clips: Clips, mine: dict[str, Table], others: dict[str, Result]
-) -> dict | None:  # fmt: skip
+) -> dict | None:
     """The model that is compared: what it is, its rows by policy, and its PSNR where it is the same one."""
     rival = compared(args)
     if rival is None:
@@ -464,33 +467,35 @@ def assembled(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: d
     head = head_figures(fixed[limit].trace, [(r.sure, r.table) for r in fixed.values()], own)
     mine = {name: r.table for name, r in results.items()}
     mine |= {name: mine[f"confidence:{value}"] for name, value in presets.items()}
-    return rounded({
-        "benchmark": "quality",
-        "model": pipe.name,
-        "head_file": args.head and args.head.name,
-        "clips": clips.clips,
-        "chunks": clips.chunks,
-        "seed": clips.seed,
-        "brief": args.brief,
-        "mix": {"hard": own.hard.mean(), **{kind: (own.kind == kind).mean() for kind in KINDS}},
-        "thresholds": {"default": default, **presets},
-        "fixed": {n: rows[f"fixed:{n}"] for n in fixed},
-        "confidence": list(confidence.values()),
-        "baselines": {
-            "random": [{"p": float(p), **r} for p, r in of("random").items()],
-            "by_index": [{"counts": [int(n) for n in c.split(",")], **r} for c, r in of("by_index").items()],
-            "x0_change": [{"threshold": float(t), **r} for t, r in of("x0_change").items()],
-        },
-        "teacher": teacher and {"model": args.teacher or TEACHER, "guidance": args.guidance, **rows["teacher"]},
-        "ground_truth": rows["ground_truth"],
-        **head,
-        "head": head_cost(Source(args.model, args.head), clips),
-        "claims": claims(list(confidence.values()), head, limit),
-        "compare": comparison(args, pipe, clips, mine, others),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "commit": commit(),
-    })  # fmt: skip
+    return rounded(
+        {
+            "benchmark": "quality",
+            "model": pipe.name,
+            "head_file": args.head and args.head.name,
+            "clips": clips.clips,
+            "chunks": clips.chunks,
+            "seed": clips.seed,
+            "brief": args.brief,
+            "mix": {"hard": own.hard.mean(), **{kind: (own.kind == kind).mean() for kind in KINDS}},
+            "thresholds": {"default": default, **presets},
+            "fixed": {n: rows[f"fixed:{n}"] for n in fixed},
+            "confidence": list(confidence.values()),
+            "baselines": {
+                "random": [{"p": float(p), **r} for p, r in of("random").items()],
+                "by_index": [{"counts": [int(n) for n in c.split(",")], **r} for c, r in of("by_index").items()],
+                "x0_change": [{"threshold": float(t), **r} for t, r in of("x0_change").items()],
+            },
+            "teacher": teacher and {"model": args.teacher or TEACHER, "guidance": args.guidance, **rows["teacher"]},
+            "ground_truth": rows["ground_truth"],
+            **head,
+            "head": head_cost(Source(args.model, args.head), clips),
+            "claims": claims(list(confidence.values()), head, limit),
+            "compare": comparison(args, pipe, clips, mine, others),
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "commit": commit(),
+        }
+    )
 
 
 def main() -> None:

@@ -26,9 +26,16 @@ SMI = {
 }
 # bits of `clocks_event_reasons.active`, as of nvml.h
 THROTTLE = {
-    0x1: "idle", 0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
-    0x20: "thermal, software", 0x40: "thermal, hardware", 0x80: "power brake", 0x100: "display clocks",
-}  # fmt: skip
+    0x1: "idle",
+    0x2: "application clocks",
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal, software",
+    0x40: "thermal, hardware",
+    0x80: "power brake",
+    0x100: "display clocks",
+}
 
 
 def commit() -> str:

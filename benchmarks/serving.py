@@ -80,9 +80,7 @@ class Load:
 async def trial(site: Site, streams: int, policy: str, load: Load) -> dict:
     """Figures of one trial."""
     start = {"step_policy": POLICIES[policy], "format": load.format}
-    drawn = scripts(
-        np.random.default_rng([load.seed, streams]), streams, load.ramp, load.until, load.change, start
-    )  # fmt: skip
+    drawn = scripts(np.random.default_rng([load.seed, streams]), streams, load.ramp, load.until, load.change, start)
     before = pressing(site)
     begin = time.monotonic() + 0.1
     measured = begin + load.ramp + load.settle
@@ -267,11 +265,17 @@ def cells(found: dict) -> list[str]:
     latency, first = found["latency_ms"] or nothing, found["first_frame_ms"] or nothing
     steps, cores = found["mean_steps"], found["cores"]
     return [
-        str(found["streams"]), "yes" if found["held"] else "no", f"{found['fps']['least']:.2f}", f"{found['late']:.1%}",
-        *(f"{latency[p]:.0f}" for p in ("p50", "p95", "p99")), f"{first['p50']:.0f}",
-        "-" if steps is None else f"{steps:.2f}", f"{found['fairness']['jain']:.3f}",
-        "-" if cores["server"] is None else f"{cores['server']:.2f}", f"{cores['client']:.2f}",
-    ]  # fmt: skip
+        str(found["streams"]),
+        "yes" if found["held"] else "no",
+        f"{found['fps']['least']:.2f}",
+        f"{found['late']:.1%}",
+        *(f"{latency[p]:.0f}" for p in ("p50", "p95", "p99")),
+        f"{first['p50']:.0f}",
+        "-" if steps is None else f"{steps:.2f}",
+        f"{found['fairness']['jain']:.3f}",
+        "-" if cores["server"] is None else f"{cores['server']:.2f}",
+        f"{cores['client']:.2f}",
+    ]
 
 
 def line(name: str, found: dict) -> str:

@@ -48,8 +48,15 @@ def latencies(axes, result: dict) -> None:
             axes.plot(part["held"], part["at"]["latency_ms"]["p95"], "o", color=color, ms=9)
     deadline = result["deadline_ms"]
     axes.axhline(deadline, color="black", lw=1, ls="--")
-    axes.annotate(f"a chunk plays {deadline:.0f} ms", (1, deadline), (-4, 3), ("axes fraction", "data"),
-        "offset points", ha="right", size=8)  # fmt: skip
+    axes.annotate(
+        f"a chunk plays {deadline:.0f} ms",
+        (1, deadline),
+        (-4, 3),
+        ("axes fraction", "data"),
+        "offset points",
+        ha="right",
+        size=8,
+    )
     axes.set(xlabel="live streams", ylabel="p95 of a chunk's latency, ms", yscale="log")
     axes.set_title("large marks: the most that are held", size=10, loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -283,8 +283,11 @@ def soak(model: str, clients: int, seconds: float, growth: float, seed: int = 0)
         },
         "left": left,
         "process": {
-            "start": first._asdict(), "before": before._asdict(), "after": after._asdict(),
-            "rss_early": early, "rss_most": max(facts.rss for _, facts in storm.samples),
+            "start": first._asdict(),
+            "before": before._asdict(),
+            "after": after._asdict(),
+            "rss_early": early,
+            "rss_most": max(facts.rss for _, facts in storm.samples),
             "threads_most": max(facts.threads for _, facts in storm.samples),
             "files_most": max(facts.files for _, facts in storm.samples),
         },
@@ -292,7 +295,7 @@ def soak(model: str, clients: int, seconds: float, growth: float, seed: int = 0)
         "log": [one[-2000:] for one in tracebacks(words)[:3]],
         "commit": commit(),
         "machine": machine(),
-    }  # fmt: skip
+    }
 
 
 def tracebacks(words: str) -> list[str]:

@@ -26,11 +26,13 @@ def concurrent(bench: Bench, regime: Regime) -> dict:
         pipe.engine.capture(height=bench.size[0], width=bench.size[1], frames=None, config=config)
     sessions = [
         pipe.session(
-            prompt_embeds=bench.embeds[i % len(bench.embeds)], seed=bench.seed + i, window=regime.window,
+            prompt_embeds=bench.embeds[i % len(bench.embeds)],
+            seed=bench.seed + i,
+            window=regime.window,
             step_policy=bench.policy(regime, i),
         )
         for i in range(regime.clips)
-    ]  # fmt: skip
+    ]
     made, asked = Counter(), {}
     spans: list[tuple[float, int]] = []  # milliseconds and frames
     start = None

@@ -67,9 +67,12 @@ def judged(result: dict) -> dict:
     """
     gpu = result["machine"]["gpu"]
     there = (
-        result["model"] == MODEL and result["size"] == SIZE and result["vae"] == "WanVAE"
-        and gpu is not None and gpu["capability"] == HOPPER
-    )  # fmt: skip
+        result["model"] == MODEL
+        and result["size"] == SIZE
+        and result["vae"] == "WanVAE"
+        and gpu is not None
+        and gpu["capability"] == HOPPER
+    )
     rows = []
     for target in TARGETS:
         value = measured(target, result)

@@ -125,8 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.save:
             save(result, args.save)
     head = ["VAE decode of a chunk", "ms", "error", ""]
-    body = [[r["backend"], f"{r['us'] / 1e3:.2f}" if "us" in r else "-", f"{r.get('error', float('nan')):.1e}",
-             " ".join(filter(None, (r["status"], r.get("why"))))] for r in result["results"]]  # fmt: skip
+    body = [
+        [
+            r["backend"],
+            f"{r['us'] / 1e3:.2f}" if "us" in r else "-",
+            f"{r.get('error', float('nan')):.1e}",
+            " ".join(filter(None, (r["status"], r.get("why")))),
+        ]
+        for r in result["results"]
+    ]
     sys.stdout.write("\n".join(aligned([head, *body])) + "\n" + json.dumps(result, separators=(",", ":")) + "\n")
     if any(r["status"] in ("wrong", "failed") for r in result["results"]):
         return 1

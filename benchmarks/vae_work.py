@@ -158,8 +158,10 @@ def plan(height: int, width: int, frames: int) -> dict:
     for group in summed(parts):
         some = [p for p in parts if (p.stage, p.kind) == (group.stage, group.kind)]
         times = {w: {gpu: sum(p.ms(gpu, getattr(p, w)) for p in some) for gpu in GPUS} for w in ("now", "before")}
-        rows.append({name: getattr(group, name) for name in ("kind", "stage", "calls", "flop", "now", "before")}
-                    | {"now_ms": times["now"], "before_ms": times["before"]})  # fmt: skip
+        rows.append(
+            {name: getattr(group, name) for name in ("kind", "stage", "calls", "flop", "now", "before")}
+            | {"now_ms": times["now"], "before_ms": times["before"]}
+        )
     moved = {which: sum(getattr(p, which) for p in parts) for which in ("now", "before")}
     return {
         "assumed_tflops": {kind: rate / 1e12 for kind, rate in RATES.items()},
@@ -181,10 +183,13 @@ def report(found: dict) -> list[list[str]]:
 
     body = [
         [r["kind"], r["stage"], str(r["calls"]), f"{r['flop'] / 1e9:.1f}"]
-        + [f"{r[which] / 1e9:.2f}" for which in ("before", "now")] + times(r, "now_ms", "before_ms")
+        + [f"{r[which] / 1e9:.2f}" for which in ("before", "now")]
+        + times(r, "now_ms", "before_ms")
         for r in found["rows"]
-    ]  # fmt: skip
+    ]
     gb, total = found["gb"], found["ms"]
-    body.append(["all", "", "", f"{1e3 * found['tflop']:.1f}", f"{gb['before']:.2f}", f"{gb['now']:.2f}"]
-                + times(total, "now", "before"))  # fmt: skip
+    body.append(
+        ["all", "", "", f"{1e3 * found['tflop']:.1f}", f"{gb['before']:.2f}", f"{gb['now']:.2f}"]
+        + times(total, "now", "before")
+    )
     return [head, *body]

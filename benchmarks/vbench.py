@@ -419,23 +419,25 @@ def measure(job: Job) -> dict:
     """The object that the benchmark is for."""
     args, device = job.args, job.pipe.engine.dit.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return rounded({
-        "benchmark": "vbench",
-        "model": job.pipe.name,
-        "prompts": len({e["prompt_en"] for e in job.entries}),
-        "suite": job.suite,
-        "dimensions": job.dimensions,
-        "samples": args.samples,
-        "static_samples": args.static_samples,
-        "frames": job.frames,
-        "seed": args.seed,
-        "extended": args.extended is not None,
-        "policies": {policy: row(job, policy) for policy in job.missing},
-        "papers": PAPERS,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine() | {"gpu": gpu},
-        "commit": commit(),
-    })  # fmt: skip
+    return rounded(
+        {
+            "benchmark": "vbench",
+            "model": job.pipe.name,
+            "prompts": len({e["prompt_en"] for e in job.entries}),
+            "suite": job.suite,
+            "dimensions": job.dimensions,
+            "samples": args.samples,
+            "static_samples": args.static_samples,
+            "frames": job.frames,
+            "seed": args.seed,
+            "extended": args.extended is not None,
+            "policies": {policy: row(job, policy) for policy in job.missing},
+            "papers": PAPERS,
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine() | {"gpu": gpu},
+            "commit": commit(),
+        }
+    )
 
 
 def report(result: dict, unscored: str | None) -> list[str]:

@@ -61,9 +61,14 @@ def default_threshold(engine: Engine) -> float:
 
 
 def policy(
-    engine: Engine, named: str | Policy | None, ceiling: int | None = None, least: int | None = None,
-    most: int | None = None, threshold: float | None = None, strength: float | None = None,
-) -> Policy:  # fmt: skip
+    engine: Engine,
+    named: str | Policy | None,
+    ceiling: int | None = None,
+    least: int | None = None,
+    most: int | None = None,
+    threshold: float | None = None,
+    strength: float | None = None,
+) -> Policy:
     """The step policy that a name ("dsa", "fixed", a preset, "fixed:4"), an object or the separate knobs mean.
 
     strength: of video to video, which leaves fewer levels to take (`Schedule`).
@@ -149,9 +154,15 @@ class Clip(NamedTuple):
 
 
 def clip(
-    engine: Engine, batch: int, size: tuple[int, int], num_frames: int | None, image: Any, video: Any,
-    strength: float | None, default: int | None,
-) -> Clip:  # fmt: skip
+    engine: Engine,
+    batch: int,
+    size: tuple[int, int],
+    num_frames: int | None,
+    image: Any,
+    video: Any,
+    strength: float | None,
+    default: int | None,
+) -> Clip:
     """The clip that is to be made; default: pixel frames where num_frames does not say, None for no end."""
     if image is not None and video is not None:
         raise ValueError("image and video: give one or the other")

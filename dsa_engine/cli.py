@@ -90,8 +90,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="POLICY",
         help=f"{POLICY_FORMS}, or a preset of the model such as balanced (default: the model's own)",
     )
-    add("--at", nargs=2, action="append", default=[], metavar=("TIME", "PROMPT"),
-        help="another prompt from the chunk that starts nearest to TIME (2s, 1.5s, 24f); repeatable")  # fmt: skip
+    add(
+        "--at",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("TIME", "PROMPT"),
+        help="another prompt from the chunk that starts nearest to TIME (2s, 1.5s, 24f); repeatable",
+    )
     add("--image", metavar="FILE", help="a picture to begin with, scaled and cut to the clip's size")
     add("--video", metavar="FILE", help="a video to go on from; with --strength, to make anew")
     add("--strength", type=float, help="with --video, in (0, 1]: how much of it is made anew")
@@ -472,16 +478,27 @@ def train(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str], i
                 f"{', '.join(strange)}: only for --recipe head with --model, a head for a given checkpoint"
             )
         facts = run.train(
-            args.recipe, args.config, args.out, steps=args.steps, batch=args.batch, seed=args.seed, device=args.device,
+            args.recipe,
+            args.config,
+            args.out,
+            steps=args.steps,
+            batch=args.batch,
+            seed=args.seed,
+            device=args.device,
             compiled=not args.eager,
-        )  # fmt: skip
+        )
     else:
         if args.prompts is None:
             raise ValueError("--prompts: what to roll out is needed, a file of text or of prompt_embeds")
         facts = run.train_head_of(
-            args.model, args.out, iterations=args.steps, batch=args.batch, seed=args.seed or 0, device=args.device,
+            args.model,
+            args.out,
+            iterations=args.steps,
+            batch=args.batch,
+            seed=args.seed or 0,
+            device=args.device,
             **{name: getattr(args, name) for name in own},
-        )  # fmt: skip
+        )
     return (facts, table(facts), 0) if os.environ.get("RANK", "0") == "0" else (None, [], 0)
 
 

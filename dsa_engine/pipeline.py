@@ -54,9 +54,18 @@ class Pipeline:
     """A loaded model. Make one with `Pipeline.from_pretrained`."""
 
     def __init__(
-        self, engine: Engine, *, name: str, height: int | None, width: int | None, frames: int, fps: float,
-        calibration: package.Calibration = (), found: Found | None = None, quantization: str | None = None,
-    ):  # fmt: skip
+        self,
+        engine: Engine,
+        *,
+        name: str,
+        height: int | None,
+        width: int | None,
+        frames: int,
+        fps: float,
+        calibration: package.Calibration = (),
+        found: Found | None = None,
+        quantization: str | None = None,
+    ):
         self.engine, self.name, self.found = engine, name, found
         self.height, self.width, self.frames, self.fps = height, width, frames, fps
         self.quantization = quantization  # as `from_pretrained` was told
@@ -129,11 +138,18 @@ class Pipeline:
         parts = package.place(parts, offload, config, max_sessions or SESSIONS, E4M3 if fp8.cache else None)
         engine = Engine(
             parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic, fp8.cache
-        )  # fmt: skip
+        )
         return cls(
-            engine, name=parts.name, height=parts.height, width=parts.width, frames=parts.frames, fps=parts.fps,
-            calibration=parts.calibration, found=parts.found, quantization=quantization,
-        )  # fmt: skip
+            engine,
+            name=parts.name,
+            height=parts.height,
+            width=parts.width,
+            frames=parts.frames,
+            fps=parts.fps,
+            calibration=parts.calibration,
+            found=parts.found,
+            quantization=quantization,
+        )
 
     @property
     def config(self) -> RolloutConfig:
@@ -237,10 +253,19 @@ class Pipeline:
         arguments.renoise(self.engine, renoise, len(embeds), clip.made, clip.size)
         start = time.perf_counter()
         rollout = self.engine.rollout(
-            embeds, height=clip.size[0], width=clip.size[1], frames=clip.frames, policy=policy, seeds=seeds,
-            config=changed(self.config, commit=commit), initial=latents, renoise=renoise, given=clip.given,
-            guide=clip.guide, strength=clip.strength,
-        )  # fmt: skip
+            embeds,
+            height=clip.size[0],
+            width=clip.size[1],
+            frames=clip.frames,
+            policy=policy,
+            seeds=seeds,
+            config=changed(self.config, commit=commit),
+            initial=latents,
+            renoise=renoise,
+            given=clip.given,
+            guide=clip.guide,
+            strength=clip.strength,
+        )
         chunks, first_chunk = self._roll(rollout, clip.made // self.config.chunk_frames, callback_on_step_end)
         result = torch.cat([*([] if clip.given is None else [clip.given]), *(c.latents for c in chunks)], dim=1)
         confidence = None
@@ -288,9 +313,14 @@ class Pipeline:
         None draws it from `seed`.
         """
         return self(
-            latents=latents, prompt_embeds=prompt_embeds, renoise=renoise, step_policy=step_policy, seed=seed,
-            commit=commit, output_type="latent",
-        ).frames  # fmt: skip
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            renoise=renoise,
+            step_policy=step_policy,
+            seed=seed,
+            commit=commit,
+            output_type="latent",
+        ).frames
 
     def session(
         self,
@@ -330,9 +360,19 @@ class Pipeline:
         )
         clip = arguments.clip(self.engine, 1, self._size(height, width), num_frames, image, video, strength, None)
         return self.engine.session(
-            prompt, embeds, height=clip.size[0], width=clip.size[1], frames=clip.frames, fps=self.fps, policy=policy,
-            seed=seed, config=config, given=clip.given, guide=clip.guide, strength=clip.strength,
-        )  # fmt: skip
+            prompt,
+            embeds,
+            height=clip.size[0],
+            width=clip.size[1],
+            frames=clip.frames,
+            fps=self.fps,
+            policy=policy,
+            seed=seed,
+            config=config,
+            given=clip.given,
+            guide=clip.guide,
+            strength=clip.strength,
+        )
 
     def stream(self, prompt: str, num_frames: int | None = None, **options) -> Iterator[Chunk]:
         """Chunks as they are made (`Session.chunks`), each decoded beside the denoising of the next; options as for

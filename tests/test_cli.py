@@ -511,10 +511,16 @@ def test_doctor_sees_an_encoder_that_returns_rubbish_and_a_model_that_gives_nan(
 @pytest.mark.parametrize(
     "torch_version, cudnn, known",
     [
-        ("2.9.0+cu128", 91002, True), ("2.9.1", 91400, True), ("2.9.1", 91500, False), ("2.9.1", 91900, False),
-        ("2.9.1+cpu", None, False), ("2.8.0", 91002, False), ("2.11.0", 91002, False), ("2.90.0", 91002, False),
+        ("2.9.0+cu128", 91002, True),
+        ("2.9.1", 91400, True),
+        ("2.9.1", 91500, False),
+        ("2.9.1", 91900, False),
+        ("2.9.1+cpu", None, False),
+        ("2.8.0", 91002, False),
+        ("2.11.0", 91002, False),
+        ("2.90.0", 91002, False),
     ],
-)  # fmt: skip
+)
 def test_the_known_bad_pair_of_torch_and_cudnn(torch_version, cudnn, known):
     assert len(doctor.known_problems(torch_version, cudnn)) == known
 

@@ -24,9 +24,13 @@ COUNTS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "tex
 def published_shapes(dim: int, ffn: int, layers: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Wan 2.1 text-to-video checkpoint, as its files list them."""
     linears = {
-        "text_embedding.0": (dim, 4096), "text_embedding.2": (dim, dim), "time_embedding.0": (dim, 256),
-        "time_embedding.2": (dim, dim), "time_projection.1": (6 * dim, dim), "head.head": (64, dim),
-    }  # fmt: skip
+        "text_embedding.0": (dim, 4096),
+        "text_embedding.2": (dim, dim),
+        "time_embedding.0": (dim, 256),
+        "time_embedding.2": (dim, dim),
+        "time_projection.1": (6 * dim, dim),
+        "head.head": (64, dim),
+    }
     shapes = {"patch_embedding.weight": (dim, 16, 1, 2, 2), "patch_embedding.bias": (dim,)}
     shapes["head.modulation"] = (1, 2, dim)
     for block in (f"blocks.{i}" for i in range(layers)):
@@ -74,9 +78,15 @@ def test_a_model_config_survives_json(name):
 
 def test_a_rollout_config_survives_json():
     config = RolloutConfig(
-        chunk_frames=2, window=12, sink=3, steps=(1000.0, 500.0), shift=8.0, commit="exit_step", threshold=0.5,
+        chunk_frames=2,
+        window=12,
+        sink=3,
+        steps=(1000.0, 500.0),
+        shift=8.0,
+        commit="exit_step",
+        threshold=0.5,
         presets={"fast": 0.3},
-    )  # fmt: skip
+    )
     assert RolloutConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert RolloutConfig.from_dict({}) == RolloutConfig()
 

@@ -36,7 +36,7 @@ def embeds(pipe):
 
 @pytest.mark.parametrize(
     "window, sink", [(9, 0), (8, 0), (3, 0), (9, 3), (8, 1), (-1, 0)], ids=lambda value: str(value)
-)  # fmt: skip
+)
 def test_the_baseline_is_the_engine(untrained, window, sink):
     """Every window but the last rolls, by whole chunks and by parts of one; the prompt is padded."""
     pipe = Pipeline.from_pretrained(untrained, device="cpu", window=window, sink=sink)
@@ -107,11 +107,14 @@ def failing(result: dict) -> list[str]:
 def test_targets_hold_at_their_bounds_and_not_beyond():
     assert failing(reached()) == [] and targets.judged(reached())["there"]
     assert failing(reached(fixed={"2": row_of(38.9, 9, 1, 1), "4": row_of(30.9, 141, 1, 1)})) == [
-        "fps, clip mean, fixed 4", "fps, clip mean, fixed 2", "first frame after the text, fixed 4, ms"
-    ]  # fmt: skip
+        "fps, clip mean, fixed 4",
+        "fps, clip mean, fixed 2",
+        "first frame after the text, fixed 4, ms",
+    ]
     assert failing(reached(steady={"fixed": {"4": row_of(23.9, 9, 10, 11.1)}})) == [
-        "fps, full window, fixed 4", "p99 / p50 of a chunk, full window, fixed 4"
-    ]  # fmt: skip
+        "fps, full window, fixed 4",
+        "p99 / p50 of a chunk, full window, fixed 4",
+    ]
     assert failing(reached(mean_steps=2.3)) == ["fps, clip mean, a policy of 2.5 steps"]  # it was not that policy
     assert failing(reached(baseline={"eager": {"skipped": "why"}})) == [
         "times eager, fixed 4",
@@ -123,9 +126,14 @@ def test_targets_hold_at_their_bounds_and_not_beyond():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"machine": {"gpu": None}}, {"machine": {"gpu": {"capability": "8.0"}}}, {"size": [64, 64]}, {"vae": "TinyVAE"},
-     {"model": "shapes"}],
-)  # fmt: skip
+    [
+        {"machine": {"gpu": None}},
+        {"machine": {"gpu": {"capability": "8.0"}}},
+        {"size": [64, 64]},
+        {"vae": "TinyVAE"},
+        {"model": "shapes"},
+    ],
+)
 def test_targets_elsewhere_say_so(changes):
     found = targets.judged(reached(**changes))
     assert not found["there"] and "so nothing follows from it" in targets.lines(found)[0]

@@ -119,8 +119,11 @@ def test_all_parts_leave_at_most_eight_files_and_one_archive_of_them(stage):
     assert {path.name for path in stage.out.iterdir()} == FILES and len(FILES) == 8
     assert stage.packed() == FILES - {"all.tgz"}
     assert stage.called() == "pip torch triton loop cuda kernels fps vae_decode notes tests check check".split()
-    limits = {line.split()[0]: line.split("--limit ")[1].split()[0] for line in stage.calls.read_text().splitlines()
-              if "--limit" in line}  # fmt: skip
+    limits = {
+        line.split()[0]: line.split("--limit ")[1].split()[0]
+        for line in stage.calls.read_text().splitlines()
+        if "--limit" in line
+    }
     assert limits["kernels"] == "70" and limits["fps"] == "142" and limits["tests"] == "48"
     assert (
         "fps speaks" in out
@@ -131,11 +134,25 @@ def test_all_parts_leave_at_most_eight_files_and_one_archive_of_them(stage):
 def test_one_part_that_fails_or_hangs_stops_no_other(stage):
     """By its own clock, killed, failed, its tool absent: each is told apart, and results that exist are kept."""
     stage.env["SANITIZER"] = "no-such-sanitizer"
-    code, _ = stage.run("kernels", "fps", "vae", "tests", "memcheck", limits="kernels=4 fps=2 vae=60",
-                        kernels="clean", fps="hang", vae_decode="3", tests="5")  # fmt: skip
+    code, _ = stage.run(
+        "kernels",
+        "fps",
+        "vae",
+        "tests",
+        "memcheck",
+        limits="kernels=4 fps=2 vae=60",
+        kernels="clean",
+        fps="hang",
+        vae_decode="3",
+        tests="5",
+    )
     assert code == 1 and stage.table() == {
-        "kernels": "unfinished", "fps": "out of time", "vae": "FAILED, code 3", "tests": "absent", "memcheck": "absent"
-    }  # fmt: skip
+        "kernels": "unfinished",
+        "fps": "out of time",
+        "vae": "FAILED, code 3",
+        "tests": "absent",
+        "memcheck": "absent",
+    }
     for name in ("kernels", "fps", "vae"):
         assert (stage.out / f"gpu-{name}.json").exists() and f"gpu-{name}.json" in stage.packed()
 

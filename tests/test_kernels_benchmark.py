@@ -159,8 +159,12 @@ def test_every_public_op_has_a_row_or_a_reason():
     both = ("norm_rope_append", "modulate", "residual_modulate", "gelu_bias", "attention")
     assert all({r.precision for r in WAN_ROWS if r.op == op} == {"bf16", "fp8"} for op in both)
     assert {r.what for r in WAN_ROWS if "attention" in r.op} == {
-        "kv 4680", "kv 18720", "kv 32760", "keys 512", "used 60"
-    }  # fmt: skip
+        "kv 4680",
+        "kv 18720",
+        "kv 32760",
+        "keys 512",
+        "used 60",
+    }
 
 
 def last_line(capsys) -> dict:
@@ -331,8 +335,9 @@ def test_what_is_cut_off_by_the_limit_is_not_a_failure_of_the_backend():
             raise Lost("no answer")
 
     known = kernels.Known()
-    kernels.run([judge.Job(row_of("modulate"), SMALL_SIZES, "torch", "cpu", 0, None)], "cpu",
-                Limit(0.1 + age()), Slow(), known)  # fmt: skip
+    kernels.run(
+        [judge.Job(row_of("modulate"), SMALL_SIZES, "torch", "cpu", 0, None)], "cpu", Limit(0.1 + age()), Slow(), known
+    )
     assert known.results[0]["status"] == "skipped"
 
 
@@ -375,8 +380,11 @@ def test_what_heavy_rows_take_is_known_first():
 
 
 def test_the_ops_without_a_kernel_are_those_that_have_none():
-    missing = {op for op, stem in dispatch.STEM_OF.items()
-               if not hasattr(importlib.import_module(f"dsa_engine.triton_kernels.{stem}"), op)}  # fmt: skip
+    missing = {
+        op
+        for op, stem in dispatch.STEM_OF.items()
+        if not hasattr(importlib.import_module(f"dsa_engine.triton_kernels.{stem}"), op)
+    }
     assert missing == set(contenders.LEFT_TO_CUBLAS)
 
 
@@ -459,18 +467,25 @@ def test_choices_and_sums():
 def test_twins_do_the_same_in_both_precisions():
     """The fastest of each; where bfloat16 has GELU in its product, FP8 has that of its own op added."""
     times = {
-        "attention kv 4680": {"cuda": 100, "cudnn": 90}, "attention kv 4680 fp8": {"triton": 80, "cuda": 60},
-        "linear o": {"torch": 30}, "fp8_linear o fp8": {"triton": 25, "scaled_mm": 15},
-        "linear_gelu up": {"torch": 100}, "fp8_linear up fp8": {"triton": 40}, "gelu_bias fp8": {"triton": 20},
-        "linear qkv": {"torch": 50}, "modulate": {"triton": 5}, "modulate fp8": {"triton": 4},
-    }  # fmt: skip
+        "attention kv 4680": {"cuda": 100, "cudnn": 90},
+        "attention kv 4680 fp8": {"triton": 80, "cuda": 60},
+        "linear o": {"torch": 30},
+        "fp8_linear o fp8": {"triton": 25, "scaled_mm": 15},
+        "linear_gelu up": {"torch": 100},
+        "fp8_linear up fp8": {"triton": 40},
+        "gelu_bias fp8": {"triton": 20},
+        "linear qkv": {"torch": 50},
+        "modulate": {"triton": 5},
+        "modulate fp8": {"triton": 4},
+    }
     assert set(times) <= {r.name for r in WAN_ROWS}
     results = [{"row": row, "backend": b, "us": us} for row, of in times.items() for b, us in of.items()]
     found = kernels.twins(WAN_ROWS, results, contenders.BACKENDS)
     assert {name: (p["fp8"], p["bf16"], p["goal"]) for name, p in found.items()} == {
-        "attention kv 4680 fp8": ("cuda", "cudnn", True), "fp8_linear o fp8": ("scaled_mm", "torch", True),
+        "attention kv 4680 fp8": ("cuda", "cudnn", True),
+        "fp8_linear o fp8": ("scaled_mm", "torch", True),
         "fp8_linear up fp8": ("triton", "torch", True),
-    }  # fmt: skip
+    }
     assert [p["times"] for p in found.values()] == pytest.approx([2.0, 100 / 60, 1.5])
     ours = kernels.twins(WAN_ROWS, results, contenders.DISPATCHED)
     assert ours["attention kv 4680 fp8"]["times"] == pytest.approx(100 / 60)

@@ -16,18 +16,23 @@ def row(fps: float, dit_commit: float = 30.0, dit: float = 40.0) -> dict:
 
 
 FPS = row(39.5) | {
-    "model": notes.MODEL, "size": notes.SIZE, "machine": {"gpu": {"name": "a GPU"}}, "decision_us": 21.0,
-    "fixed": {"2": row(41.2), "4": row(31.2)}, "steady": {"fixed": {"4": row(24.3, dit_commit=25.0)}},
+    "model": notes.MODEL,
+    "size": notes.SIZE,
+    "machine": {"gpu": {"name": "a GPU"}},
+    "decision_us": 21.0,
+    "fixed": {"2": row(41.2), "4": row(31.2)},
+    "steady": {"fixed": {"4": row(24.3, dit_commit=25.0)}},
     "ops": {"vae": 98.7},
-}  # fmt: skip
+}
 
 
 def timed(us: float) -> dict:
     """Every row by two backends, the slower of them this project's own; one that dispatch may not pick is faster."""
     results = [
         {"row": r.name, "backend": backend, "us": us * factor}
-        for r in notes.ROWS for backend, factor in (("torch", 1.0), ("triton", 2.0), ("cudnn", 0.5))
-    ]  # fmt: skip
+        for r in notes.ROWS
+        for backend, factor in (("torch", 1.0), ("triton", 2.0), ("cudnn", 0.5))
+    ]
     forwards = kernels.measured_forwards(notes.ROWS, notes.SIZES, results, kernels.DISPATCHED)
     found = {"model": notes.MODEL, "height": 480, "width": 832, "machine": {"gpu": {"name": "a GPU"}}}
     return found | {"results": results, "measured_forward": {"dispatched": forwards}}

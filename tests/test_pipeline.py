@@ -26,10 +26,20 @@ def skyreels():
     """A block-causal video model of diffusers with random weights: chunks of FRAMES latent frames see the past."""
     torch.manual_seed(3)
     model = SkyReelsV2Transformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=32, in_channels=16, out_channels=16,
-        text_dim=40, freq_dim=64, ffn_dim=160, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6,
-        num_layers=2, rope_max_seq_len=1024,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=3,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=40,
+        freq_dim=64,
+        ffn_dim=160,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=1e-6,
+        num_layers=2,
+        rope_max_seq_len=1024,
+    )
     for parameter in model.requires_grad_(False).eval().parameters():
         parameter.normal_(std=0.1)
     model._set_ar_attention(FRAMES)
@@ -158,9 +168,11 @@ def test_seeds(pipe):
 def test_the_callback_sees_every_step(pipe):
     seen = []
     pipe(
-        PROMPT, num_frames=6, step_policy=PerChunk([2, 4]),
+        PROMPT,
+        num_frames=6,
+        step_policy=PerChunk([2, 4]),
         callback_on_step_end=lambda p, step, t, kw: seen.append((step, round(t), tuple(kw["latents"].shape))),
-    )  # fmt: skip
+    )
     shape = (1, 3, 16, 8, 8)
     assert seen == [(0, 1000, shape), (1, 900, shape), *[(i, t, shape) for i, t in enumerate((1000, 900, 750, 500))]]
 
@@ -206,7 +218,7 @@ BAD_CALLS = {
     "latents batch": (dict(latents=torch.zeros(2, 3, 16, 8, 8)), ["2 clips", "1 prompts"]),
     "renoise": (dict(latents=torch.zeros(1, 3, 16, 8, 8), renoise=torch.zeros(2)), ["[2]", "[1, 3, 16, 8, 8]"]),
     "renoise call": (dict(renoise=lambda c, s: torch.zeros(1), step_policy="fixed"), ["renoise(0, 0)", "[1, 3,"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)

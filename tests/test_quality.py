@@ -23,11 +23,16 @@ def made_up(seed: int, steps=None, valid=0.8) -> Table:
     shape = (CLIPS, CHUNKS, FRAMES)
     kind = np.random.default_rng(99).choice(["cut", "soft", "same"], size=shape[:2])  # the same clips for all
     return Table(
-        valid=rng.random(shape) < valid, fit=rng.random(shape), texture=rng.random(shape), leap=rng.random(shape),
-        xy=20 * rng.random((*shape, 2)), motion=rng.random(shape[:2]) < 0.5,
+        valid=rng.random(shape) < valid,
+        fit=rng.random(shape),
+        texture=rng.random(shape),
+        leap=rng.random(shape),
+        xy=20 * rng.random((*shape, 2)),
+        motion=rng.random(shape[:2]) < 0.5,
         steps=rng.integers(1, 5, size=shape[:2]) if steps is None else np.full(shape[:2], steps),
-        kind=kind, hard=kind == "cut",
-    )  # fmt: skip
+        kind=kind,
+        hard=kind == "cut",
+    )
 
 
 def test_figures_of_a_policy():

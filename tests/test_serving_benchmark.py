@@ -48,9 +48,11 @@ def stepped(arrivals, fps, start, stop):
 
 
 @given(
-    gaps=st.lists(st.integers(0, 900), max_size=12), first=st.integers(0, 3000), start=st.integers(0, 2000),
+    gaps=st.lists(st.integers(0, 900), max_size=12),
+    first=st.integers(0, 3000),
+    start=st.integers(0, 2000),
     span=st.integers(1, 3000),
-)  # fmt: skip
+)
 @settings(max_examples=300, deadline=None)
 def test_a_player_stands_still_where_one_stepped_by_milliseconds_does(gaps, first, start, span):
     arrivals = [(at, 3) for at in np.cumsum([first, *gaps]).tolist()]
@@ -224,8 +226,13 @@ def test_verdict():
 
 
 CHUNK = {
-    "type": "video.chunk_metadata", "num_frames": 3, "steps": 2, "latency_ms": 9.0, "deadline_ms": None, "late": False,
-}  # fmt: skip
+    "type": "video.chunk_metadata",
+    "num_frames": 3,
+    "steps": 2,
+    "latency_ms": 9.0,
+    "deadline_ms": None,
+    "late": False,
+}
 
 
 @asynccontextmanager
@@ -358,8 +365,11 @@ def test_the_whole_benchmark(untrained, tmp_path, capsys):
     }
     assert any("pressure" in name for name in result["overload"]["budget"]["pressing"]["during"])
     assert set(result["verdict"]) == {
-        "confidence_vs_fixed", "batching_vs_one_at_a_time", "budget_p95_under_deadline", "beyond_p95_under_deadline",
-    }  # fmt: skip
+        "confidence_vs_fixed",
+        "batching_vs_one_at_a_time",
+        "budget_p95_under_deadline",
+        "beyond_p95_under_deadline",
+    }
 
 
 def test_a_target_that_cannot_be_written_is_an_error_before_the_work(tmp_path):

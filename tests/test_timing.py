@@ -111,9 +111,15 @@ def test_a_lost_worker_is_replaced():
 def test_the_state_of_a_gpu():
     found = record.gpu_state("580.159.03, 1755, 1980, 3201, 688.12, 700.00, 61, 0x0000000000000044")
     assert found == {
-        "driver": "580.159.03", "sm_mhz": 1755, "sm_mhz_max": 1980, "memory_mhz": 3201, "power_w": 688.12,
-        "power_limit_w": 700, "celsius": 61, "throttle": ["power cap", "thermal, hardware"],
-    }  # fmt: skip
+        "driver": "580.159.03",
+        "sm_mhz": 1755,
+        "sm_mhz_max": 1980,
+        "memory_mhz": 3201,
+        "power_w": 688.12,
+        "power_limit_w": 700,
+        "celsius": 61,
+        "throttle": ["power cap", "thermal, hardware"],
+    }
     assert record.gpu_state("580, [N/A], 1, 1, 1, 1, 1, [N/A]")["throttle"] == "[N/A]"
 
 

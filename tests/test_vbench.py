@@ -150,12 +150,23 @@ def test_extended_texts_go_to_the_model_and_short_names_to_the_files(run, tmp_pa
 def test_the_score_is_that_of_vbench():
     """A row of VBench's public leaderboard: Kling (2024-07), 81.85 total, 83.39 quality, 75.68 semantic, in percent."""
     percent = {
-        "subject_consistency": 98.33, "background_consistency": 97.60, "temporal_flickering": 99.30,
-        "motion_smoothness": 99.40, "dynamic_degree": 46.94, "aesthetic_quality": 61.21, "imaging_quality": 65.62,
-        "object_class": 87.24, "multiple_objects": 68.05, "human_action": 93.40, "color": 89.90,
-        "spatial_relationship": 73.03, "scene": 50.86, "appearance_style": 19.62, "temporal_style": 24.17,
+        "subject_consistency": 98.33,
+        "background_consistency": 97.60,
+        "temporal_flickering": 99.30,
+        "motion_smoothness": 99.40,
+        "dynamic_degree": 46.94,
+        "aesthetic_quality": 61.21,
+        "imaging_quality": 65.62,
+        "object_class": 87.24,
+        "multiple_objects": 68.05,
+        "human_action": 93.40,
+        "color": 89.90,
+        "spatial_relationship": 73.03,
+        "scene": 50.86,
+        "appearance_style": 19.62,
+        "temporal_style": 24.17,
         "overall_consistency": 26.42,
-    }  # fmt: skip
+    }
     found = vbench.combine({name: value / 100 for name, value in percent.items()})
     assert found == pytest.approx({"total": 81.85, "quality": 83.39, "semantic": 75.68}, abs=0.01)
 
@@ -222,10 +233,14 @@ def package(tmp_path, monkeypatch) -> Path:
     blue = [d for d in vbench.DIMENSIONS if d not in red]
     suite = [{"prompt_en": RED, "dimension": red}, {"prompt_en": BLUE, "dimension": blue, "auxiliary_info": {}}]
     files = {
-        "../torch.py": "device = str", "__init__.py": FAKE, "utils.py": "def init_submodules(dimensions): pass",
-        "cli/__init__.py": "", "cli/vbench.py": STATIC_FILTER, "VBench_full_info.json": json.dumps(suite),
+        "../torch.py": "device = str",
+        "__init__.py": FAKE,
+        "utils.py": "def init_submodules(dimensions): pass",
+        "cli/__init__.py": "",
+        "cli/vbench.py": STATIC_FILTER,
+        "VBench_full_info.json": json.dumps(suite),
         "scores.json": json.dumps(dict.fromkeys(vbench.DIMENSIONS, 0.7)),
-    }  # fmt: skip
+    }
     for name, text in files.items():
         (folder / name).write_text(dedent(text))
     monkeypatch.setenv("PYTHONPATH", str(folder.parent))
@@ -276,26 +291,32 @@ def test_without_vbench_it_says_how_to_get_it(run, tmp_path):
     assert "says no dimensions" in run("--limit 1", out="text")[1]
 
 
-@pytest.mark.parametrize("more, message", [
-    ("--dimensions colour", "--dimensions colour: must be some of subject_consistency"),
-    ("--dimensions color", "prompts.txt: holds no prompt of --dimensions color"),
-    ("--no-prompts", "no prompts: .* has no vbench package .* give --prompts FILE"),
-    ("--prompts no-such.txt", "no-such.txt"),
-    ("--prompts {0}/bad.json", "bad.json: is not JSON"),
-    ("--prompts {0}/two.json", "two.json: entry 0 is .*Camera_Motion.*must have a prompt_en"),
-    ("--prompts {0}/slash.txt", "prompt 'either/or': .*must have no /"),
-    ("--prompts {0}/long.txt", "at most 2[0-9]+ bytes"),
-    ("--extended {0}/slash.txt", "1 lines for a suite of 2 entries"),
-    ("--extended {0}/some.json", "has no text for 'a blue square"),
-    ("--policy fixed:9", "n=9: must be from 1 to 4"),
-    ("--policy often", "step_policy='often': must be one of"),
-    ("--frames 7", "num_frames=7: .*nearest is 6"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--dimensions colour", "--dimensions colour: must be some of subject_consistency"),
+        ("--dimensions color", "prompts.txt: holds no prompt of --dimensions color"),
+        ("--no-prompts", "no prompts: .* has no vbench package .* give --prompts FILE"),
+        ("--prompts no-such.txt", "no-such.txt"),
+        ("--prompts {0}/bad.json", "bad.json: is not JSON"),
+        ("--prompts {0}/two.json", "two.json: entry 0 is .*Camera_Motion.*must have a prompt_en"),
+        ("--prompts {0}/slash.txt", "prompt 'either/or': .*must have no /"),
+        ("--prompts {0}/long.txt", "at most 2[0-9]+ bytes"),
+        ("--extended {0}/slash.txt", "1 lines for a suite of 2 entries"),
+        ("--extended {0}/some.json", "has no text for 'a blue square"),
+        ("--policy fixed:9", "n=9: must be from 1 to 4"),
+        ("--policy often", "step_policy='often': must be one of"),
+        ("--frames 7", "num_frames=7: .*nearest is 6"),
+    ],
+)
 def test_bad_arguments_are_one_error_before_any_work(run, tmp_path, capsys, more, message):
     files = {
-        "bad.json": "{", "slash.txt": "either/or", "long.txt": "a" * 250, "some.json": json.dumps({RED: RED}),
+        "bad.json": "{",
+        "slash.txt": "either/or",
+        "long.txt": "a" * 250,
+        "some.json": json.dumps({RED: RED}),
         "two.json": json.dumps([{"prompt_en": RED, "dimension": ["Camera_Motion"]}]),
-    }  # fmt: skip
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as stopped:

@@ -282,8 +282,10 @@ def test_a_switch_is_a_line_between_two_chunks_with_its_prompt(clip):
 
 def test_texts_stay_inside_their_band(clip):
     rng = np.random.default_rng(1)
-    prompts = [f"a {color} hyperrealistic circle on {'navy' * (i % 7 == 0) or 'gray'}" for i, color in
-               enumerate(rng.choice(["red", "green", "magenta"], size=20))]  # fmt: skip
+    prompts = [
+        f"a {color} hyperrealistic circle on {'navy' * (i % 7 == 0) or 'gray'}"
+        for i, color in enumerate(rng.choice(["red", "green", "magenta"], size=20))
+    ]
     figure = report_figure(chunks_of(clip, [2] * 20, prompts=prompts))
     figure.canvas.draw()
     band = parts(figure).band

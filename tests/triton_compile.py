@@ -170,8 +170,18 @@ def inspect(case: str, arch: int, compiled, sass: bool) -> Kernel:
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", usage))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     blocks = blocks_per_sm(arch, used["REG"], warps, shared)
-    return Kernel(case, compiled.metadata.name, arch, used["REG"], used["STACK"], used["LOCAL"], shared, warps, blocks,
-                  dict(opcodes))  # fmt: skip
+    return Kernel(
+        case,
+        compiled.metadata.name,
+        arch,
+        used["REG"],
+        used["STACK"],
+        used["LOCAL"],
+        shared,
+        warps,
+        blocks,
+        dict(opcodes),
+    )
 
 
 def compile_cases(cases: list[Case], suite: bool = False) -> list[Kernel]:
@@ -335,8 +345,12 @@ def attention_cases() -> list[Case]:
     tensor = {"attention_kernel": "MMA ASYNC.128"}
     return [
         Case("attention wan 1.3B bf16", attend(WAN), tensor),
-        Case("attention wan 1.3B bf16, 2 parts", attend(WAN, splits=2),
-             tensor | {"combine_kernel": "LDG.E.128 STG.E.128"}, everywhere=True),
+        Case(
+            "attention wan 1.3B bf16, 2 parts",
+            attend(WAN, splits=2),
+            tensor | {"combine_kernel": "LDG.E.128 STG.E.128"},
+            everywhere=True,
+        ),
         Case("attention wan 1.3B float16", attend(WAN, torch.float16, torch.float16), tensor),
         Case("attention wan 1.3B fp8 cache", attend(WAN, cache=E4M3), tensor, FP8),
         Case("attention wan 1.3B fp8 cache, 2 parts", attend(WAN, cache=E4M3, splits=2), tensor, FP8, True),
@@ -346,7 +360,7 @@ def attention_cases() -> list[Case]:
         Case("cross_attention wan 1.3B bf16", cross(WAN, 512), tensor, everywhere=True),
         Case("cross_attention wan 1.3B bf16, all keys", cross(WAN, 512, bias=False), tensor),
         Case("cross_attention wan 1.3B float32", cross(WAN, 512, F32), {"attention_kernel": "FFMA"}),
-    ]  # fmt: skip
+    ]
 
 
 def noise_cases() -> list[Case]:
@@ -385,12 +399,25 @@ def all_cases() -> list[Case]:
 
 
 def table(kernels: list[Kernel]) -> str:
-    rows = [("launch", "kernel", "sm", "registers", "stack", "shared", "of", "warps", "blocks an SM",
-             "wide loads, stores")]  # fmt: skip
+    rows = [
+        ("launch", "kernel", "sm", "registers", "stack", "shared", "of", "warps", "blocks an SM", "wide loads, stores")
+    ]
     for k in kernels:
         loads = f"{k.count('LDG.E.128')}/{k.count('LDG')}, {k.count('STG.E.128')}/{k.count('STG')}"
-        rows.append((k.case, k.name, k.arch, k.registers, k.stack + k.local, k.shared, CHIPS[k.arch].limit, k.warps,
-                     k.blocks, loads if k.opcodes else ""))  # fmt: skip
+        rows.append(
+            (
+                k.case,
+                k.name,
+                k.arch,
+                k.registers,
+                k.stack + k.local,
+                k.shared,
+                CHIPS[k.arch].limit,
+                k.warps,
+                k.blocks,
+                loads if k.opcodes else "",
+            )
+        )
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(str(x).ljust(w) for x, w in zip(row, widths)).rstrip() for row in rows)
 

@@ -103,11 +103,36 @@ def fold(q, k, v, scale, left, bias, top, total, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def attention_kernel(
-    q, k, v, out, peaks, totals, slot, keys, used, repeat, k_scale, v_scale, scale,
-    q_b, q_t, q_h, k_n, k_h, T, R, S, L,
-    H: tl.constexpr, D: tl.constexpr, PITCH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    peaks,
+    totals,
+    slot,
+    keys,
+    used,
+    repeat,
+    k_scale,
+    v_scale,
+    scale,
+    q_b,
+    q_t,
+    q_h,
+    k_n,
+    k_h,
+    T,
+    R,
+    S,
+    L,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    PITCH: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Grid (tiles of queries, B * H, SPLITS). SPLITS = 1 writes out [B, T, H, D]; else out is [SPLITS, B, T, H, D]
     float32, unnormalised, and each part's running maxima and sums go to peaks and totals [SPLITS, B, T, H]."""
     b, h, split = tl.program_id(1) // H, tl.program_id(1) % H, tl.program_id(2)
@@ -150,8 +175,18 @@ def attention_kernel(
         whole = whole_tiles(count, repeat, KEYS)
         for i in range(tl.maximum(first - done, 0), tl.minimum(last - done, whole)):
             at = (start + i * KEYS) * PITCH
-            top, total, acc = fold(queries, tl.load(k + at + offset), tl.load(v + at + offset), scale, None, None, top,
-                                   total, acc, PRECISION)  # fmt: skip
+            top, total, acc = fold(
+                queries,
+                tl.load(k + at + offset),
+                tl.load(v + at + offset),
+                scale,
+                None,
+                None,
+                top,
+                total,
+                acc,
+                PRECISION,
+            )
         done += tl.cdiv(count, KEYS)
     # The last tile of each run, where it needs a mask: apart, so that the loop above need not keep what masks take.
     done = 0
@@ -230,8 +265,10 @@ def attend(
     if any(x is not None and not x.is_contiguous() for x in small):
         raise ValueError("attention: slot, keys, used, repeat and scales must be contiguous")
     if k.shape[1] * k.stride(1) >= 2**31:
-        raise ValueError(f"attention: {k.shape[1]} keys of {k.stride(1)} numbers: a slot must hold less than 2**31, "
-                         f"nearest is {(2**31 - 1) // k.stride(1)} keys")  # fmt: skip
+        raise ValueError(
+            f"attention: {k.shape[1]} keys of {k.stride(1)} numbers: a slot must hold less than 2**31, "
+            f"nearest is {(2**31 - 1) // k.stride(1)} keys"
+        )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() == 0:
         return out
@@ -245,11 +282,34 @@ def attend(
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         peaks, totals = torch.empty(2, splits, *q.shape[:3], dtype=torch.float32, device=q.device)
     attention_kernel[(*grid, splits)](
-        q, k, v, parts, peaks, totals, slot, keys, used, repeat, *(scales or (None, None))[:2],
-        dim**-0.5 * math.log2(math.e), *q.stride()[:3], k.stride(0), k.stride(2),
-        tokens, 1 if keys is None else keys.shape[1], frame, k.shape[1], heads, dim, k.stride(1), *tiles[:2], splits,
-        "ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        parts,
+        peaks,
+        totals,
+        slot,
+        keys,
+        used,
+        repeat,
+        *(scales or (None, None))[:2],
+        dim**-0.5 * math.log2(math.e),
+        *q.stride()[:3],
+        k.stride(0),
+        k.stride(2),
+        tokens,
+        1 if keys is None else keys.shape[1],
+        frame,
+        k.shape[1],
+        heads,
+        dim,
+        k.stride(1),
+        *tiles[:2],
+        splits,
+        "ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     if splits > 1:
         rows = batch * tokens * heads
         combine_kernel[(triton.cdiv(rows, 16),)](parts, peaks, totals, out, rows, dim, 16, splits, num_warps=4)

@@ -32,11 +32,34 @@ UNITS = 8  # hidden units of the MLP a program: 96 programs at Wan's 768
 
 @triton.jit
 def tokens_kernel(
-    hidden, shift, scale, weight, bias, x, noise, sigma, next_sigma, x0, next_x, moments, tokens, frames, eps,
-    shift_b, shift_f, scale_b, scale_f, height, width,
-    C: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, OUTPUTS: tl.constexpr,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    shift,
+    scale,
+    weight,
+    bias,
+    x,
+    noise,
+    sigma,
+    next_sigma,
+    x0,
+    next_x,
+    moments,
+    tokens,
+    frames,
+    eps,
+    shift_b,
+    shift_f,
+    scale_b,
+    scale_f,
+    height,
+    width,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One tile of one frame's tokens: the velocity, and everything that follows from it.
 
     Columns of the product are (row, column, channel) of a patch, padded to OUTPUTS.
@@ -78,9 +101,16 @@ def tokens_kernel(
 
 @triton.jit
 def judge_kernel(
-    features, weight1, bias1, weight2, logits, units,
-    INPUTS: tl.constexpr, UNITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    features,
+    weight1,
+    bias1,
+    weight2,
+    logits,
+    units,
+    INPUTS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """UNITS hidden units of the MLP for one frame: their part of its logit."""
     unit, frame = tl.program_id(0) * UNITS + tl.arange(0, UNITS), tl.program_id(1)
     total = tl.zeros((UNITS, BLOCK), tl.float32)
@@ -96,9 +126,19 @@ def judge_kernel(
 
 @triton.jit
 def decide_kernel(
-    logits, bias2, step, least, most, reduce, threshold, state, frames, parts,
-    FRAMES: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bias2,
+    step,
+    least,
+    most,
+    reduce,
+    threshold,
+    state,
+    frames,
+    parts,
+    FRAMES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """One row: the confidence of its frames from the parts of their logits, and whether it stops."""
     row, frame = tl.program_id(0), tl.arange(0, FRAMES)
     inside = frame < frames
@@ -150,9 +190,17 @@ def _mix(a: Tensor, b: Tensor, sigma: Tensor, noise: bool) -> Tensor:
 
 
 def epilogue(
-    hidden: Tensor, time: Tensor, x: Tensor, noise: Tensor, sigma: Tensor, next_sigma: Tensor, final: Projection,
-    head: HeadWeights | None, rule: StopRule, eps: float,
-) -> Epilogue:  # fmt: skip
+    hidden: Tensor,
+    time: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    final: Projection,
+    head: HeadWeights | None,
+    rule: StopRule,
+    eps: float,
+) -> Epilogue:
     frames, tokens = x.shape[1], hidden.shape[1] // x.shape[1]
     moments = None if head is None else empty_moments(hidden, frames)
     x0, next_x = _tokens(hidden, x, noise, sigma, next_sigma, final, moments, eps)
@@ -169,12 +217,30 @@ def _tokens(hidden, x, noise, sigma, next_sigma, final, moments, eps) -> tuple[T
     modulation = by_frame("epilogue", hidden, frames, final.shift, final.scale)
     tokens, (outputs, inputs) = hidden.shape[1] // frames, final.weight.shape
     tokens_kernel[(triton.cdiv(tokens, TILE), batch * frames)](
-        hidden, *modulation, final.weight.contiguous(), final.bias, x, noise, sigma.contiguous(),
-        next_sigma.contiguous(), x0, next_x, moments, tokens, frames, eps,
+        hidden,
+        *modulation,
+        final.weight.contiguous(),
+        final.bias,
+        x,
+        noise,
+        sigma.contiguous(),
+        next_sigma.contiguous(),
+        x0,
+        next_x,
+        moments,
+        tokens,
+        frames,
+        eps,
         *(stride for m in modulation for stride in m.stride()[:2]),
-        height, width, inputs, channels, math.isqrt(outputs // channels), max(16, triton.next_power_of_2(outputs)),
-        TILE, block(hidden),
-    )  # fmt: skip
+        height,
+        width,
+        inputs,
+        channels,
+        math.isqrt(outputs // channels),
+        max(16, triton.next_power_of_2(outputs)),
+        TILE,
+        block(hidden),
+    )
     return x0, next_x
 
 
@@ -184,9 +250,16 @@ def _judge(features: Tensor, head: HeadWeights) -> Tensor:
     units = head.weight1.shape[0]
     logits = features.new_empty(batch, frames, triton.cdiv(units, UNITS))
     judge_kernel[(logits.shape[2], batch * frames)](
-        features, head.weight1.contiguous(), head.bias1, head.weight2.contiguous(), logits, units, inputs, UNITS,
+        features,
+        head.weight1.contiguous(),
+        head.bias1,
+        head.weight2.contiguous(),
+        logits,
+        units,
+        inputs,
+        UNITS,
         min(512, triton.next_power_of_2(inputs) // 2),
-    )  # fmt: skip
+    )
     return logits
 
 
@@ -195,7 +268,14 @@ def _decide(x: Tensor, logits: Tensor | None, head: HeadWeights | None, rule: St
     state = torch.empty(batch, frames + 1, dtype=torch.float32, device=x.device)
     parts = 1 if logits is None else logits.shape[2]
     decide_kernel[(batch,)](
-        logits, None if head is None else head.bias2, *rule, state, frames, parts,
-        triton.next_power_of_2(frames), triton.next_power_of_2(parts), num_warps=1,
-    )  # fmt: skip
+        logits,
+        None if head is None else head.bias2,
+        *rule,
+        state,
+        frames,
+        parts,
+        triton.next_power_of_2(frames),
+        triton.next_power_of_2(parts),
+        num_warps=1,
+    )
     return state

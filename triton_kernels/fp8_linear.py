@@ -67,9 +67,7 @@ def store_quantised(values, scale, head, tail, y, z, C: tl.constexpr):
 
 
 @triton.jit
-def quantise_kernel(
-    x, values, scale, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr
-):  # fmt: skip
+def quantise_kernel(x, values, scale, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head, tail = row_parts(HEAD, TAIL, VECTOR)
     x += row * C
@@ -95,9 +93,12 @@ def fp8_linear(x: Rowwise, weight: Rowwise, bias: Tensor | None, dtype: torch.dt
     if dtype != torch.bfloat16:
         raise ValueError(f"fp8_linear: dtype {dtype}: a product with one scale a row gives torch.bfloat16")
     y = torch._scaled_mm(
-        x.values.reshape(-1, inputs), weight.values.t(),  # row-major times column-major, as the hardware wants it
-        scale_a=x.scale.reshape(-1, 1), scale_b=weight.scale.reshape(1, -1),
-        bias=None if bias is None else bias.to(dtype), out_dtype=dtype,
+        x.values.reshape(-1, inputs),
+        weight.values.t(),  # row-major times column-major, as the hardware wants it
+        scale_a=x.scale.reshape(-1, 1),
+        scale_b=weight.scale.reshape(1, -1),
+        bias=None if bias is None else bias.to(dtype),
+        out_dtype=dtype,
         use_fast_accum=False,  # sums in float32; True would leave them in the 14 bits of Hopper's FP8 tensor cores
-    )  # fmt: skip
+    )
     return y.view(*x.values.shape[:-1], outputs)

@@ -54,10 +54,28 @@ def centred(h, mean, col, C: tl.constexpr, LAST: tl.constexpr):
 
 @triton.jit
 def modulate_kernel(
-    x, y, gate, shift, scale, residual, out, out_scale, eps, tokens, frames,
-    gate_b, gate_f, shift_b, shift_f, scale_b, scale_f,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    gate,
+    shift,
+    scale,
+    residual,
+    out,
+    out_scale,
+    eps,
+    tokens,
+    frames,
+    gate_b,
+    gate_f,
+    shift_b,
+    shift_f,
+    scale_b,
+    scale_f,
+    C: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """One token. Without y there is no residual, without a gate it is 1; with out_scale out is FP8."""
     frame = tl.program_id(1)
     row = (frame * tokens + tl.program_id(0)).to(tl.int64)
@@ -85,7 +103,7 @@ def modulate_kernel(
 @triton.jit
 def gate_residual_kernel(
     x, y, gate, out, tokens, frames, gate_b, gate_f, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+):
     """ROWS tokens of one frame, WIDTH of their channels."""
     token, frame = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     col = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
@@ -107,7 +125,7 @@ def biased_gelu(x, bias, col, C: tl.constexpr):
 @triton.jit
 def gelu_bias_kernel(
     x, bias, out, out_scale, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr
-):  # fmt: skip
+):
     """One row. With out_scale out is FP8."""
     row = tl.program_id(0).to(tl.int64)
     head, tail = row_parts(HEAD, TAIL, VECTOR)
@@ -136,8 +154,9 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     tokens, width = x.shape[1] // frames, min(512, triton.next_power_of_2(channels))
     if x.numel():
         grid = (triton.cdiv(tokens, 4), x.shape[0] * frames, triton.cdiv(channels, width))
-        gate_residual_kernel[grid](x, y, gate, out, tokens, frames, *gate.stride()[:2], channels, width, 4,
-                                   num_warps=max(1, width // 128))  # fmt: skip
+        gate_residual_kernel[grid](
+            x, y, gate, out, tokens, frames, *gate.stride()[:2], channels, width, 4, num_warps=max(1, width // 128)
+        )
     return out
 
 

@@ -55,10 +55,39 @@ def rms_norm_kernel(x, gain, out, stride, eps, C: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def norm_rope_kernel(
-    q, k, v, gain_q, gain_k, cos, sin, q_out, k_out, v_out, slot, write, k_scale, v_scale, k_shift, eps,
-    q_b, q_t, k_b, k_t, v_b, v_t, rope_b, rope_t, T, S, F, W,
-    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, APPEND: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    gain_q,
+    gain_k,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    v_out,
+    slot,
+    write,
+    k_scale,
+    v_scale,
+    k_shift,
+    eps,
+    q_b,
+    q_t,
+    k_b,
+    k_t,
+    v_b,
+    v_t,
+    rope_b,
+    rope_t,
+    T,
+    S,
+    F,
+    W,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    APPEND: tl.constexpr,
+):
     """Token t of row b. APPEND: k_out and v_out are caches [N, W, S, H, D]; else k_out is [B, T, H, D], and v none."""
     t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     C: tl.constexpr = H * D
@@ -99,8 +128,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = triton.next_power_of_2(channels)
     if rows.shape[0]:
-        rms_norm_kernel[(rows.shape[0],)](rows, gain, out, rows.stride(0), eps, channels, width,
-                                          num_warps=warps(width))  # fmt: skip
+        rms_norm_kernel[(rows.shape[0],)](rows, gain, out, rows.stride(0), eps, channels, width, num_warps=warps(width))
     return out
 
 
@@ -112,12 +140,24 @@ def norm_rope(
 
 
 def norm_rope_append(
-    q: Tensor, k: Tensor, v: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float,
-    k_cache: Tensor, v_cache: Tensor, slot: Tensor, write: Tensor, scales: CacheScales | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gain_q: Tensor,
+    gain_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot: Tensor,
+    write: Tensor,
+    scales: CacheScales | None = None,
+) -> Tensor:
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError(f"norm_rope_append: caches with strides {k_cache.stride()} and {v_cache.stride()} must be "
-                         "contiguous")  # fmt: skip
+        raise ValueError(
+            f"norm_rope_append: caches with strides {k_cache.stride()} and {v_cache.stride()} must be contiguous"
+        )
     return _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales)
 
 
@@ -128,8 +168,9 @@ def _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_out, v_out, slot, write, s
     if dim & (dim - 1):
         raise ValueError(f"norm_rope: head dim {dim} must be a power of two; nearest is {nearest_power_of_two(dim)}")
     if any(x is not None and x.stride(-1) != 1 for x in (q, k, v, cos)) or cos.stride() != sin.stride():
-        raise ValueError("norm_rope: q, k, v, cos and sin must be contiguous in their last dim, cos and sin have equal "
-                         "strides")  # fmt: skip
+        raise ValueError(
+            "norm_rope: q, k, v, cos and sin must be contiguous in their last dim, cos and sin have equal strides"
+        )
     if any(x is not None and not x.is_contiguous() for x in (gain_q, gain_k, slot, write, *(scales or ()))):
         raise ValueError("norm_rope: gains, slot, write and scales must be contiguous")
     append = v is not None
@@ -137,11 +178,34 @@ def _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_out, v_out, slot, write, s
     padded = triton.next_power_of_2(heads)
     if q.numel():
         norm_rope_kernel[(tokens, batch)](
-            q, k, v, gain_q, gain_k, cos, sin, q_out, k_out, v_out, slot, write, *(scales or (None, None, None)), eps,
-            *q.stride()[:2], *k.stride()[:2], *(v if append else k).stride()[:2], *cos.stride()[:2],
-            tokens, k_out.shape[2] if append else 1, write.shape[1] if append else 1, k_out.shape[1],
-            heads, dim, padded, append, num_warps=warps(padded * dim),
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            gain_q,
+            gain_k,
+            cos,
+            sin,
+            q_out,
+            k_out,
+            v_out,
+            slot,
+            write,
+            *(scales or (None, None, None)),
+            eps,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            *(v if append else k).stride()[:2],
+            *cos.stride()[:2],
+            tokens,
+            k_out.shape[2] if append else 1,
+            write.shape[1] if append else 1,
+            k_out.shape[1],
+            heads,
+            dim,
+            padded,
+            append,
+            num_warps=warps(padded * dim),
+        )
     return q_out
 
 

@@ -32,9 +32,19 @@ def load_vector(v, C: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def norm_silu_kernel(
-    x, gain, bias, out, rows, x_b, out_b, root,
-    C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
+    x,
+    gain,
+    bias,
+    out,
+    rows,
+    x_b,
+    out_b,
+    root,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SILU: tl.constexpr,
+):
     """ROWS pixels of one row of the batch. root: of C."""
     at, inside = tile(rows, C, WIDTH, ROWS)
     b = tl.program_id(1).to(tl.int64)
@@ -72,9 +82,20 @@ def norm_silu(
     width, count = _block(channels)
     if rows:
         norm_silu_kernel[(triton.cdiv(rows, count), batch)](
-            source, gain, bias, target, rows, source.stride(0), target.stride(0), channels**0.5,
-            channels, width, count, silu, num_warps=WARPS,
-        )  # fmt: skip
+            source,
+            gain,
+            bias,
+            target,
+            rows,
+            source.stride(0),
+            target.stride(0),
+            channels**0.5,
+            channels,
+            width,
+            count,
+            silu,
+            num_warps=WARPS,
+        )
     return out
 
 

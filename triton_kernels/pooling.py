@@ -72,9 +72,17 @@ def moments_kernel(hidden, moments, tokens, eps, C: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def join_kernel(
-    moments, time, out, tokens, tiles, eps,
-    C: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    moments,
+    time,
+    out,
+    tokens,
+    tiles,
+    eps,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One block of a frame's channels: out [frames, 2 C] = mean, deviation; or [frames, 3 C] with time after them."""
     frame, col = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tile = tl.arange(0, TILES)
@@ -105,8 +113,9 @@ def join(moments: Tensor, time: Tensor | None, frames: int, tokens: int, eps: fl
     padded = triton.next_power_of_2(tiles)
     width = max(16, min(128, 4096 // padded))
     out = moments.new_empty(count // frames, frames, (2 if time is None else 3) * channels)
-    join_kernel[(count, triton.cdiv(channels, width))](moments, time, out, tokens, tiles, eps,
-                                                       channels, TILE, padded, width)  # fmt: skip
+    join_kernel[(count, triton.cdiv(channels, width))](
+        moments, time, out, tokens, tiles, eps, channels, TILE, padded, width
+    )
     return out
 
 

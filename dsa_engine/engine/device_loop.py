@@ -71,9 +71,14 @@ class DeviceLoop:
     def _condition(self, graph: Any, after: Any, handle: Any) -> Any:
         _, _, slots, flags = self.kept
         node = kernels.csrc.set_while(
-            graph=int(graph), after=int(after), handle=int(handle), slots=slots.data_ptr(), rows=len(slots),
-            flags=flags.data_ptr(), stride=flags.stride(0),
-        )  # fmt: skip
+            graph=int(graph),
+            after=int(after),
+            handle=int(handle),
+            slots=slots.data_ptr(),
+            rows=len(slots),
+            flags=flags.data_ptr(),
+            stride=flags.stride(0),
+        )
         return self.runtime.cudaGraphNode_t(node)
 
     def _call(self, name: str, *arguments: Any) -> Any:

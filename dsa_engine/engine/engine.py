@@ -59,9 +59,16 @@ class Engine:
     """
 
     def __init__(
-        self, dit: CausalDiT, head: ConfidenceHead | None, decoder: VideoCodec | None, text: TextEncoder | None,
-        config: RolloutConfig, max_sessions: int | None = None, deterministic: bool = False, fp8_cache: bool = False,
-    ):  # fmt: skip
+        self,
+        dit: CausalDiT,
+        head: ConfidenceHead | None,
+        decoder: VideoCodec | None,
+        text: TextEncoder | None,
+        config: RolloutConfig,
+        max_sessions: int | None = None,
+        deterministic: bool = False,
+        fp8_cache: bool = False,
+    ):
         """deterministic: a session's bits never depend on which others share its forwards (`StepInputs`); fp8_cache:
         keys and values in e4m3 instead of the model's dtype; max_sessions: slots of a pool, also where they do not fit
         the device's free memory (then with a warning); None: SESSIONS, or as many as fit where those are fewer."""
@@ -86,10 +93,21 @@ class Engine:
 
     @on_device
     def session(
-        self, prompt: str | None, embeds: Tensor, *, height: int, width: int, frames: int | None, fps: float,
-        policy: Policy, seed: int, config: RolloutConfig, given: Tensor | None = None, guide: Tensor | None = None,
+        self,
+        prompt: str | None,
+        embeds: Tensor,
+        *,
+        height: int,
+        width: int,
+        frames: int | None,
+        fps: float,
+        policy: Policy,
+        seed: int,
+        config: RolloutConfig,
+        given: Tensor | None = None,
+        guide: Tensor | None = None,
         strength: float = 1.0,
-    ) -> Session:  # fmt: skip
+    ) -> Session:
         """A stream of latent size height x width; `frames` latent frames, or None for no end (rolling window only).
 
         given, guide, strength: as for `rollout`.
@@ -110,9 +128,14 @@ class Engine:
 
     @on_device
     def capture(
-        self, *, height: int, width: int, frames: int | None, config: RolloutConfig,
+        self,
+        *,
+        height: int,
+        width: int,
+        frames: int | None,
+        config: RolloutConfig,
         progress: Callable[[int, int], None] | None = None,
-    ) -> float:  # fmt: skip
+    ) -> float:
         """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share, and of their
         video VAE, if it is one that streams.
 
@@ -198,14 +221,22 @@ class Engine:
         if self.asked:
             logger.warning(
                 "max_sessions=%d: memory may run out, for %s is free on %s and that is for %d; nearest is %d",
-                self.max_sessions, free, self.device, fit, max(fit, 1),
-            )  # fmt: skip
+                self.max_sessions,
+                free,
+                self.device,
+                fit,
+                max(fit, 1),
+            )
             return self.max_sessions
         logger.warning(
             "places for %d sessions instead of %d: %s is free on %s, and that is for %d; a smaller window, "
             "quantization='fp8-cache', offload='auto' or vae='taehv' leave more",
-            max(fit, 1), self.max_sessions, free, self.device, fit,
-        )  # fmt: skip
+            max(fit, 1),
+            self.max_sessions,
+            free,
+            self.device,
+            fit,
+        )
         return max(fit, 1)
 
     def _full(self, shape: PoolShape, slots: int) -> str:
@@ -230,16 +261,33 @@ class Engine:
         away = isinstance(self.decoder, Offloaded)  # its weights are not there yet, all others are
         weights = {"generator": 0, "confidence": 0, "vae": memory.part_bytes(self.decoder) if away else 0, "text": 0}
         return memory.sessions(
-            self.dit.config, config, load, memory.room(self.device) + memory.CONTEXT, text=None, weights=weights,
-            codec=memory.codec_of(self.decoder), offload=("vae",) if away else (),
-        )  # fmt: skip
+            self.dit.config,
+            config,
+            load,
+            memory.room(self.device) + memory.CONTEXT,
+            text=None,
+            weights=weights,
+            codec=memory.codec_of(self.decoder),
+            offload=("vae",) if away else (),
+        )
 
     @on_device
     def rollout(
-        self, embeds: Tensor, *, height: int, width: int, frames: int, policy: Policy, seeds: Sequence[int],
-        config: RolloutConfig, initial: Tensor | None = None, renoise: Renoise | None = None,
-        given: Tensor | None = None, guide: Tensor | None = None, strength: float = 1.0,
-    ) -> Rollout:  # fmt: skip
+        self,
+        embeds: Tensor,
+        *,
+        height: int,
+        width: int,
+        frames: int,
+        policy: Policy,
+        seeds: Sequence[int],
+        config: RolloutConfig,
+        initial: Tensor | None = None,
+        renoise: Renoise | None = None,
+        given: Tensor | None = None,
+        guide: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Rollout:
         """A batch of B = len(seeds) clips of `frames` latent frames, to be closed: in the sessions' pool where graphs
         of it are captured and B slots are free, else in one of its own.
 
@@ -275,10 +323,20 @@ class Engine:
         """A cache of `slots` slots and the step inputs of its sessions."""
         model = self.dit.config
         cache = KVCache(
-            model.num_layers, model.num_heads, model.head_dim, model.tokens_per_frame(shape.height, shape.width),
-            shape.window, shape.sink, slots, self.dit.device, E4M3 if self.fp8_cache else self.dit.dtype, shape.rope,
-            model.rope_theta, shape.spare, self._cache_scales() if self.fp8_cache else None,
-        )  # fmt: skip
+            model.num_layers,
+            model.num_heads,
+            model.head_dim,
+            model.tokens_per_frame(shape.height, shape.width),
+            shape.window,
+            shape.sink,
+            slots,
+            self.dit.device,
+            E4M3 if self.fp8_cache else self.dit.dtype,
+            shape.rope,
+            model.rope_theta,
+            shape.spare,
+            self._cache_scales() if self.fp8_cache else None,
+        )
         size, levels = (shape.height, shape.width), len(self.config.steps)
         return StepInputs(self.dit, self.head, cache, shape.frames, size, levels, self.deterministic)
 

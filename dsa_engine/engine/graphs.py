@@ -53,9 +53,12 @@ def lower(plan: Sequence[Node], loop: bool = False) -> tuple[Launch, ...]:
 
 
 def launched(
-    launches: Iterable[Launch], slots: Sequence[int], launch: Callable[[Launch, Sequence[int]], None],
-    stopped: Callable[[Sequence[int]], Sequence[bool]], taken: Callable[[Sequence[int]], Sequence[int]],
-) -> Iterator[tuple[Node, list[int]]]:  # fmt: skip
+    launches: Iterable[Launch],
+    slots: Sequence[int],
+    launch: Callable[[Launch, Sequence[int]], None],
+    stopped: Callable[[Sequence[int]], Sequence[bool]],
+    taken: Callable[[Sequence[int]], Sequence[int]],
+) -> Iterator[tuple[Node, list[int]]]:
     """`plan.execute` by launches: the same yields, after each launch for all of its forwards.
 
     launch(launch, slots) runs one; stopped(slots) is asked after one whose last forward decides, and taken(slots), how
@@ -88,13 +91,18 @@ def graphs_for(buckets: Sequence[int], max_steps: int, loop_rows: int) -> tuple[
     smaller ones; loops come last, for they are made of others."""
     plans = [
         chunk_plan(least, most, commit, merge)
-        for most in range(1, max_steps + 1) for least in range(1, most + 1)
-        for commit in (False, True) for merge in (False, True)
-    ]  # fmt: skip
+        for most in range(1, max_steps + 1)
+        for least in range(1, most + 1)
+        for commit in (False, True)
+        for merge in (False, True)
+    ]
     graphs = {
         graph_of(launch, size)
-        for size in buckets for loop in {False, size <= loop_rows} for plan in plans for launch in lower(plan, loop)
-    }  # fmt: skip
+        for size in buckets
+        for loop in {False, size <= loop_rows}
+        for plan in plans
+        for launch in lower(plan, loop)
+    }
     return tuple(sorted(graphs, key=lambda graph: (graph.loop, [-size for size in graph.sizes], graph.steps)))
 
 
@@ -123,9 +131,12 @@ class StepGraphs:
     """
 
     def __init__(
-        self, inputs: StepInputs, buckets: Sequence[int] = (1, 2, 4, 8), max_steps: int | None = None,
+        self,
+        inputs: StepInputs,
+        buckets: Sequence[int] = (1, 2, 4, 8),
+        max_steps: int | None = None,
         loop_rows: int = 1,
-    ):  # fmt: skip
+    ):
         """max_steps: None is the length of the step list. Buckets beyond the first that holds all slots are left out.
         Raises ImportError where loops are wanted and cannot be."""
         levels, slots = inputs.noise.shape[1], inputs.cache.slots
@@ -154,9 +165,11 @@ class StepGraphs:
     # ---- running -----------------------------------------------------------------------------------------------------
 
     def run(
-        self, plan: Sequence[Node], slots: Sequence[int],
+        self,
+        plan: Sequence[Node],
+        slots: Sequence[int],
         stopped: Callable[[Sequence[int]], Sequence[bool]] | None = None,
-    ) -> Iterator[tuple[Node, list[int]]]:  # fmt: skip
+    ) -> Iterator[tuple[Node, list[int]]]:
         """A chunk's plan for some slots, whose chunks have begun; yields as `plan.execute` does.
 
         stopped: as there, asked after each forward that decides. None: the stop flags decide, on the device alone where

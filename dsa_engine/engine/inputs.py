@@ -34,9 +34,15 @@ class StepInputs:
     """
 
     def __init__(
-        self, dit: CausalDiT, head: ConfidenceHead | None, cache: KVCache, frames: int, size: tuple[int, int],
-        levels: int, deterministic: bool = False,
-    ):  # fmt: skip
+        self,
+        dit: CausalDiT,
+        head: ConfidenceHead | None,
+        cache: KVCache,
+        frames: int,
+        size: tuple[int, int],
+        levels: int,
+        deterministic: bool = False,
+    ):
         self.dit, self.head, self.cache, self.frames, self.deterministic = dit, head, cache, frames, deterministic
         config, slots = dit.config, cache.slots
         options = {"device": dit.device, "dtype": dit.dtype}
@@ -129,9 +135,7 @@ class StepInputs:
             self._rows(slot[part], commit[part], counts[part], memory.select(part), longest, steps)
         self.cache.position.index_add_(0, slot, (commit & counts) * self.frames)
 
-    def _rows(
-        self, slot: Tensor, commit: Tensor, counts: Tensor, memory: CacheRows, longest: int, steps: bool
-    ) -> None:  # fmt: skip
+    def _rows(self, slot: Tensor, commit: Tensor, counts: Tensor, memory: CacheRows, longest: int, steps: bool) -> None:
         stopped = self.state[slot, -1] > 0  # a device-side loop runs on until all of its rows have stopped:
         step = self.step[slot] - stopped.long()  # one that has takes its last step again, and writes the same keys
         level = torch.where(commit, 0.0, self.sigmas[slot, step])[:, None].expand(-1, self.frames)
@@ -143,10 +147,17 @@ class StepInputs:
         noise = self.noise[slot, (step + 1).clamp(max=levels - 1)]
         after = self.sigmas[slot, (step + 1).clamp(max=levels)][:, None].expand_as(level)
         end = ops.epilogue(
-            tokens, time, x, noise, level, after,
-            self.dit.head.projection(time), None if self.head is None else self.head.weights, self._rule(slot, step),
+            tokens,
+            time,
+            x,
+            noise,
+            level,
+            after,
+            self.dit.head.projection(time),
+            None if self.head is None else self.head.weights,
+            self._rule(slot, step),
             self.dit.config.eps,
-        )  # fmt: skip
+        )
         scratch = len(self.x) - 1
         target = torch.where(commit | stopped | ~counts, scratch, slot)
         self.x0[target], self.state[target] = end.x0, end.state

@@ -30,9 +30,7 @@ class Node(NamedTuple):
     decide: bool = False
 
 
-def chunk_plan(
-    least: int, most: int, commit: bool = False, merge: bool = True, replays: int = 0
-) -> tuple[Node, ...]:  # fmt: skip
+def chunk_plan(least: int, most: int, commit: bool = False, merge: bool = True, replays: int = 0) -> tuple[Node, ...]:
     """The forwards of a chunk of `least` to `most` steps. commit: the chunk before has yet to be committed; merge: in
     the same forward as the first step, else in one of its own; replays: chunks that are committed anew before it."""
     steps = [Node(decide=least <= step < most) for step in range(1, most + 1)]
@@ -42,9 +40,11 @@ def chunk_plan(
 
 
 def execute(
-    plan: Sequence[Node], slots: Sequence[int], forward: Callable[[Sequence[Row]], None],
+    plan: Sequence[Node],
+    slots: Sequence[int],
+    forward: Callable[[Sequence[Row]], None],
     stopped: Callable[[Sequence[int]], Sequence[bool]],
-) -> Iterator[tuple[Node, list[int]]]:  # fmt: skip
+) -> Iterator[tuple[Node, list[int]]]:
     """Run a plan for some slots in step, forward by forward; yields each node with the slots that took part, after it.
 
     A slot that has stopped takes no more part; when all have, nothing is left to run. stopped(slots) is asked after a

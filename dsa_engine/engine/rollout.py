@@ -32,10 +32,18 @@ class Rollout:
     """
 
     def __init__(
-        self, dit: CausalDiT, head: ConfidenceHead | None, cache: KVCache, config: RolloutConfig,
-        noise: Noise, policies: Sequence[Policy], text_kv: TextKV, given: Tensor | None = None, strength: float = 1.0,
+        self,
+        dit: CausalDiT,
+        head: ConfidenceHead | None,
+        cache: KVCache,
+        config: RolloutConfig,
+        noise: Noise,
+        policies: Sequence[Policy],
+        text_kv: TextKV,
+        given: Tensor | None = None,
+        strength: float = 1.0,
         inputs: StepInputs | None = None,
-    ):  # fmt: skip
+    ):
         """given: clean latents [B, G, C, H, W] that the clip begins with; strength: of the Schedule; inputs: the step
         inputs of the cache's slots, with which the commit rides along with a chunk's first step. None: the plain loop.
         """

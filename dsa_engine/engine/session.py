@@ -107,9 +107,16 @@ class Session:
     """
 
     def __init__(
-        self, rollout: Rollout, decoder: VideoCodec, text: Text, embeds: Tensor, fps: float, prompt: str | None,
-        limit: int | None, stream: Any = None,
-    ):  # fmt: skip
+        self,
+        rollout: Rollout,
+        decoder: VideoCodec,
+        text: Text,
+        embeds: Tensor,
+        fps: float,
+        prompt: str | None,
+        limit: int | None,
+        stream: Any = None,
+    ):
         """embeds [1, L, text_dim]: of the prompt; stream: on a CUDA device, where chunks are decoded beside others'
         forwards."""
         self.rollout, self._decoder, self._text = rollout, decoder, text
@@ -296,9 +303,14 @@ class Session:
         """A copy of the whole state. It stays good whatever the session does next."""
         self._check_open()
         return Snapshot(
-            self.rollout.save(), copy.deepcopy(self._decoder_state), self._frames, self.prompt, self._embeds,
-            self._transition, self._shape,
-        )  # fmt: skip
+            self.rollout.save(),
+            copy.deepcopy(self._decoder_state),
+            self._frames,
+            self.prompt,
+            self._embeds,
+            self._transition,
+            self._shape,
+        )
 
     @on_device
     def restore(self, snapshot: Snapshot) -> None:

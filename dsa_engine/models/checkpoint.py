@@ -73,9 +73,12 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
 
 
 def fill(
-    module: nn.Module, entries: Mapping[str, Entry], source: str | Path, device: torch.device | str = "cpu",
+    module: nn.Module,
+    entries: Mapping[str, Entry],
+    source: str | Path,
+    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
+) -> None:
     """`load_strict` of tensors that are still in their file, each one read, converted and put in place before the next.
 
     The module may be on the meta device; its parameters become frozen ones of the given device and dtype.
@@ -132,9 +135,14 @@ def open_dit(
 
 
 def load_dit(
-    path: str | Path, config: ModelConfig | None = None, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32, *, family: str | None = None, lora: str | Path | Lora | None = None,
-) -> CausalDiT:  # fmt: skip
+    path: str | Path,
+    config: ModelConfig | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    family: str | None = None,
+    lora: str | Path | Lora | None = None,
+) -> CausalDiT:
     """A causal DiT from a checkpoint file, an index of shards, or a folder of Wan's or diffusers' layout.
 
     config: its sizes; else those of a config.json beside the weights, else those that the tensors show.
@@ -145,9 +153,13 @@ def load_dit(
 
 
 def build_dit(
-    config: ModelConfig, entries: Mapping[str, Entry], source: Path, device: torch.device | str, dtype: torch.dtype,
+    config: ModelConfig,
+    entries: Mapping[str, Entry],
+    source: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
     lora: str | Path | Lora | None = None,
-) -> CausalDiT:  # fmt: skip
+) -> CausalDiT:
     """The model of `open_dit`'s sizes and weights, with an adapter merged, on its device."""
     with torch.device("meta"):
         model = CausalDiT(config)

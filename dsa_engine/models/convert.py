@@ -19,9 +19,14 @@ FORMATS = ("engine", "diffusers")
 
 
 def convert(
-    source: str | Path, target: str | Path, to: str = "engine", *, dtype: torch.dtype | None = None,
-    family: str | None = None, lora: str | Path | Lora | None = None,
-) -> Found:  # fmt: skip
+    source: str | Path,
+    target: str | Path,
+    to: str = "engine",
+    *,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    lora: str | Path | Lora | None = None,
+) -> Found:
     """A checkpoint of any dialect as a folder of this project's ("engine") or diffusers' format, an adapter merged in.
     A folder of this project goes to diffusers' format alone.
 

@@ -184,9 +184,16 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, y: Tensor | Rowwise, mod: Vectors, then: Vectors | None, layer: int, rope, text: TextKV,
+        self,
+        x: Tensor,
+        y: Tensor | Rowwise,
+        mod: Vectors,
+        then: Vectors | None,
+        layer: int,
+        rope,
+        text: TextKV,
         memory: Memory,
-    ) -> tuple[Tensor, Tensor | Rowwise | None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | Rowwise | None]:
         """x [B, T, dim], the stream, and y, its norm modulated for this block -> the same for the next block.
 
         The end of each sub-layer and the norm of the next are one op, which reads and writes the stream once; so are

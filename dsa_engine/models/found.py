@@ -114,11 +114,19 @@ def look(path: Path, family: str | None) -> tuple[Found, TensorFile]:
     file = open_tensors(weights, (*best, *NESTED_KEYS))
     entries = file.entries
     found = Found(
-        path, weights, names.kind_of(entries), tensors=len(entries), parameters=_count(entries), bytes=file.nbytes,
-        files=len(file.files), dtypes=_dtypes(entries),
-        quantised=sum(name.rpartition(".")[2] in names.SCALES for name in entries), key=file.key,
-        dialect=names.dialect_of(entries), parts=companions(path) if path.is_dir() else {},
-    )  # fmt: skip
+        path,
+        weights,
+        names.kind_of(entries),
+        tensors=len(entries),
+        parameters=_count(entries),
+        bytes=file.nbytes,
+        files=len(file.files),
+        dtypes=_dtypes(entries),
+        quantised=sum(name.rpartition(".")[2] in names.SCALES for name in entries),
+        key=file.key,
+        dialect=names.dialect_of(entries),
+        parts=companions(path) if path.is_dir() else {},
+    )
     if found.kind == names.LORA:
         adapter = lora_of(file)
         more = {"lora": {"ranks": adapter.ranks, "modules": len(adapter.pairs), "alpha": adapter.alpha}}

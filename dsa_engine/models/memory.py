@@ -100,9 +100,15 @@ class Estimate:
 
 
 def predict(
-    model: ModelConfig, rollout: RolloutConfig, load: Workload, *, codec: Codec | None = WAN_VAE,
-    text: TextSize | None = UMT5_XXL, weights: Mapping[str, int] | None = None, offload: Sequence[str] = (),
-) -> Estimate:  # fmt: skip
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    load: Workload,
+    *,
+    codec: Codec | None = WAN_VAE,
+    text: TextSize | None = UMT5_XXL,
+    weights: Mapping[str, int] | None = None,
+    offload: Sequence[str] = (),
+) -> Estimate:
     """What a model takes of its device. weights: bytes of parts, where they are not their parameters in load.dtype.
 
     Held: weights; each session's keys and values (`cache_bytes`), its prompt's, 2 * layers * text_len * dim elements,
@@ -326,8 +332,10 @@ def choose(peaks: Mapping[tuple[str, ...], int], available: int) -> tuple[str, .
             return placement
     logger.warning(
         "offload %s: %s of %s, so memory may run out; a smaller window, fewer max_sessions or vae='taehv' take less",
-        named(placement), shown(peak), shown(available),
-    )  # fmt: skip
+        named(placement),
+        shown(peak),
+        shown(available),
+    )
     return placement
 
 

@@ -176,32 +176,42 @@ class Family:
 WARPED = (1000.0, 750.0, 500.0, 250.0)
 FAMILIES = {
     "self-forcing": Family(
-        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=WARPED, shift=5.0), ("generator_ema",),
-        ("selfforcing", "sfwan"), ("CausalWanTransformer3DModel",), "its demo.py warps with shift=8.0 instead",
+        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=WARPED, shift=5.0),
+        ("generator_ema",),
+        ("selfforcing", "sfwan"),
+        ("CausalWanTransformer3DModel",),
+        "its demo.py warps with shift=8.0 instead",
     ),
     "longlive": Family(
-        RolloutConfig(chunk_frames=3, window=12, sink=3, steps=WARPED, shift=5.0), ("generator",), ("longlive",),
+        RolloutConfig(chunk_frames=3, window=12, sink=3, steps=WARPED, shift=5.0),
+        ("generator",),
+        ("longlive",),
         note="the base needs its LoRA merged: give it as lora=",
     ),
     "causvid": Family(
-        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=(1000.0, 757.0, 522.0), shift=1.0), ("generator",),
-        ("causvid", "autoregressivecheckpoint"), note="its steps are the model's timesteps as they are: not warped",
+        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=(1000.0, 757.0, 522.0), shift=1.0),
+        ("generator",),
+        ("causvid", "autoregressivecheckpoint"),
+        note="its steps are the model's timesteps as they are: not warped",
     ),
     "streamdiffusionv2": Family(
-        RolloutConfig(chunk_frames=3, window=21, sink=0, steps=WARPED, shift=1.0), ("generator",),
+        RolloutConfig(chunk_frames=3, window=21, sink=0, steps=WARPED, shift=1.0),
+        ("generator",),
         ("streamdiffusion", "wancausaldmdv2v"),
         note="its text-to-video rollout; video to video goes frame by frame (chunk_frames=1, window=6, sink=3)",
     ),
     "krea": Family(
-        RolloutConfig(chunk_frames=3, window=6, sink=0, steps=WARPED, shift=5.0), words=("krea",),
+        RolloutConfig(chunk_frames=3, window=6, sink=0, steps=WARPED, shift=5.0),
+        words=("krea",),
         note="its server computes the cached frames anew for every chunk; here they stay as they were",
     ),
     "wan": Family(
         RolloutConfig(chunk_frames=21, window=None, sink=0, steps=tuple(float(t) for t in range(1000, 0, -20))),
-        words=("wan21t2v",), classes=("WanPipeline",),
+        words=("wan21t2v",),
+        classes=("WanPipeline",),
         note="a base model: made for both directions of time, many steps and guidance, which no rollout here gives it",
     ),
-}  # fmt: skip
+}
 
 
 def bare(name: str) -> str:

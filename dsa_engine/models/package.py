@@ -78,10 +78,15 @@ def shipped() -> list[str]:
 
 
 def load(
-    model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
-    family: str | None = None, lora: str | Path | Lora | None = None, vae: str | Path | nn.Module | bool | None = None,
+    model: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    family: str | None = None,
+    lora: str | Path | Lora | None = None,
+    vae: str | Path | nn.Module | bool | None = None,
     text: str | Path | nn.Module | bool | None = None,
-) -> Parts:  # fmt: skip
+) -> Parts:
     """Load by shipped name, folder or checkpoint file. Errors name the path and what was expected there.
 
     Of a public checkpoint: family, one of `names.FAMILIES`, says whose rollout it gets where its config and name do
@@ -112,9 +117,13 @@ def _load_checkpoint(path: Path, device, dtype, family, lora, vae, text) -> Part
     found, config, entries = open_dit(path, family=family)
     unlike = found.family in (None, "wan") or (found.family == "longlive" and lora is None)  # not as it is meant to run
     logger.log(
-        logging.WARNING if unlike else logging.INFO, "%s: rollout of %s (%s)%s", path,
-        found.family or "no known family", found.family_by, f"; {found.note}" if found.note else "",
-    )  # fmt: skip
+        logging.WARNING if unlike else logging.INFO,
+        "%s: rollout of %s (%s)%s",
+        path,
+        found.family or "no known family",
+        found.family_by,
+        f"; {found.note}" if found.note else "",
+    )
     encoder, decoder = _part("text", text, found), _part("vae", vae, found)
     if isinstance(encoder, Path):
         encoder = load_text(encoder, device=device, length=config.text_len)
@@ -129,9 +138,7 @@ def _load_checkpoint(path: Path, device, dtype, family, lora, vae, text) -> Part
             where = found.parts[name] if given is None else given
             raise ValueError(f"{name}={where}: {size}={getattr(part, size)}, but {path} needs {needed}")
     dit = build_dit(config, entries, found.weights, device, dtype, lora)
-    return Parts(
-        title(path), dit, found.rollout, decoder=decoder, text=encoder, **WAN_VIDEO, found=found
-    )  # fmt: skip
+    return Parts(title(path), dit, found.rollout, decoder=decoder, text=encoder, **WAN_VIDEO, found=found)
 
 
 def title(path: str | Path) -> str:
@@ -173,9 +180,12 @@ def load_decoder(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def place(
-    parts: Parts, offload: str | Sequence[str] | None, rollout: RolloutConfig | None = None, sessions: int = 1,
+    parts: Parts,
+    offload: str | Sequence[str] | None,
+    rollout: RolloutConfig | None = None,
+    sessions: int = 1,
     cache: torch.dtype | None = None,
-) -> Parts:  # fmt: skip
+) -> Parts:
     """The same model with the parts that `offload` names on the CPU, on the device only while they are used.
 
     "text": umT5, a layer at a time for a new prompt (any other text encoder is small, or its maker's business);
@@ -234,10 +244,15 @@ def _load_folder(folder: Path, device, dtype) -> Parts:
     for module in modules.values():
         module.to(device=device).eval()
     return Parts(
-        name=values["name"], dit=modules["generator"], rollout=RolloutConfig.from_dict(values["rollout"]),
-        head=modules.get("confidence"), decoder=modules.get("codec"), text=modules.get("text"), **values["video"],
+        name=values["name"],
+        dit=modules["generator"],
+        rollout=RolloutConfig.from_dict(values["rollout"]),
+        head=modules.get("confidence"),
+        decoder=modules.get("codec"),
+        text=modules.get("text"),
+        **values["video"],
         calibration=check_calibration(values.get("calibration", ()), folder / "config.json"),
-    )  # fmt: skip
+    )
 
 
 _OPTIONAL = {
@@ -294,9 +309,12 @@ class HeadFile:
 
 
 def save_head(
-    path: str | Path, head: ConfidenceHead, config: ModelConfig, rollout: RolloutConfig,
+    path: str | Path,
+    head: ConfidenceHead,
+    config: ModelConfig,
+    rollout: RolloutConfig,
     calibration: Iterable[tuple[float, float]] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Write a head as one `.safetensors` file for `load_head`: its weights as they are, the threshold and presets of
     `rollout` and the calibration in the header. Renamed into place. ValueError for another ending."""
     path = check_target(path, ".safetensors")

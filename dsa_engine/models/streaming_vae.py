@@ -102,9 +102,12 @@ class StreamingVAE(nn.Module):
         raise NotImplementedError
 
     def _run(
-        self, step: Callable[[Tensor, Stream], Tensor], pieces: Sequence[Tensor], state: State | None,
+        self,
+        step: Callable[[Tensor, Stream], Tensor],
+        pieces: Sequence[Tensor],
+        state: State | None,
         into: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, State]:  # fmt: skip
+    ) -> tuple[Tensor, State]:
         """`step` on one piece after the other -> (results along axis 1, the state after the last)."""
         dtype = next(self.parameters()).dtype
         results = []

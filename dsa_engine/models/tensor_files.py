@@ -33,10 +33,19 @@ NESTED_KEYS = ("generator_ema", "generator", "generator_lora", "model", "state_d
 STEMS = ("diffusion_pytorch_model", "model")  # file names that diffusers, Wan and transformers give their weights
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
@@ -129,9 +138,11 @@ def shard_count(path: Path) -> int:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """A safetensors file with a header of texts, renamed into place; its folder is created.
 
     dtype: for floating-point tensors, None leaves theirs. One tensor at a time is converted and written.

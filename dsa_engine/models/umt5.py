@@ -75,10 +75,16 @@ class UMT5(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Callable[..., Any], *, length: int = LENGTH, cache: int = CACHED,
-        device: torch.device | str = "cpu", offload: bool = False,
+        self,
+        model: nn.Module,
+        tokenizer: Callable[..., Any],
+        *,
+        length: int = LENGTH,
+        cache: int = CACHED,
+        device: torch.device | str = "cpu",
+        offload: bool = False,
         load: Callable[[nn.Module, torch.device | str], None] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if length < 1 or cache < 0:
             raise ValueError(f"length={length}, cache={cache}: must be at least 1 and at least 0")
@@ -212,9 +218,15 @@ def load_text(
 
 
 def load_umt5(
-    path: str | Path, tokenizer: str | Path | None = None, device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16, *, length: int = LENGTH, cache: int = CACHED, offload: bool = False,
-) -> UMT5:  # fmt: skip
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    length: int = LENGTH,
+    cache: int = CACHED,
+    offload: bool = False,
+) -> UMT5:
     """umT5 from `models_t5_umt5-xxl-enc-bf16.pth`, a safetensors file in Wan's or transformers' names (FP8 with scales
     too), or a folder of transformers' layout. The file is looked at now, its weights are read for the first prompt.
 

@@ -31,13 +31,41 @@ from dsa_engine.models.vae_names import DIFFUSERS, WAN, expect, to_wan
 
 # Mean and standard deviation of each latent channel over Wan's training videos (from `wan/modules/vae.py`).
 LATENT_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
+    -0.7571,
+    -0.7089,
+    -0.9113,
+    0.1075,
+    -0.1745,
+    0.9653,
+    -0.1517,
+    1.5508,
+    0.4134,
+    -0.0715,
+    0.5517,
+    -0.3632,
+    -0.1922,
+    -0.9497,
+    0.2503,
+    -0.2921,
+)
 LATENT_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
+    2.8184,
+    1.4541,
+    2.3275,
+    2.6558,
+    1.2196,
+    1.7708,
+    2.6052,
+    2.0743,
+    3.2687,
+    2.1526,
+    2.8652,
+    1.5579,
+    1.6382,
+    1.1253,
+    2.8251,
+    1.9160,
+)
 
 
 class Causal:
@@ -60,9 +88,13 @@ class CausalConv3d(Causal, nn.Conv3d):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1,
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        time_stride: int = 1,
         bias_later: bool = False,
-    ):  # fmt: skip
+    ):
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(inputs, outputs, kernel, stride=(time_stride, 1, 1), padding=padding)
         self.bias_later = bias_later
@@ -282,10 +314,15 @@ class WanVAE(StreamingVAE):
     time_axis = 2
 
     def __init__(
-        self, dim: int = 96, latent_channels: int = 16, multipliers: tuple[int, ...] = (1, 2, 4, 4), blocks: int = 2,
-        time_down: tuple[bool, ...] = (False, True, True), mean: tuple[float, ...] = LATENT_MEAN,
+        self,
+        dim: int = 96,
+        latent_channels: int = 16,
+        multipliers: tuple[int, ...] = (1, 2, 4, 4),
+        blocks: int = 2,
+        time_down: tuple[bool, ...] = (False, True, True),
+        mean: tuple[float, ...] = LATENT_MEAN,
         std: tuple[float, ...] = LATENT_STD,
-    ):  # fmt: skip
+    ):
         if dim < 2 or dim % 2:
             raise ValueError(f"dim = {dim}: must be even and positive; the nearest is {max(2, dim // 2 * 2)}")
         if len(time_down) != len(multipliers) - 1:

@@ -41,8 +41,10 @@ def attention(
 def check_scales(op: str, k_cache: Tensor, scales: CacheScales | None) -> None:
     """An e4m3 cache has scales, any other has none."""
     if (k_cache.dtype == torch.float8_e4m3fn) != (scales is not None):
-        raise ValueError(f"{op}: cache of {k_cache.dtype} {'without' if scales is None else 'with'} scales: e4m3 has "
-                         "them, no other dtype has")  # fmt: skip
+        raise ValueError(
+            f"{op}: cache of {k_cache.dtype} {'without' if scales is None else 'with'} scales: e4m3 has "
+            "them, no other dtype has"
+        )
 
 
 def cross_attention(

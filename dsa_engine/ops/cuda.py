@@ -21,9 +21,16 @@ except ImportError as error:  # a pure Python installation
     csrc, _missing = None, str(error)
 
 OPS = (
-    "attention", "epilogue", "gate_residual", "gelu_bias", "modulate", "norm_rope", "norm_rope_append",
-    "residual_modulate", "rms_norm",
-)  # fmt: skip
+    "attention",
+    "epilogue",
+    "gate_residual",
+    "gelu_bias",
+    "modulate",
+    "norm_rope",
+    "norm_rope_append",
+    "residual_modulate",
+    "rms_norm",
+)
 NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0, False, 1)
 NO_HEAD = (0, 0, 0, 0, 0, 0, views.NO_FRAMES)
 
@@ -40,10 +47,12 @@ def _eights(dim: int, stored: torch.dtype | None) -> bool:
 ROWS = Limits(head_dim=_eights, head_dims="that are multiples of 8")
 LIMITS = dict.fromkeys(OPS, ROWS) | {
     "attention": Limits(
-        (torch.bfloat16,), tuple(ATTENTION_HEAD_DIMS),
-        lambda dim, stored: dim in ATTENTION_HEAD_DIMS[stored or torch.bfloat16], "64 and 128 (an e4m3 cache: 128)",
+        (torch.bfloat16,),
+        tuple(ATTENTION_HEAD_DIMS),
+        lambda dim, stored: dim in ATTENTION_HEAD_DIMS[stored or torch.bfloat16],
+        "64 and 128 (an e4m3 cache: 128)",
     )
-}  # fmt: skip
+}
 
 
 def supports(call: Call) -> Reason | None:
@@ -100,7 +109,7 @@ def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor,
 
 def norm_rope_append(
     q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales: CacheScales | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     op, head_dim = "norm_rope_append", 2 * cos.shape[-1]
     angles = _angles(op, cos, sin, q)
     for name, index in (("slot", slot), ("write", write)):
@@ -126,9 +135,16 @@ def norm_rope_append(
 
 def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, operands, angles, ring) -> None:
     csrc.norm_rope(
-        op=op, dtype=views.code(op, "x", x), shape=views.shape(op, x), head_dim=head_dim, eps=eps, operands=operands,
-        angles=angles, ring=ring, stream=_stream(op, x),
-    )  # fmt: skip
+        op=op,
+        dtype=views.code(op, "x", x),
+        shape=views.shape(op, x),
+        head_dim=head_dim,
+        eps=eps,
+        operands=operands,
+        angles=angles,
+        ring=ring,
+        stream=_stream(op, x),
+    )
 
 
 def _to_dense(op: str, x: Tensor, gain: Tensor, like: Tensor):
@@ -178,8 +194,15 @@ def residual_modulate(x, y, gate, shift, scale, eps, fp8=False) -> tuple[Tensor,
 def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
     op, rows = "gelu_bias", views.flat(x)
     result, out, row_scale = _result(op, x, fp8)
-    csrc.gelu_bias(dtype=views.code(op, "x", x), shape=views.shape(op, rows), x=views.rows(op, "x", rows), out=out,
-                   bias=views.vector(op, "bias", bias, x), row_scale=row_scale, stream=_stream(op, x))  # fmt: skip
+    csrc.gelu_bias(
+        dtype=views.code(op, "x", x),
+        shape=views.shape(op, rows),
+        x=views.rows(op, "x", rows),
+        out=out,
+        bias=views.vector(op, "bias", bias, x),
+        row_scale=row_scale,
+        stream=_stream(op, x),
+    )
     return result
 
 
@@ -190,11 +213,20 @@ def _modulate(op: str, x: Tensor, y: Tensor | None, gate, shift, scale, eps: flo
     if y is not None and y.dtype != x.dtype:
         raise ValueError(f"{op}: y of {y.dtype} must be of x's dtype, {x.dtype}")
     csrc.modulate(
-        op=op, dtype=views.code(op, "x", x), shape=views.shape(op, x), x=views.rows(op, "x", x),
-        y=views.rows(op, "y", y), sum=views.rows(op, "sum", total), out=out,
-        gate=views.per_frame(op, "gate", gate, x), shift=views.per_frame(op, "shift", shift, x),
-        scale=views.per_frame(op, "scale", scale, x), eps=eps, row_scale=row_scale, stream=_stream(op, x),
-    )  # fmt: skip
+        op=op,
+        dtype=views.code(op, "x", x),
+        shape=views.shape(op, x),
+        x=views.rows(op, "x", x),
+        y=views.rows(op, "y", y),
+        sum=views.rows(op, "sum", total),
+        out=out,
+        gate=views.per_frame(op, "gate", gate, x),
+        shift=views.per_frame(op, "shift", shift, x),
+        scale=views.per_frame(op, "scale", scale, x),
+        eps=eps,
+        row_scale=row_scale,
+        stream=_stream(op, x),
+    )
     return total, result
 
 
@@ -215,9 +247,17 @@ def _result(op: str, x: Tensor, fp8: bool):
 
 
 def epilogue(
-    hidden: Tensor, time: Tensor, x: Tensor, noise: Tensor, sigma: Tensor, next_sigma: Tensor, final: Projection,
-    head: HeadWeights | None, rule: StopRule, eps: float,
-) -> Epilogue:  # fmt: skip
+    hidden: Tensor,
+    time: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    final: Projection,
+    head: HeadWeights | None,
+    rule: StopRule,
+    eps: float,
+) -> Epilogue:
     op, (batch, frames, channels, height, width) = "epilogue", x.shape
     tokens, outputs = hidden.shape[1] // frames, final.weight.shape[0]
     views.check_plain(op, "weight", final.weight, hidden.dtype, step=16)
@@ -234,16 +274,27 @@ def epilogue(
     size = csrc.epilogue_workspace(batch=batch, frames=frames, tokens=tokens, channels=hidden.shape[2], units=units)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     csrc.epilogue(
-        dtype=views.code(op, "hidden", hidden), shape=(batch, frames, tokens, hidden.shape[2], outputs),
-        hidden=views.rows(op, "hidden", hidden), shift=views.per_frame(op, "shift", final.shift, hidden),
-        scale=views.per_frame(op, "scale", final.scale, hidden), weight=final.weight.data_ptr(),
-        bias=views.vector(op, "bias", final.bias, hidden), eps=eps,
+        dtype=views.code(op, "hidden", hidden),
+        shape=(batch, frames, tokens, hidden.shape[2], outputs),
+        hidden=views.rows(op, "hidden", hidden),
+        shift=views.per_frame(op, "shift", final.shift, hidden),
+        scale=views.per_frame(op, "scale", final.scale, hidden),
+        weight=final.weight.data_ptr(),
+        bias=views.vector(op, "bias", final.bias, hidden),
+        eps=eps,
         latents=(views.code(op, "x", x), channels, height, width, round((outputs / channels) ** 0.5)),
-        x=_latents(op, "x", x), noise=_latents(op, "noise", noise), x0=_latents(op, "x0", x0),
-        next=_latents(op, "next", after), sigma=sigma.data_ptr(), next_sigma=next_sigma.data_ptr(),
-        head=_head(op, head, time, hidden), rule=tuple(r.data_ptr() for r in rule), state=state.data_ptr(),
-        workspace=workspace.data_ptr(), stream=_stream(op, x),
-    )  # fmt: skip
+        x=_latents(op, "x", x),
+        noise=_latents(op, "noise", noise),
+        x0=_latents(op, "x0", x0),
+        next=_latents(op, "next", after),
+        sigma=sigma.data_ptr(),
+        next_sigma=next_sigma.data_ptr(),
+        head=_head(op, head, time, hidden),
+        rule=tuple(r.data_ptr() for r in rule),
+        state=state.data_ptr(),
+        workspace=workspace.data_ptr(),
+        stream=_stream(op, x),
+    )
     return Epilogue(x0, after, state)
 
 
@@ -279,8 +330,10 @@ def attention(
     head_dims = ATTENTION_HEAD_DIMS[dtype]
     if head_dim not in head_dims:
         nearest = min(head_dims, key=lambda d: abs(d - head_dim))
-        raise ValueError(f"{op}: head dim {head_dim} with a cache of {k_cache.dtype} must be one of "
-                         f"{', '.join(map(str, head_dims))}; nearest is {nearest}")  # fmt: skip
+        raise ValueError(
+            f"{op}: head dim {head_dim} with a cache of {k_cache.dtype} must be one of "
+            f"{', '.join(map(str, head_dims))}; nearest is {nearest}"
+        )
     views.check_plain(op, "q", q, torch.bfloat16, step=16)
     views.check_plain(op, "k_cache", k_cache, dtype, step=16)
     views.check_plain(op, "v_cache", v_cache, dtype, step=16)
@@ -290,11 +343,20 @@ def attention(
     size = csrc.attention_workspace(batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, blocks=blocks)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     csrc.attention(
-        shape=(batch, tokens, heads, head_dim, *k_cache.shape[:3], keys.shape[1]), q=q.data_ptr(), k=k_cache.data_ptr(),
-        v=v_cache.data_ptr(), out=out.data_ptr(), slot=slot.data_ptr(), keys=keys.data_ptr(),
-        workspace=workspace.data_ptr(), workspace_bytes=size, blocks=blocks, stream=_stream(op, q), k_scale=k_scale,
+        shape=(batch, tokens, heads, head_dim, *k_cache.shape[:3], keys.shape[1]),
+        q=q.data_ptr(),
+        k=k_cache.data_ptr(),
+        v=v_cache.data_ptr(),
+        out=out.data_ptr(),
+        slot=slot.data_ptr(),
+        keys=keys.data_ptr(),
+        workspace=workspace.data_ptr(),
+        workspace_bytes=size,
+        blocks=blocks,
+        stream=_stream(op, q),
+        k_scale=k_scale,
         v_scale=v_scale,
-    )  # fmt: skip
+    )
     return out
 
 

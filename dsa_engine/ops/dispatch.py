@@ -153,9 +153,7 @@ def _function(op: str, dtype: torch.dtype, head_dim: int | None, stored: torch.d
     return getattr(libraries, backend) if backend in libraries.NAMES else getattr(_module(backend, op), op)
 
 
-def implementation(
-    op: str, x: Tensor, head_dim: int | None = None, stored: torch.dtype | None = None
-) -> Callable:  # fmt: skip
+def implementation(op: str, x: Tensor, head_dim: int | None = None, stored: torch.dtype | None = None) -> Callable:
     """The function that runs an op for a call on x; decided once a process for CUDA tensors of a kind (`Call`)."""
     device = x.device
     if device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):

@@ -24,9 +24,17 @@ def renoise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def epilogue(
-    hidden: Tensor, time: Tensor, x: Tensor, noise: Tensor, sigma: Tensor, next_sigma: Tensor, final: Projection,
-    head: HeadWeights | None, rule: StopRule, eps: float,
-) -> Epilogue:  # fmt: skip
+    hidden: Tensor,
+    time: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    final: Projection,
+    head: HeadWeights | None,
+    rule: StopRule,
+    eps: float,
+) -> Epilogue:
     """The end of a denoising step in one op:
 
         v = unpatchify(modulate(hidden, final.shift, final.scale) final.weight^T + final.bias)

@@ -41,9 +41,7 @@ def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor,
     return q, k
 
 
-def norm_rope_append(
-    q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales=None
-) -> Tensor:  # fmt: skip
+def norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales=None) -> Tensor:
     q, k = norm_rope(q, k, gain_q, gain_k, cos, sin, eps)
     v = v.reshape(k.shape)
     if scales is not None:
@@ -79,8 +77,12 @@ def cross_attention(
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales=None) -> Tensor:
     if q.device.type == "cpu":  # here runs are read where they lie, and only the valid frames are touched
-        return torch.cat([_attend_row(q[b : b + 1], k_cache, v_cache, s, runs, scales)
-                          for b, (s, runs) in enumerate(zip(slot.tolist(), keys.tolist()))])  # fmt: skip
+        return torch.cat(
+            [
+                _attend_row(q[b : b + 1], k_cache, v_cache, s, runs, scales)
+                for b, (s, runs) in enumerate(zip(slot.tolist(), keys.tolist()))
+            ]
+        )
     # On an accelerator reading them would stop the stream, so every frame is loaded and the invalid ones masked.
     # Their keys and values are replaced as well: NaN - inf and 0 * NaN are NaN.
     window, tokens = k_cache.shape[1:3]

@@ -24,8 +24,9 @@ def shape(op: str, x: Tensor) -> tuple[int, int, int]:
     channels = x.shape[2]
     if channels % 8 or not 8 <= channels <= MOST_CHANNELS:
         nearest = min(max(1, round(channels / 8)), MOST_CHANNELS // 8) * 8
-        raise ValueError(f"{op}: C = {channels} must be a multiple of 8 and at most {MOST_CHANNELS}; "
-                         f"nearest is {nearest}")  # fmt: skip
+        raise ValueError(
+            f"{op}: C = {channels} must be a multiple of 8 and at most {MOST_CHANNELS}; nearest is {nearest}"
+        )
     return tuple(x.shape)
 
 

@@ -38,10 +38,21 @@ class KVCache:
     """
 
     def __init__(
-        self, layers: int, heads: int, head_dim: int, tokens: int, window: int, sink: int = 0, slots: int = 1,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, rope: str = "absolute",
-        theta: float = 10000.0, spare: int = 0, scales: CacheScales | None = None,
-    ):  # fmt: skip
+        self,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        tokens: int,
+        window: int,
+        sink: int = 0,
+        slots: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        rope: str = "absolute",
+        theta: float = 10000.0,
+        spare: int = 0,
+        scales: CacheScales | None = None,
+    ):
         if not 0 <= sink < window:
             raise ValueError(f"sink={sink} with window={window}: the sink must be smaller; nearest is {window - 1}")
         if (dtype == E4M3) != (scales is not None):
@@ -127,8 +138,14 @@ class KVCache:
         first = torch.where(count == self.ring, self.sink, self._place(start))  # a full ring is one run
         last, limit = first + count, self.sink + self.ring
         zero = torch.zeros_like(end)
-        edges = (zero, end.clamp(max=self.sink), first, last.clamp(max=limit), zero + self.sink,
-                 self.sink + (last - limit).clamp(min=0))  # fmt: skip
+        edges = (
+            zero,
+            end.clamp(max=self.sink),
+            first,
+            last.clamp(max=limit),
+            zero + self.sink,
+            self.sink + (last - limit).clamp(min=0),
+        )
         return torch.stack(edges, dim=-1).unflatten(-1, (3, 2))
 
     def advance(self, slot: Tensor, frames: int) -> None:

@@ -32,10 +32,19 @@ logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 CODES = {
-    400: "invalid_value", 401: "invalid_token", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    409: "not_ready", 413: "too_large", 415: "unsupported_media_type", 422: "invalid_request", 429: "busy",
-    503: "stopping", 507: "storage",
-}  # fmt: skip
+    400: "invalid_value",
+    401: "invalid_token",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "not_ready",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_request",
+    429: "busy",
+    503: "stopping",
+    507: "storage",
+}
 
 
 class Service:
@@ -90,9 +99,11 @@ def create_app(backend: Backend, settings: Settings | None = None, jobs: bool = 
     app.add_middleware(access.BodyLimit, most=settings.body)
     if settings.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST", "DELETE"],
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
-        )  # fmt: skip
+        )
     answer_errors(app)
     return app
 
@@ -217,9 +228,7 @@ def allowed(request: Request) -> list[str]:
     return [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
 
 
-def failure(
-    status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:  # fmt: skip
+def failure(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     detail = protocol.ErrorDetail(message=message, type=kind, code=CODES.get(status, "error"), param=param)
     return JSONResponse(protocol.Error(error=detail).model_dump(), status, headers)

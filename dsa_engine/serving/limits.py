@@ -43,6 +43,10 @@ class Limits:
         logger.warning(
             "places for %d live streams and %d jobs instead of %d and %d: %d are what the device's memory holds; "
             "--max-sessions and --max-jobs ask for others",
-            bounded.sessions, bounded.jobs, self.sessions, self.jobs, places,
-        )  # fmt: skip
+            bounded.sessions,
+            bounded.jobs,
+            self.sessions,
+            self.jobs,
+            places,
+        )
         return bounded

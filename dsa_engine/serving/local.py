@@ -42,9 +42,13 @@ class LocalStream:
         return event
 
     async def tell(
-        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None, transition_chunks: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        prompt: str | None = None,
+        event_id: str | None = None,
+        recache: bool = True,
+        threshold: float | None = None,
+        transition_chunks: int = 0,
+    ) -> None:
         self.task.tell(prompt, event_id, recache, threshold, transition_chunks)
 
     def touch(self) -> None:

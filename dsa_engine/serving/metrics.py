@@ -33,20 +33,22 @@ class Metrics:
         common = {"registry": self.registry}
         self._phase = Histogram(
             "dsa_chunk_seconds", "Time a chunk took, by phase", ["phase"], buckets=SECONDS, **common
-        )  # fmt: skip
+        )
         self._latency = Histogram(
-            "dsa_chunk_latency_seconds", "From a live stream's chunk being wanted to its being there", buckets=SECONDS,
+            "dsa_chunk_latency_seconds",
+            "From a live stream's chunk being wanted to its being there",
+            buckets=SECONDS,
             **common,
-        )  # fmt: skip
+        )
         self._steps = Histogram(
             "dsa_steps", "Denoising steps of a chunk", ["kind"], buckets=range(1, steps + 1), **common
-        )  # fmt: skip
+        )
         self._frames = Counter("dsa_frames", "Frames made", ["kind"], **common)
         self._misses = Counter("dsa_deadline_misses", "Chunks of live streams that came late", **common)
         self._closed = Counter("dsa_streams_closed", "Streams that ended, by reason", ["kind", "reason"], **common)
         self._threshold = Gauge(
             "dsa_threshold", "Confidence at which the last chunk of a live stream was done", **common
-        )  # fmt: skip
+        )
         self._recent: deque[tuple[float, int]] = deque()
         Gauge("dsa_fps", "Frames made a second, of all streams", **common).set_function(self._fps)
         self._threshold.set(math.nan)

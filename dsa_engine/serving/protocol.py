@@ -66,10 +66,17 @@ class CreateVideo(BaseModel):
             raise Refusal("prompt", f" of {len(self.prompt)} characters: at most {settings.prompt} are possible")
         counts = [count for count in (self.num_inference_steps, self.max_steps) if count is not None]
         return Order(
-            self.prompt, seed=self.seed or 0, num_frames=self._frames(card, settings, picture), height=card.height,
-            width=card.width, steps=self.step_policy, threshold=self.confidence_threshold, min_steps=self.min_steps,
-            max_steps=min(counts, default=None), live=False,
-        )  # fmt: skip
+            self.prompt,
+            seed=self.seed or 0,
+            num_frames=self._frames(card, settings, picture),
+            height=card.height,
+            width=card.width,
+            steps=self.step_policy,
+            threshold=self.confidence_threshold,
+            min_steps=self.min_steps,
+            max_steps=min(counts, default=None),
+            live=False,
+        )
 
     def _refuse(self, card: Card) -> None:
         if self.model not in (None, card.name):
@@ -154,14 +161,24 @@ class Video(BaseModel):
     def of(cls, job: Job, progress: int) -> Video:
         order = job.order
         return cls(
-            id=job.id, model=job.model, status=job.status, progress=100 if job.status == "completed" else progress,
-            created_at=int(job.created), completed_at=None if job.completed is None else int(job.completed),
-            prompt=order["prompt"], size=f"{order['width']}x{order['height']}",
-            seconds=f"{order['num_frames'] / job.fps:g}", fps=job.fps, num_frames=order["num_frames"],
-            seed=order["seed"], url=f"/v1/videos/{job.id}/content" if job.status == "completed" else None,
+            id=job.id,
+            model=job.model,
+            status=job.status,
+            progress=100 if job.status == "completed" else progress,
+            created_at=int(job.created),
+            completed_at=None if job.completed is None else int(job.completed),
+            prompt=order["prompt"],
+            size=f"{order['width']}x{order['height']}",
+            seconds=f"{order['num_frames'] / job.fps:g}",
+            fps=job.fps,
+            num_frames=order["num_frames"],
+            seed=order["seed"],
+            url=f"/v1/videos/{job.id}/content" if job.status == "completed" else None,
             error=None if job.error is None else JobError(code="generation_failed", message=job.error),
-            inference_time_s=job.took, steps_per_chunk=job.steps, confidence=job.confidence,
-        )  # fmt: skip
+            inference_time_s=job.took,
+            steps_per_chunk=job.steps,
+            confidence=job.confidence,
+        )
 
 
 class VideoList(BaseModel):
@@ -196,9 +213,16 @@ class Model(BaseModel):
     @classmethod
     def of(cls, card: Card, created: int) -> Model:
         return cls(
-            id=card.name, created=created, size=f"{card.width}x{card.height}", fps=card.fps, num_frames=card.frames,
-            max_steps=card.steps, confidence_threshold=card.threshold, presets=card.presets, prompts=card.prompts,
-        )  # fmt: skip
+            id=card.name,
+            created=created,
+            size=f"{card.width}x{card.height}",
+            fps=card.fps,
+            num_frames=card.frames,
+            max_steps=card.steps,
+            confidence_threshold=card.threshold,
+            presets=card.presets,
+            prompts=card.prompts,
+        )
 
 
 class ModelList(BaseModel):

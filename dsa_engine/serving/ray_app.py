@@ -128,11 +128,15 @@ class RayKeeper:
         self.actor = (
             ray.remote(Snapshots)
             .options(
-                name=f"{app}-snapshots", namespace=NAME, lifetime="detached", get_if_exists=True, num_cpus=0,
+                name=f"{app}-snapshots",
+                namespace=NAME,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
                 max_restarts=-1,
             )
             .remote(lifetime)
-        )  # fmt: skip
+        )
 
     async def claim(self, id: str, run: str, have: int) -> bytes | None:
         return await self.actor.claim.remote(id, run, have)
@@ -244,21 +248,35 @@ def app(args: dict[str, Any]) -> serve.Application:
     scale: dict[str, Any] = {"num_replicas": options.replicas}
     if most > options.replicas:
         # A stream is one call at a time, also while it waits: more calls than places are a queue.
-        scale = {"autoscaling_config": {
-            "min_replicas": options.replicas, "max_replicas": most, "target_ongoing_requests": limits.sessions,
-            "metrics_interval_s": 2.0, "look_back_period_s": 6.0, "upscale_delay_s": 6.0,
-        }}  # fmt: skip
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": options.replicas,
+                "max_replicas": most,
+                "target_ongoing_requests": limits.sessions,
+                "metrics_interval_s": 2.0,
+                "look_back_period_s": 6.0,
+                "upscale_delay_s": 6.0,
+            }
+        }
     common = {"logging_config": {"enable_access_log": False}}  # it has a line for every chunk
     engine = serve.deployment(
-        Engine, **scale, **common, graceful_shutdown_timeout_s=10.0,
+        Engine,
+        **scale,
+        **common,
+        graceful_shutdown_timeout_s=10.0,
         max_ongoing_requests=limits.sessions + limits.waiting + limits.jobs + SPARE,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
         request_router_config=RequestRouterConfig(request_router_class=Sticky),
-    )  # fmt: skip
+    )
     ingress = serve.deployment(
-        Ingress, num_replicas=1, **common, graceful_shutdown_timeout_s=5.0, graceful_shutdown_wait_loop_s=0.5,
-        max_ongoing_requests=most * (limits.sessions + limits.waiting) + SPARE, ray_actor_options={"num_cpus": 0},
-    )  # fmt: skip
+        Ingress,
+        num_replicas=1,
+        **common,
+        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_ongoing_requests=most * (limits.sessions + limits.waiting) + SPARE,
+        ray_actor_options={"num_cpus": 0},
+    )
     return ingress.bind(engine.bind(options), options)
 
 

@@ -89,9 +89,7 @@ class Over(Exception):
 class Conversation:
     """What is said on one accepted connection: one task listens, the other plays the stream's events."""
 
-    def __init__(
-        self, socket: WebSocket, backend: Backend, settings: Settings, pool: ThreadPoolExecutor, stall: float
-    ):  # fmt: skip
+    def __init__(self, socket: WebSocket, backend: Backend, settings: Settings, pool: ThreadPoolExecutor, stall: float):
         self._socket, self._backend, self._settings = socket, backend, settings
         self._pool, self._stall = pool, stall
         self._longest = 12 * settings.prompt + 4096  # a character takes at most 12 in JSON
@@ -216,9 +214,11 @@ class Conversation:
         name = said.event_id or f"event-{self._told}"
         async with self._sending:
             await stream.tell(
-                said.event.prompt, name, threshold=said.event.confidence_threshold,
+                said.event.prompt,
+                name,
+                threshold=said.event.confidence_threshold,
                 transition_chunks=said.transition_chunks,
-            )  # fmt: skip
+            )
             await self._send(messages.InteractionQueued(request_id=self._id, event_id=name))
 
     # What the stream says.
@@ -313,9 +313,14 @@ class Conversation:
 
 def _order(start: messages.Start) -> Order:
     return Order(
-        prompt=start.prompt, seed=start.seed, num_frames=start.num_frames, steps=start.step_policy,
-        threshold=start.confidence_threshold, min_steps=start.min_steps, max_steps=start.max_steps,
-    )  # fmt: skip
+        prompt=start.prompt,
+        seed=start.seed,
+        num_frames=start.num_frames,
+        steps=start.step_policy,
+        threshold=start.confidence_threshold,
+        min_steps=start.min_steps,
+        max_steps=start.max_steps,
+    )
 
 
 def _error(error: Invalid) -> Error:
@@ -329,7 +334,7 @@ def _encoded(encoder: Encoder, frames: np.ndarray) -> tuple[Payload, float]:
 
 def _metadata(
     made: Made, payload: Payload, seconds: float, id: str, encoder: Encoder, sent: int
-) -> messages.ChunkMetadata:  # fmt: skip
+) -> messages.ChunkMetadata:
     chunk, timings = made.chunk, made.chunk.timings
     frames, height, width, _ = chunk.frames.shape
     return messages.ChunkMetadata(

@@ -80,9 +80,13 @@ class RemoteStream:
         return self._events[0]
 
     async def tell(
-        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None, transition_chunks: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        prompt: str | None = None,
+        event_id: str | None = None,
+        recache: bool = True,
+        threshold: float | None = None,
+        transition_chunks: int = 0,
+    ) -> None:
         self._told[self._numbered] = Told(prompt, recache, threshold, transition_chunks)
         self._names[self._numbered] = event_id
         self._numbered += 1
@@ -191,7 +195,7 @@ class RemoteBackend:
 
     def __init__(
         self, replicas: Replicas, card: Card, patience: float = PATIENCE, clock: Callable[[], float] = time.monotonic
-    ):  # fmt: skip
+    ):
         self.replicas, self.card, self.patience, self.clock = replicas, card, patience, clock
         self.observers: list[Callable[[RemoteStream, Event], None]] = []
         self.closing = False

@@ -20,7 +20,7 @@ MESSAGE = 2**20  # bytes of a WebSocket's message
 
 def run(
     pipe: Pipeline, limits: Limits, settings: Settings, ready: Callable[[str], None], at: socket.socket | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Serve until SIGTERM or SIGINT, which uvicorn takes and, when all is done, raises again.
 
     ready: called with the address once requests are answered. at: from `bind`, else it is bound here.
@@ -31,9 +31,13 @@ def run(
         app = create_app(backend, settings, jobs=limits.jobs > 0)
         backend.worker.observers.append(app.state.metrics.observe)
         config = uvicorn.Config(
-            app, timeout_graceful_shutdown=LINGER, log_config=None, access_log=False, ws_max_size=MESSAGE,
+            app,
+            timeout_graceful_shutdown=LINGER,
+            log_config=None,
+            access_log=False,
+            ws_max_size=MESSAGE,
             ws_per_message_deflate=False,  # video does not get smaller
-        )  # fmt: skip
+        )
         backend.start()
         try:
             Server(config, app.state.service.drain, lambda: ready(address(settings.host, sock))).run([sock])
@@ -46,7 +50,7 @@ def bind(settings: Settings) -> socket.socket:
     try:
         family, kind, _, _, where = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]  # fmt: skip
+        )[0]
         sock = socket.socket(family, kind)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

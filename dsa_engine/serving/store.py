@@ -138,9 +138,13 @@ class Store:
     def add(self, order: dict[str, Any], model: str, fps: float, picture: np.ndarray | None = None) -> Job:
         """A new job, queued. The picture's file is there before the row that tells of it."""
         job = Job(
-            id=f"video_{secrets.token_hex(16)}", model=model, fps=fps, order=order, picture=picture is not None,
+            id=f"video_{secrets.token_hex(16)}",
+            model=model,
+            fps=fps,
+            order=order,
+            picture=picture is not None,
             created=time.time(),
-        )  # fmt: skip
+        )
         if picture is not None:
             from PIL import Image
 

@@ -145,9 +145,13 @@ class Stream(Protocol):
     async def __anext__(self) -> Event: ...
 
     async def tell(
-        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None, transition_chunks: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        prompt: str | None = None,
+        event_id: str | None = None,
+        recache: bool = True,
+        threshold: float | None = None,
+        transition_chunks: int = 0,
+    ) -> None:
         """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; Applied or Refused
         answers."""
 

@@ -47,9 +47,13 @@ class Task:
         self.position = 0  # in the queue, as last told
 
     def tell(
-        self, prompt: str | None = None, event_id: str | None = None, recache: bool = True,
-        threshold: float | None = None, transition_chunks: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        prompt: str | None = None,
+        event_id: str | None = None,
+        recache: bool = True,
+        threshold: float | None = None,
+        transition_chunks: int = 0,
+    ) -> None:
         """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; Applied or Refused
         answers."""
         change = Change(prompt, event_id, recache, threshold, transition_chunks)

@@ -61,9 +61,12 @@ class Worker:
     """
 
     def __init__(
-        self, pipe: Pipeline, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic,
+        self,
+        pipe: Pipeline,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
         overlap: bool = True,
-    ):  # fmt: skip
+    ):
         """overlap: chunks are decoded in a second thread, beside the forwards of others.
 
         Raises ValueError where the pipeline has fewer cache slots than the limits ask for, no decoder, or no such
@@ -209,7 +212,7 @@ class Worker:
         policy_of(pipe, order, self.limits.steps)
         arguments.clip(
             pipe.engine, 1, pipe._size(order.height, order.width), order.num_frames, order.image, None, None, None
-        )  # fmt: skip
+        )
 
     def _ask(self, task: Task) -> None:
         try:
@@ -251,9 +254,14 @@ class Worker:
         try:
             task.policy = policy_of(pipe, order, self.limits.steps)
             task.session = pipe.session(
-                order.prompt, seed=order.seed, num_frames=order.num_frames, height=order.height, width=order.width,
-                step_policy=task.policy, image=order.image,
-            )  # fmt: skip
+                order.prompt,
+                seed=order.seed,
+                num_frames=order.num_frames,
+                height=order.height,
+                width=order.width,
+                step_policy=task.policy,
+                image=order.image,
+            )
             opening = task.session.opening()
             if order.snapshot is not None:
                 task.session.restore(order.snapshot)
@@ -439,6 +447,14 @@ def card(pipe: Pipeline) -> Card:
     known = GRAMMAR if isinstance(engine.text, SlotTextEncoder) else None
     chunks = tuple(engine.decoder.frames_of(pipe.config.chunk_frames, first) for first in (True, False))
     return Card(
-        pipe.name, pipe.height, pipe.width, pipe.fps, pipe.frames, pipe.max_steps, engine.config.threshold,
-        dict(engine.config.presets), known, chunks,
-    )  # fmt: skip
+        pipe.name,
+        pipe.height,
+        pipe.width,
+        pipe.fps,
+        pipe.frames,
+        pipe.max_steps,
+        engine.config.threshold,
+        dict(engine.config.presets),
+        known,
+        chunks,
+    )

@@ -51,9 +51,14 @@ def alike(captions: Captions, most: int) -> list[list[int]]:
 
 
 def roll(
-    pipe: Pipeline, captions: Captions, policy: Policy | str | Sequence[Policy], seed: int = 0, recache: bool = True,
-    on_step: Callable[[Step], None] | None = None, batch: int | None = None,
-) -> Rolled:  # fmt: skip
+    pipe: Pipeline,
+    captions: Captions,
+    policy: Policy | str | Sequence[Policy],
+    seed: int = 0,
+    recache: bool = True,
+    on_step: Callable[[Step], None] | None = None,
+    batch: int | None = None,
+) -> Rolled:
     """One clip per list of captions, switching prompts as a session would; clip i has the noise of seed + i.
 
     policy: for all clips, or one a clip. on_step sees every step, its rows being indices of `captions`.
@@ -78,9 +83,14 @@ def roll(
 
 
 def roll_teacher(
-    pipe: Pipeline, captions: Captions, steps: int = 24, shift: float = 3.0, guidance: float = 1.0, seed: int = 0,
+    pipe: Pipeline,
+    captions: Captions,
+    steps: int = 24,
+    shift: float = 3.0,
+    guidance: float = 1.0,
+    seed: int = 0,
     batch: int = TOGETHER,
-) -> Rolled:  # fmt: skip
+) -> Rolled:
     """The many-step flow-matching teacher on the same KV cache: deterministic Euler along sigma, chunk by chunk.
 
         x <- x + (sigma' - sigma) v,   sigma = warp(1, 1 - 1/steps, ..., 1/steps; shift), then 0
@@ -148,10 +158,14 @@ def _through_codec(pipe: Pipeline, pixels: Tensor) -> np.ndarray:
 def _rollout(pipe: Pipeline, captions: Captions, seeds: Sequence[int], policy: Policy | None = None, **options):
     """A rollout of these clips under their first prompts; rows beyond one a clip are under the null prompt."""
     return pipe.engine.rollout(
-        _embeds(pipe, [clip[0] for clip in captions], len(seeds)), height=LATENT, width=LATENT,
-        frames=len(captions[0]) * pipe.config.chunk_frames, policy=policy or Fixed(1), seeds=seeds,
+        _embeds(pipe, [clip[0] for clip in captions], len(seeds)),
+        height=LATENT,
+        width=LATENT,
+        frames=len(captions[0]) * pipe.config.chunk_frames,
+        policy=policy or Fixed(1),
+        seeds=seeds,
         **{"config": pipe.config, **options},
-    )  # fmt: skip
+    )
 
 
 def _embeds(pipe: Pipeline, prompts: Sequence[synthetic.Caption], rows: int) -> Tensor:

@@ -54,9 +54,15 @@ def weighted_error(error: Tensor, motion_weight: float) -> Tensor:
 
 
 def flow_loss(
-    model: CausalDiT, text: SlotTextEncoder, latents: Tensor, tokens: Tensor, context: int, generator: torch.Generator,
-    motion_weight: float = 0.0, forward=teacher_forced,
-) -> Tensor:  # fmt: skip
+    model: CausalDiT,
+    text: SlotTextEncoder,
+    latents: Tensor,
+    tokens: Tensor,
+    context: int,
+    generator: torch.Generator,
+    motion_weight: float = 0.0,
+    forward=teacher_forced,
+) -> Tensor:
     """`weighted_error` of the velocity, weighted down below sigma = 0.1.
 
     latents [B, N, F, C, H, W]; tokens [B, N, 4]; context: past chunks in the window. Returns a scalar.

@@ -115,10 +115,18 @@ def measure(head: ConfidenceHead, rollouts: Rollouts, held_out: Rollouts) -> Fit
 
 
 def train_head(
-    pipe: Pipeline, prompts: Prompts, out: str | Path, *, chunks: int | None = None,
-    size: tuple[int, int] | None = None, clips: int | None = None, held_out: float = 0.25, batch: int = 1,
-    seed: int = 0, iterations: int = 600,
-) -> dict[str, Any]:  # fmt: skip
+    pipe: Pipeline,
+    prompts: Prompts,
+    out: str | Path,
+    *,
+    chunks: int | None = None,
+    size: tuple[int, int] | None = None,
+    clips: int | None = None,
+    held_out: float = 0.25,
+    batch: int = 1,
+    seed: int = 0,
+    iterations: int = 600,
+) -> dict[str, Any]:
     """Give a pipeline a confidence head: roll out, fit, calibrate, and write it all to the folder `out`.
 
     prompts, chunks, size, batch: as for `collect`; clips: rollouts to make (one a prompt; more go round the prompts

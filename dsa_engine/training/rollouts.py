@@ -86,9 +86,16 @@ def chunks_of(pipe: Pipeline, frames: int | None = None) -> int:
 
 
 def collect(
-    pipe: Pipeline, prompts: Prompts, *, chunks: int | None = None, size: tuple[int, int] | None = None,
-    order: Sequence[int] | None = None, batch: int = 16, seed: int = 0, folder: Path | None = None,
-) -> Rollouts:  # fmt: skip
+    pipe: Pipeline,
+    prompts: Prompts,
+    *,
+    chunks: int | None = None,
+    size: tuple[int, int] | None = None,
+    order: Sequence[int] | None = None,
+    batch: int = 16,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Rollouts:
     """Roll out one clip per prompt, clip i with the noise of seed + i, and keep what the steps show.
 
     chunks: a clip's (default: the prompts', else the model's own length); size: latent height and width (the model's
@@ -139,9 +146,14 @@ def roll_out(
     """
     engine, config, chunks = pipe.engine, pipe.config, len(prompts[0])
     rollout = engine.rollout(
-        _embeds(engine, prompts, 0), height=size[0], width=size[1], frames=chunks * config.chunk_frames,
-        policy=Fixed(pipe.max_steps), seeds=seeds, config=config,
-    )  # fmt: skip
+        _embeds(engine, prompts, 0),
+        height=size[0],
+        width=size[1],
+        frames=chunks * config.chunk_frames,
+        policy=Fixed(pipe.max_steps),
+        seeds=seeds,
+        config=config,
+    )
     rollout.head = recorder = Recorder(engine.dit.config)
     distance, switches = [], _switches(prompts[0], chunks)
     for i in range(chunks):

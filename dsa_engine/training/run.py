@@ -39,9 +39,16 @@ def processes(device: str | None) -> Iterator[torch.device]:
 
 
 def train(
-    stage: str, config: str | Path = "shapes", out: str | Path = "runs", *, steps: int | None = None,
-    batch: int | None = None, seed: int | None = None, device: str | None = None, compiled: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    stage: str,
+    config: str | Path = "shapes",
+    out: str | Path = "runs",
+    *,
+    steps: int | None = None,
+    batch: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    compiled: bool = True,
+) -> dict[str, Any]:
     """Run one stage of RECIPES, or `all` of them, from where its folder under `out` was left; returns what came out.
 
     config: a shipped recipe's name or a TOML file; steps, batch, seed: instead of the recipe's (steps and batch of the
@@ -71,10 +78,19 @@ PARALLEL = ("teacher", "student", "joint")  # the other stages take one process,
 
 
 def train_head_of(
-    model: str | Path, out: str | Path, prompts: str | Path, *, frames: int | None = None, window: int | None = None,
-    sink: int | None = None, shift: float | None = None, iterations: int | None = None, batch: int | None = None,
-    seed: int = 0, device: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: str | Path,
+    out: str | Path,
+    prompts: str | Path,
+    *,
+    frames: int | None = None,
+    window: int | None = None,
+    sink: int | None = None,
+    shift: float | None = None,
+    iterations: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, Any]:
     """Train a confidence head for a distilled checkpoint on its own rollouts, and write it to `out/head.safetensors`.
 
     prompts: a file as `read_prompts` takes it; window, sink, shift: as for `Pipeline.from_pretrained`; the rest as for

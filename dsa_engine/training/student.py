@@ -55,9 +55,15 @@ def self_rollout(dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Te
     clips, chunks = counts.shape
     model = dit.config
     cache = KVCache(
-        model.num_layers, model.num_heads, model.head_dim, model.tokens_per_frame(size, size), config.window,
-        config.sink, slots=clips, device=dit.device,
-    )  # fmt: skip
+        model.num_layers,
+        model.num_heads,
+        model.head_dim,
+        model.tokens_per_frame(size, size),
+        config.window,
+        config.sink,
+        slots=clips,
+        device=dit.device,
+    )
     shape = (config.chunk_frames, model.in_dim, size, size)
     noise = SeededNoise([seed + i for i in range(clips)], shape, dit.device, torch.float32)
     policies = [PerChunk(row) for row in counts.tolist()]
@@ -99,9 +105,17 @@ class StudentLosses:
     """
 
     def __init__(
-        self, teacher: CausalDiT, text: SlotTextEncoder, model: nn.ModuleDict, config: RolloutConfig, context: int,
-        size: int, guidance: float = 1.5, motion_weight: float = 0.0, compiled: bool = False,
-    ):  # fmt: skip
+        self,
+        teacher: CausalDiT,
+        text: SlotTextEncoder,
+        model: nn.ModuleDict,
+        config: RolloutConfig,
+        context: int,
+        size: int,
+        guidance: float = 1.5,
+        motion_weight: float = 0.0,
+        compiled: bool = False,
+    ):
         self.teacher, self.text, self.model, self.config = teacher, text, model, config
         self.context, self.size, self.guidance, self.motion_weight = context, size, guidance, motion_weight
         self.critic = copy.deepcopy(teacher).requires_grad_(True)

@@ -73,10 +73,17 @@ class Optimized:
     """
 
     def __init__(
-        self, model: nn.Module, loss: Loss, steps: int, lr: float | Mapping[str, float], muon: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.98), weight_decay: float = 0.01, ema_decay: float = 0.999,
+        self,
+        model: nn.Module,
+        loss: Loss,
+        steps: int,
+        lr: float | Mapping[str, float],
+        muon: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.01,
+        ema_decay: float = 0.999,
         factor: Callable[[int, int], float] = falling,
-    ):  # fmt: skip
+    ):
         self.model, self.steps, self.factor, self.ema_decay, self.step = model, steps, factor, ema_decay, 0
         self.objective: nn.Module = Objective(model, loss)
         if distributed():
@@ -152,9 +159,13 @@ class Trainer:
         return self.folder / "checkpoint.pt"
 
     def run(
-        self, prepare: Callable[[torch.Generator], tuple], save_every: int = 500, note: str = "",
-        report: Callable[[], dict[str, float]] = dict, on_save: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+        self,
+        prepare: Callable[[torch.Generator], tuple],
+        save_every: int = 500,
+        note: str = "",
+        report: Callable[[], dict[str, float]] = dict,
+        on_save: Callable[[], None] = lambda: None,
+    ) -> None:
         """Step on loss(*prepare(generator)) until done, with a progress bar.
 
         Every 20 steps a row of mean loss, seconds and what `report` adds goes to the log; every `save_every` steps, and

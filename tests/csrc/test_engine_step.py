@@ -68,9 +68,14 @@ def through(monkeypatch):
     return route
 
 
-@pytest.mark.parametrize("config, dtype, left_out", [
-    (SMALL, torch.float32, {"attention"}), (SMALL, torch.bfloat16, {"attention"}), (WIDE, torch.bfloat16, set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config, dtype, left_out",
+    [
+        (SMALL, torch.float32, {"attention"}),
+        (SMALL, torch.bfloat16, {"attention"}),
+        (WIDE, torch.bfloat16, set()),
+    ],
+)
 def test_a_step_in_csrc_is_the_step_in_plain_torch(cuda, through, config, dtype, left_out):
     dit, head = models(config)
     exact = step(dit, head)

@@ -41,9 +41,11 @@ def inputs(shape, head=True):
     shift, scale = torch.randn(batch, frames, 2, width).unbind(2)
     final = Projection(shift, scale, torch.randn(outputs, width).to(dtype) / width**0.5, torch.randn(outputs).to(dtype))
     weights = HeadWeights(
-        torch.randn(UNITS, 3 * width).to(dtype) / width**0.5, torch.randn(UNITS).to(dtype),
-        torch.randn(1, UNITS).to(dtype), torch.randn(1).to(dtype),
-    )  # fmt: skip
+        torch.randn(UNITS, 3 * width).to(dtype) / width**0.5,
+        torch.randn(UNITS).to(dtype),
+        torch.randn(1, UNITS).to(dtype),
+        torch.randn(1).to(dtype),
+    )
     time = torch.randn(batch, frames, width + 8).to(dtype)[..., :width]
     sigma, next_sigma = torch.rand(2, batch, 1).expand(-1, -1, frames)  # as the engine hands them over
     return [hidden[..., :width], time, x, noise, sigma, next_sigma, final, weights if head else None]

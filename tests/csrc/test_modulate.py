@@ -78,8 +78,12 @@ def test_residual_modulate(cuda, shape, gated, fp8):
     total, normed = cuda.residual_modulate(x, y, gate, shift, scale, EPS, fp8)
     plain = reference.residual_modulate(x, y, gate, shift, scale, EPS, fp8)
     check("sum", total, plain[0], reference.residual_modulate(*floats(x, y, gate, shift, scale, EPS))[0])
-    check("norm", normed, reference.modulate(total, shift, scale, EPS, fp8),
-          reference.modulate(*floats(total, shift, scale, EPS)))  # fmt: skip
+    check(
+        "norm",
+        normed,
+        reference.modulate(total, shift, scale, EPS, fp8),
+        reference.modulate(*floats(total, shift, scale, EPS)),
+    )
 
 
 def test_one_vector_for_all_tokens(cuda):
@@ -88,8 +92,12 @@ def test_one_vector_for_all_tokens(cuda):
     (x, y), (gate, *_) = activations(*shape), modulations(torch.float32, *shape[1:])
     shift, scale = torch.randn(2, 1, 1, 200).bfloat16()
     total, normed = cuda.residual_modulate(x, y, gate, shift, scale, EPS)
-    check("norm", normed, reference.modulate(total, shift, scale, EPS),
-          reference.modulate(*floats(total, shift, scale, EPS)))  # fmt: skip
+    check(
+        "norm",
+        normed,
+        reference.modulate(total, shift, scale, EPS),
+        reference.modulate(*floats(total, shift, scale, EPS)),
+    )
 
 
 @pytest.mark.parametrize("fp8", [False, True])

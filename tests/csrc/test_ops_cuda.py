@@ -87,9 +87,13 @@ def test_it_says_why_it_cannot_run(monkeypatch):
     assert ops_cuda.unavailable("attention") == "torch finds no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, kernels, attention in [
-        ((9, 0), True, True), ((8, 0), True, False), ((8, 9), True, False), ((12, 0), True, False),
-        ((7, 5), False, False), ((10, 0), True, False),
-    ]:  # fmt: skip
+        ((9, 0), True, True),
+        ((8, 0), True, False),
+        ((8, 9), True, False),
+        ((12, 0), True, False),
+        ((7, 5), False, False),
+        ((10, 0), True, False),
+    ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
         assert (ops_cuda.unavailable("attention") is None) == attention
         for op in ("modulate", "epilogue", ops_cuda.SET_WHILE):

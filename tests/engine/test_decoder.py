@@ -48,8 +48,14 @@ class Patched:
 def small(kind):
     torch.manual_seed(3)
     if kind == "wan":
-        vae = WanVAE(dim=4, latent_channels=3, multipliers=(1, 2, 2), time_down=(True, True), mean=(0.5, -1.0, 0.1),
-                     std=(2.0, 1.5, 0.7))  # fmt: skip
+        vae = WanVAE(
+            dim=4,
+            latent_channels=3,
+            multipliers=(1, 2, 2),
+            time_down=(True, True),
+            mean=(0.5, -1.0, 0.1),
+            std=(2.0, 1.5, 0.7),
+        )
     else:
         vae = TinyVAE(widths=(4, 4, 4, 4), latent_channels=3)
     for parameter in vae.requires_grad_(False).eval().parameters():
@@ -159,8 +165,11 @@ def test_a_capture_is_launched_once_a_chunk_and_tells_torch_nothing(codec):
     for tune in (True, False):
         patched.cuda.log.clear()
         assert patched.capture(decoder, tune=tune) >= 0
-        assert patched.cuda.log == ["side waits for main", *["capture in pool on side, thread_local"] * 3,
-                                    "main waits for side"]  # fmt: skip
+        assert patched.cuda.log == [
+            "side waits for main",
+            *["capture in pool on side, thread_local"] * 3,
+            "main waits for side",
+        ]
     assert seen == [(source, tune) for tune in (True, False) for source in (0, None, 0, 1, None)]
     assert torch.backends.cudnn.benchmark == before
     _, state = decoder.decode(latents(0), None)
@@ -171,8 +180,10 @@ def test_a_capture_is_launched_once_a_chunk_and_tells_torch_nothing(codec):
 
 def test_it_is_a_codec(codec, decoder):
     assert (decoder.spatial_stride, decoder.temporal_stride, decoder.latent_channels) == (
-        codec.spatial_stride, codec.temporal_stride, 3
-    )  # fmt: skip
+        codec.spatial_stride,
+        codec.temporal_stride,
+        3,
+    )
     assert decoder.frames_of(3, True) == codec.frames_of(3, True) and decoder.latent_frames_of(9) == 3
     frames = torch.rand(1, 5, 3, 8, 16)
     assert torch.equal(decoder.encode(frames), codec.encode(frames))

@@ -107,9 +107,10 @@ def test_a_streams_thread_goes_on_where_its_caller_was(untrained, monkeypatch):
     session, seen = pipe.session(RED, num_frames=6), []
     denoise = session.rollout.denoise
     monkeypatch.setattr(
-        session.rollout, "denoise",
+        session.rollout,
+        "denoise",
         lambda: seen.append((local.stream, threading.current_thread().name)) or denoise(),
-    )  # fmt: skip
+    )
     chunks = session.chunks()
     local.stream = "where the loop is"
     list(chunks)

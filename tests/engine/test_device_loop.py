@@ -34,9 +34,15 @@ def test_the_loops_graph(cuda):
     loop = device_loop.DeviceLoop(first, again, slots, state[:, -1])
     rt = cuda.runtime
     assert [call[0] for call in rt.calls] == [
-        "cudaGraphCreate", "cudaGraphConditionalHandleCreate", "cudaGraphAddChildGraphNode", "set_while",
-        "cudaGraphAddNode", "cudaGraphAddChildGraphNode", "set_while", "cudaGraphInstantiate",
-    ]  # fmt: skip
+        "cudaGraphCreate",
+        "cudaGraphConditionalHandleCreate",
+        "cudaGraphAddChildGraphNode",
+        "set_while",
+        "cudaGraphAddNode",
+        "cudaGraphAddChildGraphNode",
+        "set_while",
+        "cudaGraphInstantiate",
+    ]
     graph, body = rt.alive
     kinds = [[kind for _, (kind, *_) in rt.alive[g]] for g in (graph, body)]
     assert kinds == [["child", "condition", "while"], ["child", "condition"]]
@@ -55,10 +61,17 @@ def test_the_loops_graph(cuda):
     assert sorted(rt.calls[-2:]) == [("cudaGraphDestroy", graph), ("cudaGraphExecDestroy", graph + 1000)]
 
 
-@pytest.mark.parametrize("call", [
-    "cudaGraphCreate", "cudaGraphConditionalHandleCreate", "cudaGraphAddChildGraphNode", "cudaGraphAddNode",
-    "cudaGraphInstantiate", "cudaGraphLaunch",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cudaGraphCreate",
+        "cudaGraphConditionalHandleCreate",
+        "cudaGraphAddChildGraphNode",
+        "cudaGraphAddNode",
+        "cudaGraphInstantiate",
+        "cudaGraphLaunch",
+    ],
+)
 def test_an_error_of_the_runtime_names_its_call(cuda, call):
     cuda.runtime.fails = call
     with pytest.raises(RuntimeError, match=rf"{call}: invalid argument \(cudaErrorInvalidValue\)"):

@@ -31,9 +31,16 @@ def engine(dit, fp8_cache=True, deterministic=False, **options) -> Engine:
 
 def rollout(made, noise, embeds, given=None):
     return made.rollout(
-        embeds, height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, policy=PerChunk(list(COUNTS)),
-        seeds=range(len(noise)), config=made.config, initial=noise, renoise=given,
-    )  # fmt: skip
+        embeds,
+        height=SIZE,
+        width=SIZE,
+        frames=CHUNKS * FRAMES,
+        policy=PerChunk(list(COUNTS)),
+        seeds=range(len(noise)),
+        config=made.config,
+        initial=noise,
+        renoise=given,
+    )
 
 
 class Rounded(Everything):
@@ -89,9 +96,14 @@ def test_an_fp8_cache_is_one_of_rounded_numbers(tiny_dit, monkeypatch, window, s
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{"window": 6}, {"window": 7, "sink": 3}, {"window": 6, "sink": 2, "rope": "relative"}, {"window": None},
-     {"window": 6, "commit": "exit_step"}],
-)  # fmt: skip
+    [
+        {"window": 6},
+        {"window": 7, "sink": 3},
+        {"window": 6, "sink": 2, "rope": "relative"},
+        {"window": None},
+        {"window": 6, "commit": "exit_step"},
+    ],
+)
 def test_the_engine_is_the_plain_loop(tiny_dit, options, linear):
     """Forwards on the step inputs, commits riding along, against `denoise_chunk` and a commit of its own: row by row
     they are the same products, so the same bits."""

@@ -164,9 +164,14 @@ def rollout(engine, inputs, policies, commit="clean"):
     rows = len(policies)
     embeds = torch.randn(rows, 7, engine.dit.config.text_dim, generator=torch.Generator().manual_seed(5))
     roll = engine.rollout(
-        embeds.to(inputs.x), height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, policy=Fixed(1), seeds=range(rows),
+        embeds.to(inputs.x),
+        height=SIZE,
+        width=SIZE,
+        frames=CHUNKS * FRAMES,
+        policy=Fixed(1),
+        seeds=range(rows),
         config=dataclasses.replace(engine.config, commit=commit),
-    )  # fmt: skip
+    )
     roll.inputs, roll.cache, roll.slot = inputs, inputs.cache, inputs.cache.acquire(rows)
     roll.slots = roll.slot.tolist()
     roll.policies = [policy.start(STEPS) for policy in policies]
@@ -225,21 +230,24 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("name, loop_rows, window, commit", [
-    ("every count", 0, 6, "clean"),
-    ("every count", 8, 6, "clean"),
-    ("known counts, two rows", 8, 6, "clean"),
-    ("counts that differ, three rows", 0, 6, "clean"),
-    ("counts that differ, three rows", 8, 6, "clean"),
-    ("counts that differ, three rows", 8, None, "exit_step"),
-    ("confidence", 0, 6, "clean"),
-    ("confidence", 8, None, "clean"),
-    ("confidence, three rows", 0, 6, "exit_step"),
-    ("confidence, three rows", 8, 6, "clean"),
-    ("confidence, three rows", 8, None, "exit_step"),
-    ("one never stops", 8, 6, "clean"),
-    ("five rows", 8, 6, "clean"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, loop_rows, window, commit",
+    [
+        ("every count", 0, 6, "clean"),
+        ("every count", 8, 6, "clean"),
+        ("known counts, two rows", 8, 6, "clean"),
+        ("counts that differ, three rows", 0, 6, "clean"),
+        ("counts that differ, three rows", 8, 6, "clean"),
+        ("counts that differ, three rows", 8, None, "exit_step"),
+        ("confidence", 0, 6, "clean"),
+        ("confidence", 8, None, "clean"),
+        ("confidence, three rows", 0, 6, "exit_step"),
+        ("confidence, three rows", 8, 6, "clean"),
+        ("confidence, three rows", 8, None, "exit_step"),
+        ("one never stops", 8, 6, "clean"),
+        ("five rows", 8, 6, "clean"),
+    ],
+)
 def test_the_bits_are_those_of_the_eager_executor(cuda, model, captured, name, loop_rows, window, commit):
     """Chunk after chunk, merged commits and not; 3 and 5 rows fill up batches of 4 and 8."""
     policies = POLICIES[name]
@@ -557,12 +565,15 @@ def test_what_was_not_captured_runs_eagerly_and_says_so_once(cuda, model, caplog
     )
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"max_steps": 5}, "max_steps=5: must be from 1 to 4, the step list; nearest is 4"),
-    ({"max_steps": 0}, "nearest is 1"),
-    ({"buckets": ()}, r"buckets=\(\): must be numbers of rows"),
-    ({"buckets": (0, 2)}, r"buckets=\(0, 2\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_steps": 5}, "max_steps=5: must be from 1 to 4, the step list; nearest is 4"),
+        ({"max_steps": 0}, "nearest is 1"),
+        ({"buckets": ()}, r"buckets=\(\): must be numbers of rows"),
+        ({"buckets": (0, 2)}, r"buckets=\(0, 2\)"),
+    ],
+)
 def test_values_that_make_no_sense_are_refused(model, options, message):
     _, inputs = pool(*model, 1)
     with pytest.raises(ValueError, match=message):

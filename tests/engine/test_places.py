@@ -70,9 +70,7 @@ def test_nobody_asked_so_there_are_as_many_as_fit(untrained, gpu, monkeypatch, c
             pipe.session(RED)
 
 
-def test_a_number_that_does_not_fit_is_taken_with_a_warning_that_names_what_does(
-    untrained, gpu, monkeypatch, caplog
-):  # fmt: skip
+def test_a_number_that_does_not_fit_is_taken_with_a_warning_that_names_what_does(untrained, gpu, monkeypatch, caplog):
     pipe = load(untrained, max_sessions=3)
     monkeypatch.setattr(memory, "sessions", lambda *_, **__: 0)
     gpu(5e6)
@@ -114,13 +112,23 @@ def test_memory_is_counted_for_the_pool_that_is_made(untrained, gpu, monkeypatch
     assert (load_a.height, load_a.width, load_b.frames) == (32 // stride, 48 // stride, 15)
     assert room == 1e9 + memory.CONTEXT and sizes["offload"] == ("vae",) and sizes["text"] is None
     assert sizes["weights"] == {
-        "generator": 0, "confidence": 0, "text": 0, "vae": memory.part_bytes(pipe.engine.decoder)
-    }  # fmt: skip
+        "generator": 0,
+        "confidence": 0,
+        "text": 0,
+        "vae": memory.part_bytes(pipe.engine.decoder),
+    }
 
 
-@pytest.mark.parametrize("given, places, expected", [
-    ((32, 4), 36, (32, 4)), ((32, 4), 19, (17, 2)), ((32, 4), 3, (2, 1)), ((32, 4), 1, (1, 0)), ((5, 0), 3, (3, 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, places, expected",
+    [
+        ((32, 4), 36, (32, 4)),
+        ((32, 4), 19, (17, 2)),
+        ((32, 4), 3, (2, 1)),
+        ((32, 4), 1, (1, 0)),
+        ((5, 0), 3, (3, 0)),
+    ],
+)
 def test_limits_within_places(given, places, expected, caplog):
     limits = Limits(sessions=given[0], jobs=given[1], idle=7.0).within(places)
     assert (limits.sessions, limits.jobs, limits.idle) == (*expected, 7.0)

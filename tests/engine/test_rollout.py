@@ -19,10 +19,19 @@ def engine(dit, **options) -> Engine:
 def rollout(dit, noise, embeds, counts=(2,), given=None, begun=None, guide=None, strength=1.0, **options):
     made = engine(dit, **options)
     return made.rollout(
-        embeds, height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, policy=PerChunk(list(counts)),
-        seeds=range(len(noise)), config=made.config, initial=noise, renoise=given, given=begun, guide=guide,
+        embeds,
+        height=SIZE,
+        width=SIZE,
+        frames=CHUNKS * FRAMES,
+        policy=PerChunk(list(counts)),
+        seeds=range(len(noise)),
+        config=made.config,
+        initial=noise,
+        renoise=given,
+        given=begun,
+        guide=guide,
         strength=strength,
-    )  # fmt: skip
+    )
 
 
 def run(roll, chunks_wanted=CHUNKS) -> torch.Tensor:
@@ -192,9 +201,16 @@ def test_a_clip_goes_on_from_what_it_was_given(tiny_dit, close, begun, window, s
     embeds, latents = torch.randn(1, 5, 40), torch.randn(1, sum(begun), 16, SIZE, SIZE)
     roll = rollout(tiny_dit, noise, embeds, (2, 1), given, begun=latents, window=window, sink=sink)
     expected = naive(
-        tiny_dit, noise, embeds, (2, 1), given, roll.schedule.sigmas, window or CHUNKS * FRAMES, sink,
+        tiny_dit,
+        noise,
+        embeds,
+        (2, 1),
+        given,
+        roll.schedule.sigmas,
+        window or CHUNKS * FRAMES,
+        sink,
         begun=latents.split(list(begun), dim=1),
-    )  # fmt: skip
+    )
     close(run(roll, 4), expected, 1e-4)
     assert roll.position == sum(begun) + 4 * FRAMES
     roll.restart()

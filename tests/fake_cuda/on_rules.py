@@ -90,10 +90,16 @@ def test_a_number_on_the_cpu_may_take_part():
 @pytest.mark.parametrize(
     "read",
     [
-        lambda x: x[0].item(), lambda x: x.tolist(), lambda x: bool(x.sum() > 0), lambda x: x[x > 0],
-        lambda x: x.nonzero(), lambda x: torch.equal(x, x), lambda x: x.unique(), lambda x: x.masked_select(x > 0),
+        lambda x: x[0].item(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.unique(),
+        lambda x: x.masked_select(x > 0),
     ],
-)  # fmt: skip
+)
 def test_a_host_read_is_an_event_and_no_part_of_a_capture(read, events):
     x = torch.ones(3, device="cuda")
     read(x)
@@ -113,8 +119,10 @@ def test_copies_say_whether_they_wait(events):
     details = sorted(event.detail for event in device.of(device.phase, TO_HOST))
     assert details == ["pageable, blocking, 16 bytes", "pinned, asynchronous, 16 bytes"]
     assert {event.detail for event in device.of(device.phase, TO_DEVICE)} == {
-        "pageable, blocking, 16 bytes", "pinned, asynchronous, 16 bytes", "pageable, blocking, 8 bytes",
-    }  # fmt: skip
+        "pageable, blocking, 16 bytes",
+        "pinned, asynchronous, 16 bytes",
+        "pageable, blocking, 8 bytes",
+    }
 
 
 def test_waits_are_events(events):
@@ -127,10 +135,13 @@ def test_waits_are_events(events):
 @pytest.mark.parametrize(
     "forbidden",
     [
-        lambda x: x + torch.ones(3).to("cuda"), lambda x: x.cpu(), lambda x: x[torch.tensor([0])],
-        lambda x: torch.ones(3).pin_memory(), lambda x: torch.cuda.synchronize(),
+        lambda x: x + torch.ones(3).to("cuda"),
+        lambda x: x.cpu(),
+        lambda x: x[torch.tensor([0])],
+        lambda x: torch.ones(3).pin_memory(),
+        lambda x: torch.cuda.synchronize(),
     ],
-)  # fmt: skip
+)
 def test_what_a_capture_forbids(forbidden):
     x = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):

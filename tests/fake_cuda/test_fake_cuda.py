@@ -36,7 +36,11 @@ def test_on_the_pretend_gpu(file, options, tmp_path):
     ]
     done = subprocess.run(
         [*command, f"--basetemp={tmp_path / 'inner'}", f"tests/fake_cuda/{file}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -150,9 +150,14 @@ def test_the_ema_generator_is_preferred_and_the_critic_is_left(folder, weights):
 def test_the_diffusers_names_of_this_test_are_those_of_diffusers(weights, tiny_config):
     c = tiny_config
     theirs = WanTransformer3DModel(
-        num_attention_heads=c.num_heads, attention_head_dim=c.head_dim, ffn_dim=c.ffn_dim, text_dim=c.text_dim,
-        freq_dim=c.freq_dim, num_layers=c.num_layers, cross_attn_norm=True,
-    )  # fmt: skip
+        num_attention_heads=c.num_heads,
+        attention_head_dim=c.head_dim,
+        ffn_dim=c.ffn_dim,
+        text_dim=c.text_dim,
+        freq_dim=c.freq_dim,
+        num_layers=c.num_layers,
+        cross_attn_norm=True,
+    )
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert {diffusers_name(name): tensor.shape for name, tensor in weights.items()} == shapes
 
@@ -303,9 +308,14 @@ def theirs():
     """diffusers' Wan with two heads of 128, as every published model has them, and random weights."""
     torch.manual_seed(1)
     model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=128, ffn_dim=192, text_dim=40, freq_dim=64, num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=128,
+        ffn_dim=192,
+        text_dim=40,
+        freq_dim=64,
+        num_layers=2,
         cross_attn_norm=True,
-    ).requires_grad_(False)  # fmt: skip
+    ).requires_grad_(False)
     for parameter in model.eval().parameters():
         parameter.normal_(std=0.1)
     return model
@@ -403,8 +413,10 @@ def test_a_14b_file_for_a_1_3b_config_is_named_before_it_is_read(tmp_path, monke
 def foreign(weights):
     """What may be given by mistake -> (tensors, what the error must say it is)."""
     umt5 = {"token_embedding.weight": torch.zeros(2, 2), "blocks.0.attn.q.weight": torch.zeros(2, 2)}
-    lora = {"base_model.model.blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 96),
-            "base_model.model.blocks.0.ffn.0.lora_B.weight": torch.zeros(160, 2)}  # fmt: skip
+    lora = {
+        "base_model.model.blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 96),
+        "base_model.model.blocks.0.ffn.0.lora_B.weight": torch.zeros(160, 2),
+    }
     engine = {**{f"generator.{name}": tensor for name, tensor in weights.items()}, "codec.a": torch.zeros(1)}
     return {
         "vae": ({"decoder.upsamples.0.residual.0.gamma": torch.zeros(2)}, "the Wan 2.1 VAE: give it as vae="),

@@ -26,11 +26,20 @@ CONFIGS = {
 def reference(kind, config: ModelConfig):
     """(model of diffusers with random weights in every parameter, our model with the same weights)."""
     theirs = kind(
-        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
-        in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, eps=config.eps,
-        qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
-    )  # fmt: skip
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        cross_attn_norm=True,
+        eps=config.eps,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=1024,
+    )
     for parameter in theirs.requires_grad_(False).eval().parameters():
         parameter.normal_(std=0.15)
     ours = CausalDiT(config).requires_grad_(False).eval()

@@ -81,9 +81,15 @@ def test_nothing_tells_the_family(tmp_path, weights):
 
 def causal_config(**more) -> dict:
     return {
-        "_class_name": "CausalWanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 128,
-        "ffn_dim": 64, "num_layers": 1, "text_dim": 16, "freq_dim": 32, **more,
-    }  # fmt: skip
+        "_class_name": "CausalWanTransformer3DModel",
+        "num_attention_heads": 2,
+        "attention_head_dim": 128,
+        "ffn_dim": 64,
+        "num_layers": 1,
+        "text_dim": 16,
+        "freq_dim": 32,
+        **more,
+    }
 
 
 def test_a_fastvideo_folder_with_all_its_parts(tmp_path, weights, caplog):
@@ -97,8 +103,11 @@ def test_a_fastvideo_folder_with_all_its_parts(tmp_path, weights, caplog):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanDMDPipeline"}))
     found = inspect(folder)
     assert (found.dialect, found.family, found.config, found.config_by) == (
-        "fastvideo", "self-forcing", SMALL, "config.json",
-    )  # fmt: skip
+        "fastvideo",
+        "self-forcing",
+        SMALL,
+        "config.json",
+    )
     assert found.rollout == RolloutConfig() and "CausalWanTransformer3DModel" in found.family_by
     assert found.parts == {"vae": folder / "vae", "text": folder / "text_encoder", "tokenizer": folder / "tokenizer"}
     assert not caplog.records  # every key of the config was understood
@@ -126,8 +135,10 @@ def test_wans_own_folder(tmp_path, weights):
     assert (found.family, found.weights.name) == ("wan", "diffusion_pytorch_model.safetensors")
     assert "base model" in found.note
     assert {part: path.name for part, path in found.parts.items()} == {
-        "vae": "Wan2.1_VAE.pth", "text": "models_t5_umt5-xxl-enc-bf16.pth", "tokenizer": "umt5-xxl",
-    }  # fmt: skip
+        "vae": "Wan2.1_VAE.pth",
+        "text": "models_t5_umt5-xxl-enc-bf16.pth",
+        "tokenizer": "umt5-xxl",
+    }
 
 
 def test_sizes_that_cannot_be_told_are_no_error_here(tmp_path, tiny_dit):

@@ -88,8 +88,10 @@ def test_a_head_of_nothing_has_a_scale_of_one(tiny_dit):
 def test_names():
     assert quantization(None, "cpu") == (False, False)
     assert {name: tuple(quantization(name, "cpu")) for name in QUANTIZATIONS} == {
-        "fp8": (True, True), "fp8-linear": (True, False), "fp8-cache": (False, True)
-    }  # fmt: skip
+        "fp8": (True, True),
+        "fp8-linear": (True, False),
+        "fp8-cache": (False, True),
+    }
     with pytest.raises(ValueError, match="quantization='int4': must be None or one of fp8, fp8-linear, fp8-cache"):
         quantization("int4", "cpu")
 

@@ -155,8 +155,13 @@ def test_scales_of_a_cache_are_those_of_the_rounded_weights(tiny_dit):
     torch.testing.assert_close(fp8.v, plain.v, rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("sizes, wrong", [({"dim": 40, "ffn_dim": 64}, "dim=40: .* nearest is 32"),
-                                          ({"dim": 32, "ffn_dim": 60}, "ffn_dim=60: .* nearest is 64")])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes, wrong",
+    [
+        ({"dim": 40, "ffn_dim": 64}, "dim=40: .* nearest is 32"),
+        ({"dim": 32, "ffn_dim": 60}, "ffn_dim=60: .* nearest is 64"),
+    ],
+)
 def test_sizes_that_tensor_cores_do_not_take_are_an_error_at_load(sizes, wrong):
     dit = CausalDiT(ModelConfig(num_heads=2, num_layers=1, **sizes))
     with pytest.raises(ValueError, match=wrong):

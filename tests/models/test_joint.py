@@ -85,12 +85,23 @@ def filled(layers):
     return layers
 
 
-@pytest.mark.parametrize("change", [
-    transposed_in_place, replaced, assigned, copied_in, swapped, transposed, filled, copy.deepcopy,
-    lambda layers: layers.double().float(),
-    lambda layers: pickle.loads(pickle.dumps(layers)), lambda layers: layers.to(torch.float32),
-    lambda layers: layers.share_memory(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        transposed_in_place,
+        replaced,
+        assigned,
+        copied_in,
+        swapped,
+        transposed,
+        filled,
+        copy.deepcopy,
+        lambda layers: layers.double().float(),
+        lambda layers: pickle.loads(pickle.dumps(layers)),
+        lambda layers: layers.to(torch.float32),
+        lambda layers: layers.share_memory(),
+    ],
+)
 def test_whatever_parts_the_weights(change, close):
     layers = linears(8, 8, 8)
     one_product(x, layers)

@@ -62,9 +62,13 @@ def assert_merges(base, lora, wanted, close, **options):
 
 
 DIFFUSERS = (
-    (".self_attn.o", ".attn1.to_out.0"), (".cross_attn.o", ".attn2.to_out.0"), (".self_attn.", ".attn1.to_"),
-    (".cross_attn.", ".attn2.to_"), (".ffn.0", ".ffn.net.0.proj"), (".ffn.2", ".ffn.net.2"),
-)  # fmt: skip
+    (".self_attn.o", ".attn1.to_out.0"),
+    (".cross_attn.o", ".attn2.to_out.0"),
+    (".self_attn.", ".attn1.to_"),
+    (".cross_attn.", ".attn2.to_"),
+    (".ffn.0", ".ffn.net.0.proj"),
+    (".ffn.2", ".ffn.net.2"),
+)
 
 
 def in_diffusers_names(matrices):
@@ -166,19 +170,38 @@ Q = "base_model.model.blocks.0.self_attn.q"
         ({f"{Q}.lora_A.weight": torch.zeros(4, 96)}, "only half of a pair for: blocks.0.self_attn.q.weight"),
         ({f"{Q}.lora_B.weight": torch.zeros(96, 4)}, "only half of a pair"),
         ({f"{Q}.lora_A.weight": torch.zeros(4, 96), f"{Q}.lora_B.weight": torch.zeros(96, 5)}, "not of one rank"),
-        ({f"{Q}.lora_A.weight": torch.zeros(4, 8), f"{Q}.lora_B.weight": torch.zeros(96, 4)},
-         "changes blocks.0.self_attn.q.weight of shape [96, 8], which in the base model is [96, 96]"),
-        ({f"{Q.replace('0', '7')}.lora_A.weight": torch.zeros(4, 96),
-          f"{Q.replace('0', '7')}.lora_B.weight": torch.zeros(96, 4)}, "which in the base model is not there"),
-        ({f"{Q}.lora_A.weight": torch.zeros(4, 96), f"{Q}.lora_B.weight": torch.zeros(96, 4),
-          f"{Q}.lora_magnitude_vector": torch.zeros(96)}, "no pair of matrices B A: base_model.model.blocks.0"),
-        ({f"{Q}.lora_A.weight": torch.zeros(4, 96), f"{Q}.lora_B.weight": torch.zeros(96, 4),
-          f"{Q}.lora_B.bias": torch.zeros(96)}, "no pair of matrices"),
+        (
+            {f"{Q}.lora_A.weight": torch.zeros(4, 8), f"{Q}.lora_B.weight": torch.zeros(96, 4)},
+            "changes blocks.0.self_attn.q.weight of shape [96, 8], which in the base model is [96, 96]",
+        ),
+        (
+            {
+                f"{Q.replace('0', '7')}.lora_A.weight": torch.zeros(4, 96),
+                f"{Q.replace('0', '7')}.lora_B.weight": torch.zeros(96, 4),
+            },
+            "which in the base model is not there",
+        ),
+        (
+            {
+                f"{Q}.lora_A.weight": torch.zeros(4, 96),
+                f"{Q}.lora_B.weight": torch.zeros(96, 4),
+                f"{Q}.lora_magnitude_vector": torch.zeros(96),
+            },
+            "no pair of matrices B A: base_model.model.blocks.0",
+        ),
+        (
+            {
+                f"{Q}.lora_A.weight": torch.zeros(4, 96),
+                f"{Q}.lora_B.weight": torch.zeros(96, 4),
+                f"{Q}.lora_B.bias": torch.zeros(96),
+            },
+            "no pair of matrices",
+        ),
         ({f"{Q}.lora_A.weight": torch.zeros(4, 96, 1, 1), f"{Q}.lora_B.weight": torch.zeros(96, 4)}, "no pair of"),
         ({f"{Q}.weight": torch.zeros(96, 96)}, "holds a DiT; expected a LoRA"),
         ({"x": torch.zeros(1)}, "holds no model that is known here; expected a LoRA"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_merged_is_named(base, tensors, words):
     lora = base.with_name("lora.safetensors")
     save_file(tensors, lora)

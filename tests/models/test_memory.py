@@ -107,15 +107,13 @@ def test_umt5_has_the_size_that_is_said():
 
 
 @pytest.mark.parametrize(
-    "rollout, frames, spare", [({}, 21, 0), ({}, 6, 0), ({"window": 12, "sink": 3}, 12, 3),
-                               ({"window": 9, "sink": 2, "rope": "relative"}, 9, 3)],
-)  # fmt: skip
+    "rollout, frames, spare",
+    [({}, 21, 0), ({}, 6, 0), ({"window": 12, "sink": 3}, 12, 3), ({"window": 9, "sink": 2, "rope": "relative"}, 9, 3)],
+)
 @pytest.mark.parametrize("slots", [1, 3])
 def test_the_cache_is_the_one_that_is_made(rollout, frames, spare, slots):
     sink, rope = rollout.get("sink", 0), rollout.get("rope", "absolute")
-    cache = KVCache(
-        30, 12, 128, 1560, frames, sink, slots, device="meta", dtype=torch.bfloat16, rope=rope, spare=spare
-    )  # fmt: skip
+    cache = KVCache(30, 12, 128, 1560, frames, sink, slots, device="meta", dtype=torch.bfloat16, rope=rope, spare=spare)
     moving = 0 if cache.still is None else cache.still.nbytes
     load = Workload(frames=frames, sessions=slots)
     assert predict(WAN, RolloutConfig(**rollout), load).held["kv_cache"] == cache.k.nbytes + cache.v.nbytes + moving
@@ -135,9 +133,19 @@ def test_an_fp8_cache_is_half_of_it_and_its_scales(rollout, frames, spare, slots
     with torch.device("meta"):
         scales = CacheScales(torch.ones(30, 12), torch.ones(30, 12), torch.zeros(30, 12, 128))
     cache = KVCache(
-        30, 12, 128, 1560, frames, rollout.get("sink", 0), slots, device="meta", dtype=E4M3, spare=spare,
-        rope=rollout.get("rope", "absolute"), scales=scales,
-    )  # fmt: skip
+        30,
+        12,
+        128,
+        1560,
+        frames,
+        rollout.get("sink", 0),
+        slots,
+        device="meta",
+        dtype=E4M3,
+        spare=spare,
+        rope=rollout.get("rope", "absolute"),
+        scales=scales,
+    )
     whole, half = (predict(WAN, RolloutConfig(**rollout), Workload(sessions=slots, cache=t)) for t in (None, E4M3))
     assert half.held["kv_cache"] == cache.nbytes and half.work == whole.work
     assert 2 * (cache.nbytes - sum(x.nbytes for x in cache.scales)) == whole.held["kv_cache"]
@@ -273,9 +281,12 @@ def test_1_3b_runs_on_a_12_gb_card():
 
 
 @given(
-    st.sampled_from(memory.PLACEMENTS), st.integers(3, 30), st.integers(1, 4),
-    st.sampled_from([memory.WAN_VAE, memory.TAEHV, memory.PIXELS, None]), st.sampled_from([memory.UMT5_XXL, None]),
-)  # fmt: skip
+    st.sampled_from(memory.PLACEMENTS),
+    st.integers(3, 30),
+    st.integers(1, 4),
+    st.sampled_from([memory.WAN_VAE, memory.TAEHV, memory.PIXELS, None]),
+    st.sampled_from([memory.UMT5_XXL, None]),
+)
 def test_more_takes_more_and_offloading_takes_less(offload, window, sessions, codec, text):
     def peak(window=window, sessions=sessions, offload=offload):
         load = Workload(sessions=sessions)
@@ -303,8 +314,9 @@ def test_what_is_measured_is_what_is_there():
     facts = memory.measure(parts)
     batch_norm = 3 * 4 + 3 * 4 + 8  # mean, variance, and an int64 count
     assert facts["weights"] == {
-        "generator": {"cpu": 9 * 4 + batch_norm}, "vae": {"unread": memory.part_bytes(parts["vae"])}
-    }  # fmt: skip
+        "generator": {"cpu": 9 * 4 + batch_norm},
+        "vae": {"unread": memory.part_bytes(parts["vae"])},
+    }
     assert memory.part_bytes(parts["vae"]) > 2 * memory.PIXELS.parameters and "device" not in facts
     assert 10**7 < facts["process"] <= facts["process_peak"] < 10**12
 
@@ -320,9 +332,10 @@ def test_sizes_are_those_of_the_parts():
     codec, text = PixelCodec(), nn.Linear(2, 3)
     sizes = memory.sizes_of({"generator": nn.Linear(3, 4), "confidence": None, "vae": codec, "text": text})
     assert sizes == {
-        "codec": memory.PIXELS, "text": None,
+        "codec": memory.PIXELS,
+        "text": None,
         "weights": {"generator": 64, "confidence": 0, "vae": memory.part_bytes(codec), "text": 36},
-    }  # fmt: skip
+    }
     held = predict(PRESETS["shapes"], RolloutConfig(), Workload(8, 8), offload=("text", "vae"), **sizes).held
     assert held["text"] == 36 and held["generator"] == 64 and not {"vae", "confidence"} & held.keys()
 
@@ -334,8 +347,12 @@ def test_the_first_placement_that_fits_is_chosen_and_said(caplog):
     peaks = {(): 30, ("text",): 20, ("text", "vae"): 10}
     with caplog.at_level(logging.INFO, logger=memory.__name__):
         assert [memory.choose(peaks, room) for room in (30, 29, 20, 19, 10)] == [
-            (), ("text",), ("text",), ("text", "vae"), ("text", "vae"),
-        ]  # fmt: skip
+            (),
+            ("text",),
+            ("text",),
+            ("text", "vae"),
+            ("text", "vae"),
+        ]
         assert {record.levelname for record in caplog.records} == {"INFO"} and "offload text,vae: " in caplog.text
         assert memory.choose(peaks, 9) == ("text", "vae")
     assert caplog.records[-1].levelname == "WARNING" and "memory may run out; a smaller window" in caplog.text
@@ -441,12 +458,16 @@ def random_weights(vae):
 
 VAES = {
     "wan": lambda: WanVAE(
-        dim=4, latent_channels=3, multipliers=(1, 2, 2), time_down=(True, True), mean=(0.5, -1.0, 0.1),
+        dim=4,
+        latent_channels=3,
+        multipliers=(1, 2, 2),
+        time_down=(True, True),
+        mean=(0.5, -1.0, 0.1),
         std=(2.0, 1.5, 0.7),
     ),
     "taehv": lambda: TinyVAE(widths=(8, 6, 5, 4), latent_channels=3),
     "pixels": PixelCodec,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", VAES)

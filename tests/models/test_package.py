@@ -167,9 +167,14 @@ def wan(tmp_path_factory):
     torch.manual_seed(4)
     root = tmp_path_factory.mktemp("parts") / "SFWan2.1-small"
     dit = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=128, ffn_dim=64, text_dim=24, freq_dim=32, num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=128,
+        ffn_dim=64,
+        text_dim=24,
+        freq_dim=32,
+        num_layers=1,
         cross_attn_norm=True,
-    )  # fmt: skip
+    )
     vae = AutoencoderKLWan(base_dim=8)
     text = UMT5EncoderModel(UMT5Config(vocab_size=6, d_model=24, d_kv=8, d_ff=20, num_layers=1, num_heads=2))
     for module, place in ((dit, "transformer"), (vae, "vae"), (text, "text_encoder")):

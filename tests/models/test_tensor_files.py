@@ -65,9 +65,13 @@ def test_what_torch_saves_is_read(tmp_path, kind, monkeypatch):
     """Views of one storage, strides of every kind, parameters; from archives with plain records, and from others."""
     base = torch.randn(4, 6, 5)
     made = tensors() | {
-        "base": base, "turned": base.permute(2, 0, 1), "inside": base[1:3, ::2], "one row": base[3, 5],
-        "wide": torch.randn(1, 3).expand(4, 3), "parameter": torch.nn.Parameter(torch.randn(3)),
-    }  # fmt: skip
+        "base": base,
+        "turned": base.permute(2, 0, 1),
+        "inside": base[1:3, ::2],
+        "one row": base[3, 5],
+        "wide": torch.randn(1, 3).expand(4, 3),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+    }
     if kind == "legacy":  # it has no such dtype
         made = {name: tensor for name, tensor in made.items() if "float8" not in str(tensor.dtype)}
     path = tmp_path / "a.pt"
@@ -167,7 +171,14 @@ def test_a_damaged_archive_is_read_or_refused(tmp_path_factory, changes, longer)
 @pytest.mark.parametrize(
     "header",
     [
-        b"[]", b"7", b"null", b'"text"', b"{}x", b'{"a": 1}', b'{"a": {}}', b'{"a": {"dtype": "F32", "shape": [1]}}',
+        b"[]",
+        b"7",
+        b"null",
+        b'"text"',
+        b"{}x",
+        b'{"a": 1}',
+        b'{"a": {}}',
+        b'{"a": {"dtype": "F32", "shape": [1]}}',
         b'{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
@@ -177,7 +188,7 @@ def test_a_damaged_archive_is_read_or_refused(tmp_path_factory, changes, longer)
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": "04"}}',
         b"[" * 100_000,
     ],
-)  # fmt: skip
+)
 def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)

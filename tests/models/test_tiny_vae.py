@@ -129,9 +129,12 @@ def test_full_size_has_taehv_s_names():
         for kind in ("weight", "bias")
         if kind == "weight" or i in biased[half]
     } | {
-        f"{half}.{i}.conv.{j}.{kind}" for half in memories for i in memories[half] for j in (0, 2, 4)
+        f"{half}.{i}.conv.{j}.{kind}"
+        for half in memories
+        for i in memories[half]
+        for j in (0, 2, 4)
         for kind in ("weight", "bias")
-    }  # fmt: skip
+    }
     assert vae.state_dict().keys() == names and len(names) == 128
     assert sum(p.numel() for p in vae.parameters()) == 11_315_539
     assert frames.shape == (1, 81, 3, 16, 24) and len(state) == 9

@@ -184,8 +184,12 @@ class Convolutions(TorchDispatchMode):
 
 def test_at_full_size_only_the_last_convolution_is_padded(monkeypatch):
     """For tensor cores, which take 8 outputs of a 16-bit dtype; the weights keep their names and shapes."""
-    for device, dtype, unit in [(True, torch.bfloat16, 8), (True, torch.float16, 8), (True, torch.float32, 1),
-                                (False, torch.bfloat16, 1)]:  # fmt: skip
+    for device, dtype, unit in [
+        (True, torch.bfloat16, 8),
+        (True, torch.float16, 8),
+        (True, torch.float32, 1),
+        (False, torch.bfloat16, 1),
+    ]:
         assert vae_module._unit(SimpleNamespace(is_cuda=device, dtype=dtype)) == unit
     monkeypatch.setattr(vae_module, "_unit", lambda x: 8)
     with torch.device("meta"), torch.no_grad():

@@ -82,10 +82,17 @@ def cache_with_nan(shape, slot, keys):
 
 @pytest.mark.parametrize(
     "slot, keys",
-    [([0], [[(0, 1)]]), ([2], [[(0, 5)]]), ([3, 0], [[(2, 3)], [(0, 5)]]), ([1, 2, 0], [[(1, 4)], [(0, 2)], [(3, 5)]]),
-     ([2], [[(0, 1), (3, 5)]]), ([1, 3], [[(3, 5), (0, 2)], [(1, 1), (4, 5)]]), ([0, 0], [[(0, 2)], [(1, 4)]]),
-     ([1, 2], [[(2, 3), (0, 0), (4, 5)], [(3, 3), (2, 2), (5, 5)]])],
-)  # fmt: skip
+    [
+        ([0], [[(0, 1)]]),
+        ([2], [[(0, 5)]]),
+        ([3, 0], [[(2, 3)], [(0, 5)]]),
+        ([1, 2, 0], [[(1, 4)], [(0, 2)], [(3, 5)]]),
+        ([2], [[(0, 1), (3, 5)]]),
+        ([1, 3], [[(3, 5), (0, 2)], [(1, 1), (4, 5)]]),
+        ([0, 0], [[(0, 2)], [(1, 4)]]),
+        ([1, 2], [[(2, 3), (0, 0), (4, 5)], [(3, 3), (2, 2), (5, 5)]]),
+    ],
+)
 def test_rows_read_their_own_slot_and_runs(slot, keys, attend, close):
     k, v = cache_with_nan((4, 5, 3, 2, 8), slot, keys)
     slot, keys = torch.tensor(slot), torch.tensor(keys)
@@ -189,9 +196,13 @@ def test_one_key_stands_for_many_equal_ones(case):
 
 @pytest.mark.parametrize(
     "q, cache",
-    [((1, 4, 2, 8), (1, 3, 4, 2, 6)), ((1, 4, 3, 8), (1, 3, 4, 2, 8)), ((1, 4, 16), (1, 3, 4, 2, 8)),
-     ((1, 4, 2, 8), (3, 4, 2, 8))],
-)  # fmt: skip
+    [
+        ((1, 4, 2, 8), (1, 3, 4, 2, 6)),
+        ((1, 4, 3, 8), (1, 3, 4, 2, 8)),
+        ((1, 4, 16), (1, 3, 4, 2, 8)),
+        ((1, 4, 2, 8), (3, 4, 2, 8)),
+    ],
+)
 def test_attention_names_shapes_that_do_not_fit(q, cache):
     row = torch.tensor([0])
     with pytest.raises(ValueError, match="attention: q") as error:
@@ -201,9 +212,13 @@ def test_attention_names_shapes_that_do_not_fit(q, cache):
 
 @pytest.mark.parametrize(
     "q, k, v",
-    [((2, 4, 2, 8), (1, 3, 2, 8), (1, 3, 2, 8)), ((1, 4, 2, 8), (1, 3, 2, 6), (1, 3, 2, 6)),
-     ((1, 4, 2, 8), (1, 3, 2, 8), (1, 5, 2, 8)), ((1, 4, 4, 8), (1, 3, 2, 8), (1, 3, 2, 8))],
-)  # fmt: skip
+    [
+        ((2, 4, 2, 8), (1, 3, 2, 8), (1, 3, 2, 8)),
+        ((1, 4, 2, 8), (1, 3, 2, 6), (1, 3, 2, 6)),
+        ((1, 4, 2, 8), (1, 3, 2, 8), (1, 5, 2, 8)),
+        ((1, 4, 4, 8), (1, 3, 2, 8), (1, 3, 2, 8)),
+    ],
+)
 def test_cross_attention_names_shapes_that_do_not_fit(q, k, v):
     with pytest.raises(ValueError, match="cross_attention") as error:
         ops.cross_attention(torch.zeros(q), torch.zeros(k), torch.zeros(v))
@@ -292,12 +307,15 @@ def test_the_kernel_serves_float32_queries_from_a_half_precision_cache(small_til
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_kernel_gives_zeros_without_keys(small_tiles, splits):
-    check_attention(2, 18, 1, 16, 3, 4, 1, [0, 0], [[(2, 2), (4, 1)], [(0, 0), (0, 0)]], torch.float32, torch.float32,
-                    splits)  # fmt: skip
+    check_attention(
+        2, 18, 1, 16, 3, 4, 1, [0, 0], [[(2, 2), (4, 1)], [(0, 0), (0, 0)]], torch.float32, torch.float32, splits
+    )
 
 
-@pytest.mark.parametrize("dtype, cache_dtype", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn),
-                                                (torch.float32, torch.float32)])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, cache_dtype",
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn), (torch.float32, torch.float32)],
+)
 def test_the_kernel_with_large_scores(small_tiles, dtype, cache_dtype):
     """Scores of +-1e5, all of a sign in one head, and of zero: neither exp2 nor the queries' own scale may overflow."""
     q = torch.randn(1, 20, 2, 16, device=DEVICE).abs().to(dtype) * 3e4
@@ -377,8 +395,9 @@ def test_every_part_of_the_keys_has_a_tile(programs, steps, output_bytes, multip
     assert 1 <= kernel.split_count(programs, steps, output_bytes, multiprocessors) <= max(1, steps)
 
 
-@pytest.mark.parametrize("arch, limit", [(80, 166_912), (86, 101_376), (89, 101_376), (90, 232_448), (100, 232_448),
-                                         (120, 101_376)])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, limit", [(80, 166_912), (86, 101_376), (89, 101_376), (90, 232_448), (100, 232_448), (120, 101_376)]
+)
 def test_tiles_fit_the_shared_memory(arch, limit):
     """By what a tile holds; what the compiler adds is counted in test_compile.py."""
     for tokens, dim, itemsize in itertools.product((1, 64, 65, 4680), kernel.HEAD_DIMS, (2, 4)):

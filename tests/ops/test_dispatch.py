@@ -107,16 +107,19 @@ def hopper(monkeypatch):
         function.cache_clear()
 
 
-@pytest.mark.parametrize("call, backend", [
-    ((torch.bfloat16, 128, torch.bfloat16), "cuda"),
-    ((torch.bfloat16, 64, torch.bfloat16), "cuda"),
-    ((torch.bfloat16, 128, E4M3), "cuda"),
-    ((torch.bfloat16, 64, E4M3), "triton"),  # csrc has e4m3 at 128 alone
-    ((torch.bfloat16, 32, torch.bfloat16), "triton"),  # the small model that is shipped
-    ((torch.float32, 128, torch.float32), "triton"),
-    ((torch.float16, 128, torch.float16), "triton"),
-    ((torch.bfloat16, 96, torch.bfloat16), "reference"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, backend",
+    [
+        ((torch.bfloat16, 128, torch.bfloat16), "cuda"),
+        ((torch.bfloat16, 64, torch.bfloat16), "cuda"),
+        ((torch.bfloat16, 128, E4M3), "cuda"),
+        ((torch.bfloat16, 64, E4M3), "triton"),  # csrc has e4m3 at 128 alone
+        ((torch.bfloat16, 32, torch.bfloat16), "triton"),  # the small model that is shipped
+        ((torch.float32, 128, torch.float32), "triton"),
+        ((torch.float16, 128, torch.float16), "triton"),
+        ((torch.bfloat16, 96, torch.bfloat16), "reference"),
+    ],
+)
 def test_attention_of_a_kind_that_csrc_does_not_take_falls_back(hopper, caplog, call, backend):
     """The same process runs each kind by what can run it, and says so once."""
     hopper.setenv("DSA_BACKEND", "cuda")
@@ -128,8 +131,10 @@ def test_attention_of_a_kind_that_csrc_does_not_take_falls_back(hopper, caplog, 
     Query.dtype = dtype
     for _ in range(3):
         function = dispatch.implementation("attention", Query(), head_dim, stored)
-    assert function.__module__.removeprefix("dsa_engine.").split(".")[-1] == {
-        "cuda": "cuda", "triton": "attention", "reference": "reference"}[backend]  # fmt: skip
+    assert (
+        function.__module__.removeprefix("dsa_engine.").split(".")[-1]
+        == {"cuda": "cuda", "triton": "attention", "reference": "reference"}[backend]
+    )
     warned = sum("DSA_BACKEND=cuda does not run attention" in message for message in caplog.messages)
     assert warned == (backend != "cuda")
     assert dispatch._function.cache_info().hits == 2
@@ -155,9 +160,11 @@ def test_what_csrc_has_follows_the_device(monkeypatch):
         calls = Call("attention", capability), Call("modulate", capability), Call("modulate", capability, stored=E4M3)
         kinds[capability] = [reason and reason.kind for reason in map(ops_cuda.supports, calls)]
     assert kinds == {
-        (7, 5): [Kind.DEVICE] * 3, (8, 0): [Kind.DEVICE, None, Kind.CALL], (9, 0): [None] * 3,
+        (7, 5): [Kind.DEVICE] * 3,
+        (8, 0): [Kind.DEVICE, None, Kind.CALL],
+        (9, 0): [None] * 3,
         (10, 0): [Kind.DEVICE, None, Kind.CALL],
-    }  # fmt: skip
+    }
     monkeypatch.setattr(ops_cuda, "csrc", None)
     monkeypatch.setattr(ops_cuda, "_missing", "no module", raising=False)
     assert ops_cuda.supports(Call("modulate", HOPPER)).kind is Kind.NOT_INSTALLED

@@ -63,8 +63,19 @@ def test_each_row_has_its_own_scale(op):
 @pytest.mark.parametrize("op", BACKENDS)
 def test_ties_go_to_the_even_number(op):
     """The row's maximum makes its scale 1, so that ties stay ties; 2^-10 is half of the smallest number."""
-    ties = {17.0: 16.0, 19.0: 20.0, -17.0: -16.0, -19.0: -20.0, 1.0625: 1.0, 1.1875: 1.25, 432.0: 448.0, 400.0: 384.0,
-            15.5: 16.0, 2**-10: 0.0, 3 * 2**-10: 2**-8}  # fmt: skip
+    ties = {
+        17.0: 16.0,
+        19.0: 20.0,
+        -17.0: -16.0,
+        -19.0: -20.0,
+        1.0625: 1.0,
+        1.1875: 1.25,
+        432.0: 448.0,
+        400.0: 384.0,
+        15.5: 16.0,
+        2**-10: 0.0,
+        3 * 2**-10: 2**-8,
+    }
     values, scale = op.quantise(torch.tensor([[448.0, *ties]], device=DEVICE))
     assert scale.item() == 1 and values.float()[0, 1:].tolist() == list(ties.values())
 

@@ -257,8 +257,11 @@ def test_a_frame_reads_no_vector_but_its_own():
         m[1, 1] = float("nan")
     spoilt = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
     spoilt[1, 2:4] = True
-    outs = kernel.modulate(x, shift, scale, EPS), kernel.gate_residual(x, x, gate), \
-        *kernel.residual_modulate(x, x, gate, shift, scale, EPS)  # fmt: skip
+    outs = (
+        kernel.modulate(x, shift, scale, EPS),
+        kernel.gate_residual(x, x, gate),
+        *kernel.residual_modulate(x, x, gate, shift, scale, EPS),
+    )
     for out in outs:
         assert torch.equal(out.isnan().all(-1), spoilt) and torch.equal(out.isnan().any(-1), spoilt)
 

@@ -135,8 +135,9 @@ def test_append_names_shapes_that_do_not_fit(wrong):
 
 def random_scales(slots, heads, head_dim):
     """Scales that use e4m3's range and now and then leave it, and a shift as large as the keys."""
-    return CacheScales(*(0.002 + 0.02 * torch.rand(2, slots, heads, device=DEVICE)),
-                       torch.randn(slots, heads, head_dim, device=DEVICE))  # fmt: skip
+    return CacheScales(
+        *(0.002 + 0.02 * torch.rand(2, slots, heads, device=DEVICE)), torch.randn(slots, heads, head_dim, device=DEVICE)
+    )
 
 
 def nearest_e4m3(x):
@@ -167,8 +168,9 @@ def test_scales_go_with_an_fp8_cache_alone(dtype):
     cache = torch.zeros(2, 1, 1, 2, 2, 8, dtype=dtype)
     scales = random_scales(1, 2, 8) if dtype == torch.float32 else None
     with pytest.raises(ValueError, match="norm_rope_append: cache of .* e4m3 has them"):
-        ops.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, *cache, torch.tensor([0]), torch.tensor([[0]]),
-                             scales)  # fmt: skip
+        ops.norm_rope_append(
+            q, k, v, gain_q, gain_k, cos, sin, EPS, *cache, torch.tensor([0]), torch.tensor([[0]]), scales
+        )
 
 
 def exact_rms_norm(x, gain):
@@ -236,8 +238,11 @@ def check_append(shape, slots, window, slot, write, dtype, cache_dtype, integers
     args = (q, k, v, gain_q, gain_k, cos, sin, EPS)
     with poisoned_memory():
         rotated = kernel.norm_rope_append(*args, *out, slot, write, scales)
-    compare(rotated, reference.norm_rope_append(*args, *plain, slot.long(), write.long(), scales),
-            exact_norm_rope(q, gain_q, cos, sin))  # fmt: skip
+    compare(
+        rotated,
+        reference.norm_rope_append(*args, *plain, slot.long(), write.long(), scales),
+        exact_norm_rope(q, gain_q, cos, sin),
+    )
 
     keys, values = exact_norm_rope(k, gain_k, cos, sin), v.double().unflatten(-1, (heads, head_dim))
     if scales is not None:
@@ -301,8 +306,20 @@ def test_the_kernel_refuses_strides_that_it_does_not_read(wrong):
     given[wrong] = torch.stack((x, x), dim=-1)[..., 0]
     assert given[wrong].stride() != x.stride()
     with pytest.raises(ValueError, match="contiguous"):
-        kernel.norm_rope_append(given["q"], k, given["v"], given["gain"], gain_k, given["cos"], sin, EPS,
-                                given["cache"], cache[1], row, given["write"])  # fmt: skip
+        kernel.norm_rope_append(
+            given["q"],
+            k,
+            given["v"],
+            given["gain"],
+            gain_k,
+            given["cos"],
+            sin,
+            EPS,
+            given["cache"],
+            cache[1],
+            row,
+            given["write"],
+        )
 
 
 @pytest.mark.parametrize("wrong", ["x", "gain"])
@@ -316,5 +333,6 @@ def test_the_kernel_of_rms_norm_refuses_strides_that_it_does_not_read(wrong):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
 def test_the_kernel_at_real_shapes(dtype, fp8):
-    check_append((2, 3, 1560, 12, 128), 3, 21, [2, 0], [[20, 3, 4], [0, 1, 2]], dtype,
-                 torch.float8_e4m3fn if fp8 else dtype)  # fmt: skip
+    check_append(
+        (2, 3, 1560, 12, 128), 3, 21, [2, 0], [[20, 3, 4], [0, 1, 2]], dtype, torch.float8_e4m3fn if fp8 else dtype
+    )

@@ -84,9 +84,12 @@ def exact(hidden, frames):
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=8)
 @given(
-    batch=st.integers(1, 2), frames=st.integers(1, 3), tokens=st.integers(1, 40), channels=st.integers(2, 200),
+    batch=st.integers(1, 2),
+    frames=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    channels=st.integers(2, 200),
     offset=st.sampled_from((0.0, 20.0)),
-)  # fmt: skip
+)
 def test_the_kernels(dtype, batch, frames, tokens, channels, offset):
     hidden = surrounded(batch, frames * tokens, channels, dtype=dtype, scale=5.0, offset=offset)
     with poisoned_memory():

@@ -24,16 +24,27 @@ def test_plain_torch_passes():
     assert smoke.check(reference.attention, "cpu") is None
 
 
-@pytest.mark.parametrize("name, wrong", [
-    ("a little off", lambda *args: reference.attention(*args) * 1.01),
-    ("one head off", lambda *args: torch.cat((reference.attention(*args)[:, :, :1],) * 2, dim=2)),
-    ("the first run alone", lambda q, k, v, slot, keys, s: reference.attention(q, k, v, slot, keys[:, :1], s)),
-    ("every frame", lambda q, k, v, slot, keys, s: reference.attention(
-        q, k, v, slot, torch.tensor([[[0, 5]]]).expand(4, 1, 2), s)),
-    ("its row's slot", lambda q, k, v, slot, keys, s: reference.attention(q, k, v, torch.arange(4), keys, s)),
-    ("no scales", lambda q, k, v, slot, keys, s: reference.attention(
-        q, k, v, slot, keys, s and s._replace(v=torch.ones_like(s.v)))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("a little off", lambda *args: reference.attention(*args) * 1.01),
+        ("one head off", lambda *args: torch.cat((reference.attention(*args)[:, :, :1],) * 2, dim=2)),
+        ("the first run alone", lambda q, k, v, slot, keys, s: reference.attention(q, k, v, slot, keys[:, :1], s)),
+        (
+            "every frame",
+            lambda q, k, v, slot, keys, s: reference.attention(
+                q, k, v, slot, torch.tensor([[[0, 5]]]).expand(4, 1, 2), s
+            ),
+        ),
+        ("its row's slot", lambda q, k, v, slot, keys, s: reference.attention(q, k, v, torch.arange(4), keys, s)),
+        (
+            "no scales",
+            lambda q, k, v, slot, keys, s: reference.attention(
+                q, k, v, slot, keys, s and s._replace(v=torch.ones_like(s.v))
+            ),
+        ),
+    ],
+)
 def test_a_wrong_kernel_fails(name, wrong):
     assert "error" in smoke.check(wrong, "cpu")
 
@@ -53,15 +64,21 @@ def test_a_kernel_that_gives_other_bits_the_second_time_fails():
 # ---- the child -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script, seconds, expected", [
-    ("print('torch says hello'); print('{\"wrong\": null}')", 60, PASSED),
-    ("print('{\"wrong\": \"e4m3 cache: error 1\"}')", 60, Verdict(False, "its smoke test: e4m3 cache: error 1")),
-    ("import time; time.sleep(600)", 0.3, Verdict(False, "its smoke test gave no answer in 0.3 s")),
-    ("raise SystemExit('an illegal memory access')", 60,
-     Verdict(False, "its smoke test ended with code 1: an illegal memory access")),
-    ("import os; os.abort()", 60, Verdict(False, "its smoke test ended with code -6: nothing on stderr")),
-    ("print('what?')", 60, Verdict(False, "its smoke test said 'what?\\n'")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, seconds, expected",
+    [
+        ("print('torch says hello'); print('{\"wrong\": null}')", 60, PASSED),
+        ('print(\'{"wrong": "e4m3 cache: error 1"}\')', 60, Verdict(False, "its smoke test: e4m3 cache: error 1")),
+        ("import time; time.sleep(600)", 0.3, Verdict(False, "its smoke test gave no answer in 0.3 s")),
+        (
+            "raise SystemExit('an illegal memory access')",
+            60,
+            Verdict(False, "its smoke test ended with code 1: an illegal memory access"),
+        ),
+        ("import os; os.abort()", 60, Verdict(False, "its smoke test ended with code -6: nothing on stderr")),
+        ("print('what?')", 60, Verdict(False, "its smoke test said 'what?\\n'")),
+    ],
+)
 def test_whatever_a_child_does_there_is_a_verdict(script, seconds, expected):
     assert smoke.ask([sys.executable, "-S", "-c", script], seconds) == expected
 
@@ -90,8 +107,13 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(ops_cuda, "csrc", Built)
     monkeypatch.setattr(smoke, "ask", ask)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, value in {"is_available": True, "current_device": 0, "is_current_stream_capturing": None,
-                        "get_device_properties": Properties(), "get_device_capability": (9, 0)}.items():  # fmt: skip
+    for name, value in {
+        "is_available": True,
+        "current_device": 0,
+        "is_current_stream_capturing": None,
+        "get_device_properties": Properties(),
+        "get_device_capability": (9, 0),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *index, value=value: Device.capturing if value is None else value)
     smoke.identity.cache_clear()
     yield Device

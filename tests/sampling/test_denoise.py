@@ -53,9 +53,16 @@ def test_rows_that_stop_at_different_steps_equal_the_naive_loop(tiny_dit, tiny_c
     text_kv = tiny_dit.text_kv(torch.randn(len(counts), 5, 40))
     rows = cache_rows(tiny_dit, len(counts))
     result = denoise_chunk(
-        tiny_dit, head, x, chunk=0, sigmas=SCHEDULE.sigmas, policies=[Fixed(n) for n in counts],
-        renoise=lambda step, which: table[step, which], text_kv=text_kv, rows=rows,
-    )  # fmt: skip
+        tiny_dit,
+        head,
+        x,
+        chunk=0,
+        sigmas=SCHEDULE.sigmas,
+        policies=[Fixed(n) for n in counts],
+        renoise=lambda step, which: table[step, which],
+        text_kv=text_kv,
+        rows=rows,
+    )
     expected, certain = naive(tiny_dit, head, x, counts, table, text_kv, cache_rows(tiny_dit, len(counts)))
     assert result.steps == list(counts)
     close(result.latents, expected, 1e-5)
@@ -95,10 +102,17 @@ def test_a_perfect_model_needs_one_step_and_stopped_rows_cost_nothing():
     model = Oracle(target)
     seen = []
     result = denoise_chunk(
-        model, logits, torch.randn(4, *SHAPE), chunk=0, sigmas=SCHEDULE.sigmas,
-        policies=[PerChunk([n]) for n in (3, 1, 4, 2)], renoise=lambda step, which: torch.randn(len(which), *SHAPE),
-        text_kv=TextKV(torch.zeros(1, 2, 4, 1, 1, 1)), rows=Rows([0, 1, 2, 3]), on_step=seen.append,
-    )  # fmt: skip
+        model,
+        logits,
+        torch.randn(4, *SHAPE),
+        chunk=0,
+        sigmas=SCHEDULE.sigmas,
+        policies=[PerChunk([n]) for n in (3, 1, 4, 2)],
+        renoise=lambda step, which: torch.randn(len(which), *SHAPE),
+        text_kv=TextKV(torch.zeros(1, 2, 4, 1, 1, 1)),
+        rows=Rows([0, 1, 2, 3]),
+        on_step=seen.append,
+    )
     torch.testing.assert_close(result.latents, target, rtol=0, atol=2e-6)
     assert model.sizes == [4, 3, 2, 1]
     assert [step.rows for step in seen] == [[0, 1, 2, 3], [0, 2, 3], [0, 2], [2]]
@@ -108,11 +122,16 @@ def test_a_perfect_model_needs_one_step_and_stopped_rows_cost_nothing():
 def test_the_confidence_of_each_row_decides_for_that_row_alone():
     model = Oracle(torch.zeros(3, *SHAPE))
     result = denoise_chunk(
-        model, logits, torch.randn(3, *SHAPE), chunk=0, sigmas=SCHEDULE.sigmas,
+        model,
+        logits,
+        torch.randn(3, *SHAPE),
+        chunk=0,
+        sigmas=SCHEDULE.sigmas,
         policies=[Confidence(0.6) for _ in range(3)],  # sigmoid(0) = .5 never passes, sigmoid(1) = .73 does at once
-        renoise=lambda step, which: torch.zeros(len(which), *SHAPE), text_kv=TextKV(torch.zeros(1, 2, 3, 1, 1, 1)),
+        renoise=lambda step, which: torch.zeros(len(which), *SHAPE),
+        text_kv=TextKV(torch.zeros(1, 2, 3, 1, 1, 1)),
         rows=Rows([0, 1, 2]),
-    )  # fmt: skip
+    )
     assert result.steps == [4, 1, 1]
     assert result.confidence[:, 0].tolist() == pytest.approx([0.5, 0.7310586, 0.8807970])
 
@@ -142,10 +161,16 @@ ESTIMATES = torch.tensor(
 def known_chunk(policies, table=ESTIMATES, head=None):
     model = Known(table)
     return denoise_chunk(
-        model, head, torch.randn(4, *SHAPE), chunk=0, sigmas=SCHEDULE.sigmas, policies=policies,
-        renoise=lambda step, which: torch.randn(len(which), *SHAPE), text_kv=TextKV(torch.zeros(1, 2, 4, 1, 1, 1)),
+        model,
+        head,
+        torch.randn(4, *SHAPE),
+        chunk=0,
+        sigmas=SCHEDULE.sigmas,
+        policies=policies,
+        renoise=lambda step, which: torch.randn(len(which), *SHAPE),
+        text_kv=TextKV(torch.zeros(1, 2, 4, 1, 1, 1)),
         rows=Rows([0, 1, 2, 3]),
-    )  # fmt: skip
+    )
 
 
 def test_a_row_stops_when_its_own_estimate_hardly_changes():

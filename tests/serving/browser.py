@@ -23,9 +23,14 @@ from dsa_engine.serving.worker import Worker
 
 PATIENCE = 30_000  # milliseconds; only what hangs gets there
 OPTIONS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 DESKTOP, PHONE = {"width": 1200, "height": 1000}, {"width": 390, "height": 844}
 
 

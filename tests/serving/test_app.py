@@ -217,8 +217,12 @@ def test_pages_of_the_list(fresh):
     assert [video["id"] for video in rising["data"]] == ids[1:4] and rising["has_more"]
     refused(fresh.get("/v1/videos", params={"after": ID}), 404, ID)
     assert fresh.get("/v1/videos", params={"after": ids[0]}).json() == {
-        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False
-    }  # fmt: skip
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
 
 
 def test_the_content_of_what_is_not_there_yet(fresh):
@@ -310,10 +314,20 @@ def test_no_number_is_not_a_number(client, name, value):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"null", b"[]", b'"x"', b'{"prompt": "\\ud800"}', b'{"prompt": "\xff"}', b"[" * 100_000,
-     b'{"seed": ' + b"9" * 10_000 + b', "prompt": "x"}', b'{"prompt": "x"} {}'],
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"x"',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "\xff"}',
+        b"[" * 100_000,
+        b'{"seed": ' + b"9" * 10_000 + b', "prompt": "x"}',
+        b'{"prompt": "x"} {}',
+    ],
     ids=lambda body: repr(body[:12]),
-)  # fmt: skip
+)
 def test_broken_json_is_refused(client, body):
     refused(client.post("/v1/videos", content=body, headers=JSON), 422)
 
@@ -364,7 +378,7 @@ def test_broken_multipart_is_refused(client, kind, body, status):
         ([("prompt", (None, "a"))] + [("input_reference", ("x", png(PICTURE)))] * 2, 400, "files"),
         ([(f"f{i}", (None, "1")) for i in range(80)], 400, "fields"),
     ],
-)  # fmt: skip
+)
 def test_wrong_forms_are_refused(client, parts, status, words):
     refused(client.post("/v1/videos", files=parts), status, words)
 
@@ -455,10 +469,18 @@ def handed(app, method: str, path: bytes, headers=(), body: bytes = b"", parts: 
     """What an app answers when it is called as a server calls it, with nothing put right by a client; and how many
     parts of the body it asked for."""
     scope = {
-        "type": "http", "method": method, "path": unquote_to_bytes(path).decode("utf-8", "replace"), "raw_path": path,
-        "query_string": b"", "headers": list(headers), "http_version": "1.1", "scheme": "http", "root_path": "",
-        "server": ("localhost", 80), "client": ("localhost", 9),
-    }  # fmt: skip
+        "type": "http",
+        "method": method,
+        "path": unquote_to_bytes(path).decode("utf-8", "replace"),
+        "raw_path": path,
+        "query_string": b"",
+        "headers": list(headers),
+        "http_version": "1.1",
+        "scheme": "http",
+        "root_path": "",
+        "server": ("localhost", 80),
+        "client": ("localhost", 9),
+    }
     asked, sent = 0, []
 
     async def receive():
@@ -488,9 +510,24 @@ def test_a_body_is_not_read_on_whatever_its_length_is_said_to_be(bare, length, p
 
 
 TRICKS = [
-    "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/jobs.sqlite", "video_", ID[:-1], ID.upper(), ID + "0",
-    ID + "%00", ID + "%0a", ID + ".mp4", "..", ".", "%", "%ff%fe", ID + "/../../jobs.sqlite", "~", "\\..\\..",
-]  # fmt: skip
+    "../../etc/passwd",
+    "..%2f..%2fetc%2fpasswd",
+    "%2e%2e/%2e%2e/jobs.sqlite",
+    "video_",
+    ID[:-1],
+    ID.upper(),
+    ID + "0",
+    ID + "%00",
+    ID + "%0a",
+    ID + ".mp4",
+    "..",
+    ".",
+    "%",
+    "%ff%fe",
+    ID + "/../../jobs.sqlite",
+    "~",
+    "\\..\\..",
+]
 
 
 @pytest.mark.parametrize("trick", TRICKS)
@@ -512,9 +549,14 @@ def test_a_token_is_asked_for(tmp_path, header):
     with served(tmp_path, token="secret") as client:
         headers = {} if header is None else {"authorization": header.encode()}
         for method, path in (
-            ("GET", "/v1/models"), ("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", f"/v1/videos/{ID}"),
-            ("DELETE", f"/v1/videos/{ID}"), ("GET", f"/v1/videos/{ID}/content"), ("GET", "/metrics"),
-        ):  # fmt: skip
+            ("GET", "/v1/models"),
+            ("GET", "/v1/videos"),
+            ("POST", "/v1/videos"),
+            ("GET", f"/v1/videos/{ID}"),
+            ("DELETE", f"/v1/videos/{ID}"),
+            ("GET", f"/v1/videos/{ID}/content"),
+            ("GET", "/metrics"),
+        ):
             answer = client.request(method, path, headers=headers)
             refused(answer, 401, "bearer token")
             assert answer.headers["www-authenticate"] == "Bearer"

@@ -230,6 +230,6 @@ def test_they_run_as_modules(tmp_path):
     name = "dsa_engine.serving.examples.custom_worker"
     result = subprocess.run(
         [sys.executable, "-m", name, "a red circle rests", "nonsense"], capture_output=True, text=True, check=False
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert "stream 0: 15\n" in result.stdout and "stream 1: the prompt 'nonsense'" in result.stdout

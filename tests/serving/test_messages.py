@@ -34,9 +34,18 @@ def checked(text: str) -> None:
 
 def test_every_message_is_understood():
     everything = start(
-        model="shapes", format="jpeg", width=48, height=64, fps=12, num_frames=9, seed=2**64 - 1, step_policy="dsa",
-        confidence_threshold=1, min_steps=1, max_steps=4,
-    )  # fmt: skip
+        model="shapes",
+        format="jpeg",
+        width=48,
+        height=64,
+        fps=12,
+        num_frames=9,
+        seed=2**64 - 1,
+        step_policy="dsa",
+        confidence_threshold=1,
+        min_steps=1,
+        max_steps=4,
+    )
     checked(everything)
     said = messages.parse(everything)
     assert isinstance(said, Start)

@@ -44,14 +44,25 @@ def server(untrained, tmp_path_factory):
         port = sock.getsockname()[1]
         sock.close()
         options = {
-            "model": str(untrained), "device": "cpu", "replicas": 2, "deterministic": True, "steps": "dsa",
-            "sessions": 3, "jobs": 2, "waiting": 1, "snapshot_every": 2, "data": tmp_path_factory.mktemp("data"),
+            "model": str(untrained),
+            "device": "cpu",
+            "replicas": 2,
+            "deterministic": True,
+            "steps": "dsa",
+            "sessions": 3,
+            "jobs": 2,
+            "waiting": 1,
+            "snapshot_every": 2,
+            "data": tmp_path_factory.mktemp("data"),
             "gpus": 0,
-        }  # fmt: skip
+        }
         ray.init(
-            num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False,
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=150 * 2**20,
+            log_to_driver=False,
             namespace=ray_app.NAME,
-        )  # fmt: skip
+        )
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(ray_app.app(options), name=NAME)

@@ -30,9 +30,15 @@ from dsa_engine.serving.worker import Worker
 PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
 FRAMES = 12  # four chunks
 SERVER = {
-    "session.queued", "video.start", "video.chunk_metadata", "session.interaction.queued", "session.pong", "error",
-    "session.interaction.applied", "session.done",
-}  # fmt: skip
+    "session.queued",
+    "video.start",
+    "video.chunk_metadata",
+    "session.interaction.queued",
+    "session.pong",
+    "error",
+    "session.interaction.applied",
+    "session.done",
+}
 
 
 class Client:
@@ -97,9 +103,9 @@ def of(messages, type):
 
 def raw_frames(messages):
     chunks = of(messages, "video.chunk_metadata")
-    return np.concatenate([
-        np.frombuffer(c["data"], np.uint8).reshape(c["num_frames"], c["height"], c["width"], 3) for c in chunks
-    ])  # fmt: skip
+    return np.concatenate(
+        [np.frombuffer(c["data"], np.uint8).reshape(c["num_frames"], c["height"], c["width"], 3) for c in chunks]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +155,12 @@ def test_a_stream_in_each_format(pipe):
             begun, chunks, done = seen[0], of(seen, "video.chunk_metadata"), seen[-1]
             assert begun["type"] == "video.start" and begun["format"] == format and begun["config"]["fps"] == 12
             assert (done["type"], done["reason"], done["stopped"], done["chunks"], code) == (
-                "session.done", "done", False, 4, 1000
-            )  # fmt: skip
+                "session.done",
+                "done",
+                False,
+                4,
+                1000,
+            )
             assert [c["chunk_index"] for c in chunks] == [0, 1, 2, 3] and [c["steps"] for c in chunks] == [2] * 4
             assert [c["pts"] for c in chunks] == [0, 0.25, 0.5, 0.75]
             assert all(len(c["confidence"]) == 3 and c["prompt"] == PROMPTS[0] for c in chunks)
@@ -187,9 +197,9 @@ def test_a_prompt_is_queued_then_applied_and_the_frames_are_those_of_a_quiet_run
         client.change("e1", prompt=PROMPTS[1])
         client.rest()
         seen = client.seen
-    queued, applied, (refused,) = (of(seen, t) for t in (
-        "session.interaction.queued", "session.interaction.applied", "error"
-    ))  # fmt: skip
+    queued, applied, (refused,) = (
+        of(seen, t) for t in ("session.interaction.queued", "session.interaction.applied", "error")
+    )
     assert [m["event_id"] for m in queued] == ["nonsense", "e1"]
     assert refused["event_id"] == "nonsense" and refused["code"] == "invalid_value" and "dog" in refused["message"]
     (applied,) = applied
@@ -320,10 +330,14 @@ def test_a_client_that_vanishes_frees_its_place_at_once(pipe, when):
 def test_an_order_that_is_not_possible_may_be_said_again(pipe):
     with engine(pipe) as (host, _), Client(host) as client:
         for wrong, words in (
-            ({"prompt": "a red dog rests"}, "dog"), ({"num_frames": 4}, "nearest is 3"), ({"fps": 24}, "12.0"),
-            ({"max_steps": 9}, "max_steps"), ({"step_policy": "quick"}, "'quick'"), ({"model": "wan"}, "untrained"),
+            ({"prompt": "a red dog rests"}, "dog"),
+            ({"num_frames": 4}, "nearest is 3"),
+            ({"fps": 24}, "12.0"),
+            ({"max_steps": 9}, "max_steps"),
+            ({"step_policy": "quick"}, "'quick'"),
+            ({"model": "wan"}, "untrained"),
             ({"format": "gif"}, "m4s"),
-        ):  # fmt: skip
+        ):
             error = client.start(**wrong).hear()
             assert error["type"] == "error" and words in error["message"]
         client.change("e1", prompt="a")
@@ -394,8 +408,10 @@ def test_queued_is_said_before_applied_even_of_a_stream_that_answers_at_once():
         while len(of(client.seen, "session.interaction.applied")) < 10:
             client.hear()
     order = [(m["event_id"], m["type"]) for m in client.seen if "interaction" in m["type"]]
-    assert all(order.index((f"e{i}", "session.interaction.queued"))
-               < order.index((f"e{i}", "session.interaction.applied")) for i in range(10))  # fmt: skip
+    assert all(
+        order.index((f"e{i}", "session.interaction.queued")) < order.index((f"e{i}", "session.interaction.applied"))
+        for i in range(10)
+    )
 
 
 def test_changes_do_not_pile_up():
@@ -558,20 +574,22 @@ def test_the_encoders_threads_end_with_the_app():
 
 # Any sequence of messages, and a leave at any point.
 
-texts = st.sampled_from([
-    '{"type": "session.start", "prompt": "p"}',
-    '{"type": "session.start", "prompt": "p", "format": "rgb24", "num_frames": 2}',
-    '{"type": "session.start", "prompt": "impossible"}',
-    '{"type": "session.start", "prompt": "p", "fps": 3}',
-    '{"type": "session.interaction", "interaction": {"event_id": "e", "event": {"prompt": "q"}}}',
-    '{"type": "session.interaction", "interaction": {"event": {"confidence_threshold": 0.5}}}',
-    '{"type": "session.interaction", "interaction": {"event": {}}}',
-    '{"type": "session.ping"}',
-    '{"type": "session.stop"}',
-    '{"type": "session.start", "prom',
-    "[]",
-    b"\x00",
-])  # fmt: skip
+texts = st.sampled_from(
+    [
+        '{"type": "session.start", "prompt": "p"}',
+        '{"type": "session.start", "prompt": "p", "format": "rgb24", "num_frames": 2}',
+        '{"type": "session.start", "prompt": "impossible"}',
+        '{"type": "session.start", "prompt": "p", "fps": 3}',
+        '{"type": "session.interaction", "interaction": {"event_id": "e", "event": {"prompt": "q"}}}',
+        '{"type": "session.interaction", "interaction": {"event": {"confidence_threshold": 0.5}}}',
+        '{"type": "session.interaction", "interaction": {"event": {}}}',
+        '{"type": "session.ping"}',
+        '{"type": "session.stop"}',
+        '{"type": "session.start", "prom',
+        "[]",
+        b"\x00",
+    ]
+)
 LEGAL_CODES = {1000, 1008}
 
 

@@ -17,8 +17,12 @@ from dsa_engine.serving.settings import Settings
 
 PHASES = {"coverage": 1, "fuzzing": 40, "stateful": 15}  # examples of each
 JOBS = {
-    "POST /v1/videos", "GET /v1/videos", "GET /v1/videos/{id}", "DELETE /v1/videos/{id}", "GET /v1/videos/{id}/content"
-}  # fmt: skip
+    "POST /v1/videos",
+    "GET /v1/videos",
+    "GET /v1/videos/{id}",
+    "DELETE /v1/videos/{id}",
+    "GET /v1/videos/{id}/content",
+}
 OTHERS = {"GET /v1/models", "GET /metrics", "GET /health", "GET /readyz"}  # which follow from nothing
 
 

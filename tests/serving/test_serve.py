@@ -63,9 +63,12 @@ class Process:
         self.data = data
         self.log = open(f"{data}.log", "a+")
         self.process = subprocess.Popen(
-            command(model, data, "--port", 0, *flags), stdout=subprocess.PIPE, stderr=self.log, text=True,
+            command(model, data, "--port", 0, *flags),
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
             env=environment(**env),
-        )  # fmt: skip
+        )
         line = self.process.stdout.readline()
         self.log.seek(0)
         assert line, self.log.read()

@@ -104,12 +104,19 @@ def test_an_honest_client_keeps_what_it_is_told():
                 raise StopAsyncIteration from None
 
     one = Told({}, PROMPT)
-    asyncio.run(soak._listen(Said(
-        '{"type": "video.chunk_metadata", "threshold": 0.25, "steps": 3}', b"frames",
-        '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "x"}',
-        '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "y"}',
-        '{"type": "error", "code": "failed"}', '{"type": "session.done", "reason": "done"}',
-    ), one))  # fmt: skip
+    asyncio.run(
+        soak._listen(
+            Said(
+                '{"type": "video.chunk_metadata", "threshold": 0.25, "steps": 3}',
+                b"frames",
+                '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "x"}',
+                '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "y"}',
+                '{"type": "error", "code": "failed"}',
+                '{"type": "session.done", "reason": "done"}',
+            ),
+            one,
+        )
+    )
     assert one.changes == {1: ["x", "y"]} and one.thresholds == [0.25] and one.steps == [3]
     assert one.digests == [soak.sha256(b"frames").hexdigest()] and one.ended == "failed"
 

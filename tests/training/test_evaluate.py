@@ -190,10 +190,16 @@ def test_a_summary_against_plain_loops():
     kind = rng.choice(["first", "cut", "jumping", "soft", "same"], size=shape[:2])
     hard = np.isin(kind, ["first", "cut", "jumping"])
     table = Table(
-        valid=rng.random(shape) < 0.8, fit=rng.random(shape), texture=rng.random(shape), xy=rng.random((*shape, 2)),
-        leap=np.where(hard[..., None], np.nan, 10 * rng.random(shape)), motion=rng.random(shape[:2]) < 0.5,
-        steps=rng.integers(1, 5, size=shape[:2]), kind=kind, hard=hard,
-    )  # fmt: skip
+        valid=rng.random(shape) < 0.8,
+        fit=rng.random(shape),
+        texture=rng.random(shape),
+        xy=rng.random((*shape, 2)),
+        leap=np.where(hard[..., None], np.nan, 10 * rng.random(shape)),
+        motion=rng.random(shape[:2]) < 0.5,
+        steps=rng.integers(1, 5, size=shape[:2]),
+        kind=kind,
+        hard=hard,
+    )
     places = [(b, n) for b in range(clips) for n in range(chunks)]
     easy = [p for p in places if kind[p] in ("soft", "same")]
 

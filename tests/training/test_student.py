@@ -57,9 +57,14 @@ def test_a_self_rollout_is_what_the_pipeline_makes(pipe, close):
     for row in range(2):
         seen = []
         rollout = pipe.engine.rollout(
-            text[row : row + 1, 0], height=8, width=8, frames=9, policy=PerChunk(counts[row].tolist()),
-            seeds=[11 + row], config=ROLLOUT,
-        )  # fmt: skip
+            text[row : row + 1, 0],
+            height=8,
+            width=8,
+            frames=9,
+            policy=PerChunk(counts[row].tolist()),
+            seeds=[11 + row],
+            config=ROLLOUT,
+        )
         for chunk in range(3):
             made = []
             result = rollout.denoise(made.append)
@@ -214,8 +219,11 @@ def test_two_processes_under_torchrun(begun, tmp_path):
     options = ["--recipe", "joint", "--config", str(out / "tiny.toml"), "--out", str(out), "--eager", "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, *command, *options, "--steps", "2", "--json"],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('"recipe": "joint"') == 1
     before = load_file(out / "teacher" / "weights.safetensors")

@@ -42,9 +42,14 @@ def set_device(given) -> None:
 def properties(_=None) -> SimpleNamespace:
     major, minor = device.capability
     return SimpleNamespace(
-        name="pretend GPU", major=major, minor=minor, total_memory=device.total, multi_processor_count=132,
-        L2_cache_size=50 << 20, uuid="none",
-    )  # fmt: skip
+        name="pretend GPU",
+        major=major,
+        minor=minor,
+        total_memory=device.total,
+        multi_processor_count=132,
+        L2_cache_size=50 << 20,
+        uuid="none",
+    )
 
 
 REPLACED = {

@@ -25,8 +25,10 @@ def check_launch(kernel: str, args, grid) -> None:
         if not isinstance(a, CudaTensor):
             raise ValueError(f"{kernel}: argument {i} is a CPU tensor {list(a.shape)}, at {where()}")
         if a.index != device.current:
-            raise RuntimeError(f"{kernel}: argument {i} on cuda:{a.index}, launched on the current device, "
-                               f"cuda:{device.current}: an illegal access, at {where()}")  # fmt: skip
+            raise RuntimeError(
+                f"{kernel}: argument {i} on cuda:{a.index}, launched on the current device, "
+                f"cuda:{device.current}: an illegal access, at {where()}"
+            )
     grid = (*grid, 1, 1)[:3]
     if not (0 < grid[0] < 2**31 and all(0 < n < 65536 for n in grid[1:])):
         raise RuntimeError(f"{kernel}: grid {grid} is outside the limits, at {where()}")

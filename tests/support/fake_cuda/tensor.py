@@ -13,9 +13,17 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .device import PINNED, READ, TO_DEVICE, TO_HOST, device, where
 
 READS = {  # what the host cannot go on without
-    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim",
-    "unique_consecutive", "allclose",
-}  # fmt: skip
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "allclose",
+}
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index"}
 COPIES = {"_to_copy", "to"}
 SHAPED = ("empty", "zeros", "ones", "full", "rand", "arange", "scalar_tensor", "new_", "eye", "linspace")
@@ -28,9 +36,13 @@ class CudaTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor, index: int = 0):
         wrapper = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
             device=torch.device("cuda", index),
-        )  # fmt: skip
+        )
         wrapper.inner, wrapper.index = inner, index
         wrapper._hold = device.memory.hold(inner)
         return wrapper
@@ -157,8 +169,9 @@ def check(name: str, args, kwargs, flat, ours, to_cuda: bool, asked) -> None:
         indices = {t.index for t in ours}
         if mixed or len(indices) > 1:
             others = f"cpu {mixed}" if mixed else f"cuda:{indices}"
-            raise RuntimeError(f"{name}: all tensors must be on the same device, cuda:{ours[0].index} and {others}, "
-                               f"at {where()}")  # fmt: skip
+            raise RuntimeError(
+                f"{name}: all tensors must be on the same device, cuda:{ours[0].index} and {others}, at {where()}"
+            )
 
 
 def transfer(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> None:

@@ -56,21 +56,22 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import contest, targets
-from benchmarks.baseline import Baseline, difference, fidelity
-from benchmarks.contenders import refuse_others
-from benchmarks.contest import HISTOGRAM, VAES, Bench, Contestant, Regime, Rounds, clip_chunks, interleaved
-from benchmarks.costs import Work, by_op, decision_us, decode_ms, memory, product
-from benchmarks.judge import brief
-from benchmarks.limit import UNFINISHED, WHY, Limit
+from benchmarks import targets
+from benchmarks.common.environment import aligned, commit, machine, save, versions
+from benchmarks.common.limit import UNFINISHED, WHY, Limit
+from benchmarks.e2e import protocol
+from benchmarks.e2e.breakdown import Work, by_op, decision_us, decode_ms, memory, product
+from benchmarks.e2e.concurrency import concurrent
+from benchmarks.e2e.eager_baseline import Baseline, difference, fidelity
+from benchmarks.e2e.protocol import HISTOGRAM, VAES, Bench, Contestant, Regime, Rounds, clip_chunks, interleaved
+from benchmarks.e2e.timeline import columns, draw, figures, play, ratio
+from benchmarks.micro.backends import refuse_others
+from benchmarks.micro.measure import brief
 from benchmarks.quality import count
-from benchmarks.record import aligned, commit, machine, save, versions
-from benchmarks.streams import concurrent
-from benchmarks.timeline import columns, draw, figures, play, ratio
-from dsa_engine import Fixed, Pipeline, arguments
+from dsa_engine import Fixed, Pipeline, pipeline_inputs
+from dsa_engine.evaluation.summary import rounded
+from dsa_engine.media.mp4 import check_target
 from dsa_engine.models.fp8 import QUANTIZATIONS, quantise_linears, quantization
-from dsa_engine.training.figures import rounded
-from dsa_engine.video import check_target
 
 BASELINES = ("eager", "compile")
 CLIPS, STEADY = 0.55, 0.8  # of --limit, at which no more clips and no more of the steady state are begun
@@ -85,7 +86,7 @@ def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
     torch.manual_seed(args.seed)
     if args.random_weights:
         fp8 = quantization(named, device)
-        pipe = contest.random_pipeline(args.model, device, args.vae)
+        pipe = protocol.random_pipeline(args.model, device, args.vae)
         pipe.quantization, pipe.engine.fp8_cache = named, fp8.cache
         if fp8.linear:
             quantise_linears(pipe.engine.dit)
@@ -93,7 +94,7 @@ def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
         pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, quantization=named)
     pipe.engine.max_sessions = args.sessions or 1
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
-    pipe.frames = arguments.whole_chunks(pipe.engine, args.frames or pipe.frames)
+    pipe.frames = pipeline_inputs.whole_chunks(pipe.engine, args.frames or pipe.frames)
     if device == "cpu":
         torch.set_num_threads(args.threads or pipe.cpu_threads)
     return pipe
@@ -102,11 +103,11 @@ def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
 def bench_of(args: argparse.Namespace, pipe: Pipeline) -> tuple[Bench, str, float | None]:
     """With what the policy is called, and its threshold."""
     histogram = asked_histogram(args)
-    embeds = contest.embeddings(pipe, args.clips, args.seed)
+    embeds = protocol.embeddings(pipe, args.clips, args.seed)
     if histogram:
-        drawn = contest.histogram_policy(histogram, pipe.max_steps, args.seed)
-        return Bench(pipe, embeds, drawn, args.seed), contest.label(histogram), None
-    policy = arguments.policy(pipe.engine, args.policy)
+        drawn = protocol.histogram_policy(histogram, pipe.max_steps, args.seed)
+        return Bench(pipe, embeds, drawn, args.seed), protocol.label(histogram), None
+    policy = pipeline_inputs.policy(pipe.engine, args.policy)
     threshold = getattr(policy, "threshold", None)
     label = args.policy or (f"fixed:{policy.n}" if isinstance(policy, Fixed) else f"confidence:{threshold:g}")
     return Bench(pipe, embeds, lambda regime, clip: policy, args.seed), label, threshold
@@ -116,7 +117,7 @@ def asked_histogram(args: argparse.Namespace) -> tuple[float, ...] | None:
     """Shares of chunks with 1, 2, ... steps; None where a policy decides."""
     if args.policy is None:
         return HISTOGRAM if args.random_weights else None
-    return contest.parse_histogram(args.policy) if args.policy.startswith("histogram:") else None
+    return protocol.parse_histogram(args.policy) if args.policy.startswith("histogram:") else None
 
 
 def warmed(

@@ -48,16 +48,17 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import vae_work, work
-from benchmarks.contenders import BACKENDS, DISPATCHED, refuse_others
-from benchmarks.judge import Job, ceilings, judge
-from benchmarks.limit import UNFINISHED, WHY, Limit
-from benchmarks.record import aligned, commit, machine, save
-from benchmarks.work import GPUS, PRACTICAL, PRECISIONS, STEPS, Row, Sizes
-from benchmarks.worker import Lost, Worker
+from benchmarks import vae_work
+from benchmarks.common.environment import aligned, commit, machine, save
+from benchmarks.common.isolation import Lost, Worker
+from benchmarks.common.limit import UNFINISHED, WHY, Limit
+from benchmarks.micro import roofline
+from benchmarks.micro.backends import BACKENDS, DISPATCHED, refuse_others
+from benchmarks.micro.measure import Job, ceilings, judge
+from benchmarks.micro.roofline import GPUS, PRACTICAL, PRECISIONS, STEPS, Row, Sizes
 from dsa_engine.config import PRESETS, ModelConfig
-from dsa_engine.training.figures import rounded
-from dsa_engine.video import check_target
+from dsa_engine.evaluation.summary import rounded
+from dsa_engine.media.mp4 import check_target
 
 WAN = "wan2.1-t2v-1.3b"
 SMALL = 1000  # tokens of a chunk, up to which a CPU times it
@@ -81,11 +82,11 @@ def plan_row(row: Row) -> dict:
 
 def plan_forward(rows: Sequence[Row], s: Sizes, precision: str, frames: int) -> dict:
     """Sums over a forward, and over a chunk of n steps and the commit."""
-    some = work.forward(rows, precision, frames)
-    floor, expect = (work.total(some, precision, rates) for rates in (GPUS, PRACTICAL))
-    others = [r for r in rows if r.op in work.STEP_OPS]
+    some = roofline.forward(rows, precision, frames)
+    floor, expect = (roofline.total(some, precision, rates) for rates in (GPUS, PRACTICAL))
+    others = [r for r in rows if r.op in roofline.STEP_OPS]
 
-    def chunk(total: work.Total, gpus: dict) -> dict:
+    def chunk(total: roofline.Total, gpus: dict) -> dict:
         step = {name: sum(r.floor(rates) for r in others) for name, rates in gpus.items()}
         return {str(n): {name: ((n + 1) * us + n * step[name]) / 1e3 for name, us in total.us.items()} for n in STEPS}
 
@@ -95,7 +96,7 @@ def plan_forward(rows: Sequence[Row], s: Sizes, precision: str, frames: int) -> 
         "tflop": sum(floor.flop.values()) / 1e12,
         "tflop_by_kind": {name: flop / 1e12 for name, flop in floor.flop.items()},
         "elementwise_gb": floor.elementwise / 1e9,
-        "elementwise_gb_in_epilogues": work.elementwise_bytes(work.in_epilogues(some, s), precision) / 1e9,
+        "elementwise_gb_in_epilogues": roofline.elementwise_bytes(roofline.in_epilogues(some, s), precision) / 1e9,
         "floor_ms": {name: us / 1e3 for name, us in floor.us.items()},
         "expect_ms": {name: us / 1e3 for name, us in expect.us.items()},
         "chunk_floor_ms": chunk(floor, GPUS),
@@ -104,9 +105,9 @@ def plan_forward(rows: Sequence[Row], s: Sizes, precision: str, frames: int) -> 
 
 
 def plan(rows: Sequence[Row], s: Sizes) -> dict:
-    forwards = [plan_forward(rows, s, precision, frames) for precision in PRECISIONS for frames in work.KEY_FRAMES]
+    forwards = [plan_forward(rows, s, precision, frames) for precision in PRECISIONS for frames in roofline.KEY_FRAMES]
     vae = vae_work.plan(*s.latent, s.F) if s.config != ModelConfig.preset("shapes") else None  # that has a pixel codec
-    return {"plan": [plan_row(r) for r in rows], "forward": forwards, "not_timed": work.NOT_TIMED, "vae": vae}
+    return {"plan": [plan_row(r) for r in rows], "forward": forwards, "not_timed": roofline.NOT_TIMED, "vae": vae}
 
 
 def report_plan(found: dict) -> list[str]:
@@ -155,7 +156,7 @@ def jobs(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str) -
 
 def chosen(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
     """--ops, and with --quick one KV length."""
-    middle = work.KEY_FRAMES[1]
+    middle = roofline.KEY_FRAMES[1]
     some = [r for r in rows if not args.ops or r.op in args.ops]
     return [r for r in some if not args.quick or r.frames in (None, middle)]
 
@@ -266,7 +267,9 @@ def twins(rows: Sequence[Row], results: Sequence[dict], names: Sequence[str]) ->
     found = {}
     gelu = next((best(r) for r in rows if r.op == "gelu_bias" and r.precision == "fp8"), None)
     for row in (r for r in rows if r.precision == "fp8" and r.flop):
-        twin = next(t for t in rows if (t.precision, t.what, work.kind(t)) == ("bf16", row.what, work.kind(row)))
+        twin = next(
+            t for t in rows if (t.precision, t.what, roofline.kind(t)) == ("bf16", row.what, roofline.kind(row))
+        )
         fp8, bf16, more = best(row), best(twin), gelu if twin.op == "linear_gelu" else {"us": 0.0}
         if fp8 and bf16 and more:
             times = bf16["us"] / (fp8["us"] + more["us"])
@@ -282,13 +285,13 @@ def measured_forwards(rows: Sequence[Row], s: Sizes, results: Sequence[dict], na
     """Milliseconds of a forward by kind of op, each row with the fastest of the named; those with every row timed."""
     found = []
     for precision in PRECISIONS:
-        for frames in work.KEY_FRAMES:
-            some = work.forward(rows, precision, frames)
+        for frames in roofline.KEY_FRAMES:
+            some = roofline.forward(rows, precision, frames)
             best = [fastest([x for x in results if x["row"] == r.name], names) for r in some]
             if all(best):
-                by_kind = dict.fromkeys(map(work.kind, some), 0.0)
+                by_kind = dict.fromkeys(map(roofline.kind, some), 0.0)
                 for r, x in zip(some, best):
-                    by_kind[work.kind(r)] += r.calls[precision] * x["us"] / 1e3
+                    by_kind[roofline.kind(r)] += r.calls[precision] * x["us"] / 1e3
                 found.append({"precision": precision, "kv": frames * s.S, "ms": sum(by_kind.values()), **by_kind})
     return found
 
@@ -411,7 +414,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     side = (64, 64) if args.model == "shapes" else (480, 832)
     args.height, args.width = args.height or side[0], args.width or side[1]
-    known = sorted({r.op for r in work.rows(Sizes(ModelConfig.preset(args.model), args.height, args.width))})
+    known = sorted({r.op for r in roofline.rows(Sizes(ModelConfig.preset(args.model), args.height, args.width))})
     if args.ops and not set(args.ops) <= set(known):
         parser.error(f"--ops {' '.join(args.ops)}: must be of {', '.join(known)}")
     if args.save:
@@ -422,7 +425,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(argv)
     s = Sizes(ModelConfig.preset(args.model), args.height, args.width)
-    rows, device = work.rows(s), "cuda" if torch.cuda.is_available() else "cpu"
+    rows, device = roofline.rows(s), "cuda" if torch.cuda.is_available() else "cpu"
     asked = args.time or args.check
     if device == "cpu" and asked and s.T > SMALL:
         raise SystemExit(f"a chunk of {s.T} tokens on a CPU: at most {SMALL} are timed there; give --model shapes")

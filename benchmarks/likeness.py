@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsa_engine import Fixed, Pipeline
+from dsa_engine.evaluation.rollouts import TOGETHER, Captions, roll
 from dsa_engine.sampling.denoise import Step
-from dsa_engine.training.evaluate import TOGETHER, Captions, roll
 
 WHITE = 255.0
 

@@ -19,11 +19,12 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import kernels, work
-from benchmarks.contenders import DISPATCHED
+from benchmarks import kernels
+from benchmarks.micro import roofline
+from benchmarks.micro.backends import DISPATCHED
 from benchmarks.targets import MODEL, SIZE
 from dsa_engine.config import PRESETS
-from dsa_engine.video import replacing
+from dsa_engine.media.mp4 import replacing
 
 NOTES = Path(__file__).parent / "results" / "NOTES.md"
 BEGIN, END = "<!-- table: benchmarks/notes.py -->\n", "<!-- end of table -->\n"
@@ -32,9 +33,9 @@ VAE_TFLOP = 40.65  # of the Wan VAE's decoder for a chunk of 3 latent frames
 VAE_MS = 120.0  # a chunk, expected of a bfloat16 decoder that copies and pads nothing by itself
 FIRST_VAE = 0.75  # of a chunk's decoding, for the first one: 9 of 12 pixel frames
 GAPS_MS = 0.4  # a forward, some 400 kernels a microsecond apart
-H100, H200 = work.GPUS
-SIZES = work.Sizes(PRESETS[MODEL], *SIZE)
-ROWS = work.rows(SIZES)
+H100, H200 = roofline.GPUS
+SIZES = roofline.Sizes(PRESETS[MODEL], *SIZE)
+ROWS = roofline.rows(SIZES)
 
 Line = tuple[str, str, str, str, str, str]  # part, unit, floor on an H100, on an H200, predicted there, measured
 
@@ -52,7 +53,9 @@ def of_row(name: str, found: dict | None) -> Line:
     """One op at one shape, by the fastest backend that dispatch may pick."""
     row = next(r for r in ROWS if r.name == name)
     timed = kernels.fastest([r for r in found["results"] if r["row"] == name], DISPATCHED) if found else None
-    floor, expect = ({gpu: row.floor(rates) for gpu, rates in some.items()} for some in (work.GPUS, work.PRACTICAL))
+    floor, expect = (
+        {gpu: row.floor(rates) for gpu, rates in some.items()} for some in (roofline.GPUS, roofline.PRACTICAL)
+    )
     return line(name, "us", floor, expect, timed and f"{timed['us']:.1f} ({timed['backend']})")
 
 
@@ -74,10 +77,11 @@ def of_forward(name: str, frames: int, found: dict | None) -> Line:
 
 
 def of_elementwise(found: dict | None) -> Line:
-    some, timed = work.forward(ROWS, "bf16", work.CHUNK), measured_forward(found, work.KEY_FRAMES[1])
-    moved = work.elementwise_bytes(some, "bf16")
+    some, timed = roofline.forward(ROWS, "bf16", roofline.CHUNK), measured_forward(found, roofline.KEY_FRAMES[1])
+    moved = roofline.elementwise_bytes(some, "bf16")
     floor, expect = (
-        {gpu: 1e3 * moved / rates.memory for gpu, rates in rates_of.items()} for rates_of in (work.GPUS, work.PRACTICAL)
+        {gpu: 1e3 * moved / rates.memory for gpu, rates in rates_of.items()}
+        for rates_of in (roofline.GPUS, roofline.PRACTICAL)
     )
     name = f"elementwise, {moved / 1e9:.2f} GB a forward"
     return line(name, "ms", floor, expect, timed and number(timed["elementwise"]))
@@ -86,7 +90,7 @@ def of_elementwise(found: dict | None) -> Line:
 def chunk_ms(plan: dict, kind: str, steps: float) -> dict[str, float]:
     """Milliseconds of a chunk's DiT with its commit; between two whole numbers of steps their mean."""
     around = {int(steps), int(-(-steps // 1))}
-    return {gpu: sum(plan[f"chunk_{kind}_ms"][str(n)][gpu] for n in around) / len(around) for gpu in work.GPUS}
+    return {gpu: sum(plan[f"chunk_{kind}_ms"][str(n)][gpu] for n in around) / len(around) for gpu in roofline.GPUS}
 
 
 def of_fps(name: str, frames: int, steps: float, measured: float | None) -> Line:
@@ -99,15 +103,15 @@ def of_fps(name: str, frames: int, steps: float, measured: float | None) -> Line
 
 
 def vae_ms() -> tuple[dict[str, float], dict[str, float]]:
-    floor = 1e3 * VAE_TFLOP * 1e12 / work.HOPPER["bf16"]
-    return dict.fromkeys(work.GPUS, floor), dict.fromkeys(work.GPUS, VAE_MS)
+    floor = 1e3 * VAE_TFLOP * 1e12 / roofline.HOPPER["bf16"]
+    return dict.fromkeys(roofline.GPUS, floor), dict.fromkeys(roofline.GPUS, VAE_MS)
 
 
 def of_first_frame(steps: int, measured: float | None) -> Line:
     """From the encoded text to the first chunk's frames: its steps without a commit, then its decoding."""
-    plan = planned(work.CHUNK)
+    plan = planned(roofline.CHUNK)
     parts = [(plan[f"{kind}_ms"], vae) for kind, vae in zip(("floor", "expect"), vae_ms())]
-    floor, expect = ({gpu: steps * ms[gpu] + FIRST_VAE * vae[gpu] for gpu in work.GPUS} for ms, vae in parts)
+    floor, expect = ({gpu: steps * ms[gpu] + FIRST_VAE * vae[gpu] for gpu in roofline.GPUS} for ms, vae in parts)
     name = f"first frame after the text, {steps} steps, the whole chunk decoded"
     return line(name, "ms", floor, expect, number(measured) if measured else None)
 
@@ -125,25 +129,27 @@ def at(found: dict | None, *names: str) -> Any:
 
 def lines(found: dict | None, fps: dict | None) -> list[Line]:
     """All rows; found, fps: what `kernels.py` and `fps.py` have saved, None where they have not run."""
-    mean, full = work.KEY_FRAMES[1:]
+    mean, full = roofline.KEY_FRAMES[1:]
     four, steady, vae = at(fps, "fixed", "4"), at(fps, "steady", "fixed", "4"), at(fps, "ops", "vae")
     forward, here = planned(mean), measured_forward(found, full)
     gaps = a_chunk(steady, "dit_commit") / 5 - here["ms"] if steady and here else None
     commit = a_chunk(four, "dit_commit") - a_chunk(four, "dit") if four else None
-    zero, decided = dict.fromkeys(work.GPUS, 0.0), at(fps, "decision_us")
+    zero, decided = dict.fromkeys(roofline.GPUS, 0.0), at(fps, "decision_us")
     rows = [of_row(r.name, found) for r in ROWS if r.op == "attention" and r.precision == "bf16"]
     rows += [
         of_row(r.name, found) for r in ROWS if r.op in ("linear", "linear_gelu", "cross_attention") and r.calls["bf16"]
     ]
     rows += [
         of_elementwise(found),
-        of_forward("first chunk", work.CHUNK, found),
+        of_forward("first chunk", roofline.CHUNK, found),
         of_forward("clip mean", mean, found),
         of_forward("full window", full, found),
         line("VAE, a chunk", "ms", *vae_ms(), vae and number(vae)),
-        line("gaps between launches, a forward", "ms", zero, dict.fromkeys(work.GPUS, GAPS_MS), gaps and number(gaps)),
+        line(
+            "gaps between launches, a forward", "ms", zero, dict.fromkeys(roofline.GPUS, GAPS_MS), gaps and number(gaps)
+        ),
         line("commit, a chunk, clip mean", "ms", forward["floor_ms"], forward["expect_ms"], commit and number(commit)),
-        line("decision, host asked", "us", zero, dict.fromkeys(work.GPUS, 40.0), decided and number(decided)),
+        line("decision, host asked", "us", zero, dict.fromkeys(roofline.GPUS, 40.0), decided and number(decided)),
         of_first_frame(4, four and four["first_frame_ms"]),
         of_fps("fixed 4, clip mean", mean, 4, four and four["fps"]["decode"]),
         of_fps("fixed 4, full window", full, 4, steady and steady["fps"]["decode"]),

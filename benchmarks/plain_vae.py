@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa_engine.models.vae import AttentionBlock, Head, ResidualBlock, Upsample, WanVAE
+from dsa_engine.models.wan_vae import AttentionBlock, Head, ResidualBlock, Upsample, WanVAE
 
 
 def decode(vae: WanVAE, latents: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:

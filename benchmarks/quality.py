@@ -54,16 +54,12 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
+from benchmarks.common.environment import aligned, commit, machine, save
 from benchmarks.likeness import likeness
-from benchmarks.record import aligned, commit, machine, save
-from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, arguments
+from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, pipeline_inputs
+from dsa_engine.checkpoints.load import shipped
 from dsa_engine.config import COMMIT_MODES, ModelConfig
-from dsa_engine.models import package
-from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.fp8 import QUANTIZATIONS
-from dsa_engine.pipeline import changed
-from dsa_engine.training.evaluate import (
+from dsa_engine.evaluation.rollouts import (
     TOGETHER,
     Table,
     Trace,
@@ -74,9 +70,13 @@ from dsa_engine.training.evaluate import (
     tabulate,
     trace,
 )
-from dsa_engine.training.figures import KINDS, compare, figures, head_figures, per_clip, rounded, versus
-from dsa_engine.training.stats import mean_interval, spread
-from dsa_engine.video import check_target, replacing
+from dsa_engine.evaluation.statistics import mean_interval, spread
+from dsa_engine.evaluation.summary import KINDS, compare, figures, head_figures, per_clip, rounded, versus
+from dsa_engine.media.mp4 import check_target, replacing
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.fp8 import QUANTIZATIONS
+from dsa_engine.pipeline import changed
 
 TEACHER = "shapes-teacher"
 SPREAD = np.linspace(1.1, 3.5, 10)  # mean steps at which the confidence policy is tried beside its presets
@@ -418,8 +418,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     limit, presets = pipe.max_steps, dict(pipe.config.presets)
     if pipe.engine.head is None or limit < 2:
         raise ValueError(f"--model {args.model}: needs a confidence head and at least 2 steps to choose from")
-    default = arguments.default_threshold(pipe.engine)
-    teacher = None if args.brief else args.teacher or (TEACHER if TEACHER in package.shipped() else None)
+    default = pipeline_inputs.default_threshold(pipe.engine)
+    teacher = None if args.brief else args.teacher or (TEACHER if TEACHER in shipped() else None)
     jobs: dict[str, Job] = {}
     if teacher:  # it takes longest, so it starts first
         options = (("steps", args.teacher_steps), ("guidance", args.guidance))
@@ -443,7 +443,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def assembled(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: dict[str, Result]) -> dict:
     """The object that the benchmark is for, from the results by name."""
-    limit, presets, default = pipe.max_steps, pipe.config.presets, arguments.default_threshold(pipe.engine)
+    limit, presets, default = pipe.max_steps, pipe.config.presets, pipeline_inputs.default_threshold(pipe.engine)
     others = {name.removeprefix(OTHER): results.pop(name) for name in list(results) if name.startswith(OTHER)}
     teacher = results["teacher"].table if "teacher" in results else None
     rows = {

@@ -45,13 +45,13 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.load import figures, percentiles, scripts, watch
-from benchmarks.record import aligned, commit, machine, save
-from benchmarks.server import Server, Site
-from benchmarks.serving_plot import draw
-from dsa_engine.serving.media import FORMATS
-from dsa_engine.training.figures import rounded
-from dsa_engine.video import check_target
+from benchmarks.common.environment import aligned, commit, machine, save
+from benchmarks.loadgen.client import figures, percentiles, scripts, watch
+from benchmarks.loadgen.plot import draw
+from benchmarks.loadgen.server_process import Server, Site
+from dsa_engine.evaluation.summary import rounded
+from dsa_engine.media.mp4 import check_target
+from dsa_engine.media.stream_encoders import FORMATS
 
 POLICIES = {"fixed": "fixed", "confidence": "dsa", "budget": "budget"}  # as `session.start` calls them
 FPS, LATE = 0.98, 0.01  # of a stream that is held: share of its frames a second, and of late chunks

@@ -34,15 +34,16 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import cases, contest
-from benchmarks.contenders import refuse_others
-from benchmarks.judge import brief
-from benchmarks.record import commit, machine, save
-from dsa_engine import Confidence, Fixed, Pipeline, arguments
+from benchmarks.common.environment import commit, machine, save
+from benchmarks.e2e import protocol
+from benchmarks.micro import inputs
+from benchmarks.micro.backends import refuse_others
+from benchmarks.micro.measure import brief
+from dsa_engine import Confidence, Fixed, Pipeline, pipeline_inputs
 from dsa_engine.config import PRESETS
 from dsa_engine.engine import device_loop
-from dsa_engine.training.figures import rounded
-from dsa_engine.video import check_target
+from dsa_engine.evaluation.summary import rounded
+from dsa_engine.media.mp4 import check_target
 
 CHUNKS, STEPS = 2, 2
 ABSENT = 77  # exit code
@@ -55,7 +56,7 @@ class Absent(Exception):
 
 def pipeline(model: str, device: str, size: Sequence[int], seed: int) -> Pipeline:
     torch.manual_seed(seed)
-    pipe = contest.random_pipeline(model, device, None)
+    pipe = protocol.random_pipeline(model, device, None)
     pipe.height, pipe.width = size
     return pipe
 
@@ -64,10 +65,10 @@ def latents(pipe: Pipeline, seed: int) -> Tensor:
     """Of two chunks [1, F, C, h, w] in float32, from noise and a prompt of bfloat16 numbers in any dtype."""
     engine, device = pipe.engine, pipe.engine.dit.device
     shape = CHUNKS * pipe.config.chunk_frames, engine.dit.config.in_dim
-    size = arguments.latent_size(engine, pipe.height, pipe.width)
+    size = pipeline_inputs.latent_size(engine, pipe.height, pipe.width)
     noise = torch.randn(STEPS, 1, *shape, *size, generator=torch.Generator(device).manual_seed(seed), device=device)
     first, again, embeds = (
-        x.bfloat16().to(engine.dit.dtype) for x in (*noise.unbind(), contest.embeddings(pipe, 1, seed)[0])
+        x.bfloat16().to(engine.dit.dtype) for x in (*noise.unbind(), protocol.embeddings(pipe, 1, seed)[0])
     )
     return pipe.generate_latents(first, embeds, again, Fixed(STEPS)).float()
 
@@ -88,7 +89,7 @@ def chunk(args: argparse.Namespace, device: str) -> dict:
         for module in (pipe.engine.dit, pipe.engine.head):
             module.float()
         expected = latents(pipe, args.seed)
-        error = cases.distance([found], [expected])
+        error = inputs.distance([found], [expected])
         args.work.mkdir(parents=True, exist_ok=True)
         torch.save({"latents": expected.cpu(), "error": error, "of": asked(args)}, truth)
     else:
@@ -98,8 +99,8 @@ def chunk(args: argparse.Namespace, device: str) -> dict:
         if known["of"] != asked(args):
             raise ValueError(f"{truth}: of {known['of']}, must be of {asked(args)}: run the part torch again")
         expected, error = known["latents"].to(device), known["error"]
-    limit = cases.TWICE * error + cases.FLOOR
-    distance = cases.distance([found], [expected])
+    limit = inputs.TWICE * error + inputs.FLOOR
+    distance = inputs.distance([found], [expected])
     status = "ok" if distance <= limit and error < 1 else "wrong"  # NaN is wrong
     return {"status": status, "error": distance, "limit": limit, "first_seconds": seconds}
 
@@ -114,9 +115,9 @@ def loop(args: argparse.Namespace, device: str) -> dict:
     if why is not None:
         raise Absent(why)
     pipe = pipeline("shapes", device, (64, 64), args.seed)
-    size, config = arguments.latent_size(pipe.engine, 64, 64), pipe.config
+    size, config = pipeline_inputs.latent_size(pipe.engine, 64, 64), pipe.config
     pipe.engine.capture(height=size[0], width=size[1], frames=None, config=config)
-    embeds, launches, steps = contest.embeddings(pipe, 1, args.seed)[0], [], []
+    embeds, launches, steps = protocol.embeddings(pipe, 1, args.seed)[0], [], []
     replay = device_loop.DeviceLoop.replay
     with patch.object(device_loop.DeviceLoop, "replay", lambda self: launches.append(replay(self))):
         for threshold in (1.0, 0.5, 0.0):  # of a confidence between 0 and 1: all steps, some, one
@@ -125,7 +126,7 @@ def loop(args: argparse.Namespace, device: str) -> dict:
                     looped = denoised(session.rollout, by_host=False)
                     single = denoised(session.rollout, by_host=True)
                     if looped.steps != single.steps or not looped.latents.equal(single.latents):
-                        apart = cases.distance([looped.latents], [single.latents])
+                        apart = inputs.distance([looped.latents], [single.latents])
                         return {"status": "wrong", "steps": [looped.steps, single.steps], "error": apart}
                     steps += looped.steps
                     session.rollout.accept(single.latents)

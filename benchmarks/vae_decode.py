@@ -27,16 +27,17 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import cases, plain_vae
-from benchmarks.contenders import refuse_others
-from benchmarks.judge import brief
-from benchmarks.limit import UNFINISHED, WHY, Limit
-from benchmarks.record import aligned, commit, machine, save
-from benchmarks.timing import clock, measure
-from dsa_engine.engine.decoder import ChunkDecoder
-from dsa_engine.models.vae import WanVAE
-from dsa_engine.training.figures import rounded
-from dsa_engine.video import check_target
+from benchmarks import plain_vae
+from benchmarks.common.environment import aligned, commit, machine, save
+from benchmarks.common.limit import UNFINISHED, WHY, Limit
+from benchmarks.common.timing import clock, measure
+from benchmarks.micro import inputs
+from benchmarks.micro.backends import refuse_others
+from benchmarks.micro.measure import brief
+from dsa_engine.engine.graphed_decoder import ChunkDecoder
+from dsa_engine.evaluation.summary import rounded
+from dsa_engine.media.mp4 import check_target
+from dsa_engine.models.wan_vae import WanVAE
 
 ROW = "vae_decode"
 WAYS = ("eager", "channels_last", "graphed")
@@ -48,7 +49,7 @@ def judge(
     """A result for each way, as soon as it is there, of the third chunk of a clip; latents: a chunk's shape
     [B, F, 16, h, w]; seconds: of timing, None for none; dim: the VAE's, narrower for a try."""
     torch.manual_seed(seed)
-    vae, draw = WanVAE(dim=dim).requires_grad_(False).eval().to(device), cases.Draw(device, seed)
+    vae, draw = WanVAE(dim=dim).requires_grad_(False).eval().to(device), inputs.Draw(device, seed)
     chunks = [draw.normal(*latents) for _ in range(3)]
     plain = float("nan")  # the error of plain torch
     with torch.no_grad():
@@ -61,9 +62,9 @@ def judge(
                 continue
             try:
                 call = third(way, vae, chunks)
-                found["error"] = cases.distance([call().float()], [expected])
+                found["error"] = inputs.distance([call().float()], [expected])
                 plain = found["error"] if way == "eager" else plain
-                found["limit"] = cases.TWICE * plain + cases.FLOOR
+                found["limit"] = inputs.TWICE * plain + inputs.FLOOR
                 found["status"] = "ok" if found["error"] <= found["limit"] else "wrong"  # NaN is wrong
                 if found["status"] == "ok" and seconds is not None:
                     found |= asdict(measure([call], clock(device, capture=False), seconds))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.work import BF16, FP32, GPUS
+from benchmarks.micro.roofline import BF16, FP32, GPUS
 
 WIDTHS = (384, 384, 192, 96)  # channels of the levels, from the latents to the picture
 TIME_UP = (True, True, False)  # whether the frames double on the way to the next level

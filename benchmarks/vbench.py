@@ -50,11 +50,14 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
+from benchmarks.common.environment import aligned, commit, machine  # noqa: E402
 from benchmarks.quality import count  # noqa: E402
-from benchmarks.record import aligned, commit, machine  # noqa: E402
-from dsa_engine import Pipeline, arguments  # noqa: E402
-from dsa_engine.training.figures import rounded  # noqa: E402
-from dsa_engine.video import Mp4Writer, replacing  # noqa: E402
+from dsa_engine import (
+    Pipeline,
+    pipeline_inputs,  # noqa: E402
+)
+from dsa_engine.evaluation.summary import rounded  # noqa: E402
+from dsa_engine.media.mp4 import Mp4Writer, replacing  # noqa: E402
 
 # dimension: (low, high, weight), the ends of its scale and its share, as of VBench 0.1.5, scripts/constant.py
 QUALITY = {
@@ -288,9 +291,9 @@ def prepare(args: argparse.Namespace) -> Job:
     if pipe.engine.text is None or pipe.engine.decoder is None:
         raise ValueError(f"--model {args.model}: must have a text encoder and a decoder, to turn prompts into pixels")
     for policy in args.policy:
-        arguments.policy(pipe.engine, policy)
+        pipeline_inputs.policy(pipe.engine, policy)
     frames = args.frames or pipe.frames
-    arguments.latent_frames(pipe.engine, frames)
+    pipeline_inputs.latent_frames(pipe.engine, frames)
     missing = {p: not_there(folder(args.out, p), clips, pipe, frames, args.scale) for p in dict.fromkeys(args.policy)}
     unscored = None
     if args.no_evaluate:

@@ -1,4 +1,4 @@
-// The names under which Python calls the launchers; `dsa_engine/ops/cuda.py` makes the arguments. A struct of the
+// The names under which Python calls the launchers; `dsa_engine/ops/cuda_backend.py` makes the arguments. A struct of the
 // headers comes as a tuple of its fields, an address as an integer. No torch header is needed to build or to load this.
 #include <pybind11/pybind11.h>
 

@@ -24,28 +24,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dsa_engine import arguments, video
+from dsa_engine import pipeline_inputs
+from dsa_engine.checkpoints import convert as converting
+from dsa_engine.checkpoints import key_maps, load
+from dsa_engine.checkpoints.inspect import inspect
 from dsa_engine.config import COMMIT_MODES, PRESETS, ROPE_MODES, ModelConfig, RolloutConfig
 from dsa_engine.doctor import doctor, table
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Chunk
-from dsa_engine.models import convert as converting
-from dsa_engine.models import memory, names, package
+from dsa_engine.media import mp4
+from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.found import inspect
 from dsa_engine.models.fp8 import E4M3, QUANTIZATIONS
-from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import POLICY_FORMS
 from dsa_engine.sampling.schedule import Schedule
-from dsa_engine.synthetic import EXAMPLE, GRAMMAR
-from dsa_engine.training import run
+from dsa_engine.shapes.text_encoder import SlotTextEncoder
+from dsa_engine.shapes.world import EXAMPLE, GRAMMAR
+from dsa_engine.training import launch
 
 SHOWN_SIDE = 256  # px; smaller videos are scaled up until their shorter side has as many
 DTYPES = ("float32", "bfloat16", "float16")
-FAMILY = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(names.FAMILIES)
+FAMILY = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(key_maps.FAMILIES)
 QUANTISED = "what is in FP8: products and cache, or one of them (compute capability 8.9)"
 WAN = tuple(name for name in PRESETS if name.startswith("wan"))
 
@@ -114,17 +116,17 @@ def parser() -> argparse.ArgumentParser:
     serving(command(serve, "answer over HTTP: jobs, live video over a WebSocket, and a page to watch it").add_argument)
     add = command(info, "sizes, schedule, cache and prompts of a model").add_argument
     add("model", nargs="?", default="shapes", help="as for generate, or a preset without weights: " + ", ".join(WAN))
-    add("--family", choices=tuple(names.FAMILIES), help=FAMILY)
+    add("--family", choices=tuple(key_maps.FAMILIES), help=FAMILY)
     add("--quantization", choices=QUANTIZATIONS, help=QUANTISED)
     add = command(convert, "a checkpoint to this project's folder, or back to diffusers' layout").add_argument
     add("source", help="checkpoint file or folder, in any layout that generate reads")
     add("target", help="folder to write, which must not be there or be empty")
     add("--to", choices=converting.FORMATS, default=converting.FORMATS[0])
-    add("--family", choices=tuple(names.FAMILIES), help=FAMILY)
+    add("--family", choices=tuple(key_maps.FAMILIES), help=FAMILY)
     add("--lora", metavar="FILE", help="an adapter to merge")
     add("--dtype", choices=DTYPES, help="of the written weights (default: as they are)")
     add = command(train, "train a model, a stage at a time; run again, it goes on where it was").add_argument
-    add("--recipe", required=True, choices=run.RECIPES, help="the stage; all: every stage from random weights")
+    add("--recipe", required=True, choices=launch.RECIPES, help="the stage; all: every stage from random weights")
     add("--config", default="shapes", help="shipped recipe or TOML file (default shapes)")
     add("--out", default="runs", metavar="FOLDER", help="checkpoints, logs and pictures go to FOLDER/<stage>")
     add("--steps", type=int, help="instead of the recipe's")
@@ -147,7 +149,7 @@ def loading(add: Callable) -> None:
     add("--model", default="shapes", help="shipped name, folder or checkpoint (default shapes)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--threads", type=threads, help="CPU threads (default: 1 for a small model, else torch's own count)")
-    add("--family", choices=tuple(names.FAMILIES), help=FAMILY)
+    add("--family", choices=tuple(key_maps.FAMILIES), help=FAMILY)
     add("--lora", metavar="FILE", help="an adapter to merge into a checkpoint")
     add("--vae", metavar="PATH", help="video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)")
     add("--text", metavar="PATH", help="text encoder of a checkpoint, or prompts encoded before")
@@ -196,7 +198,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         args.output = "out.mp4"
     for path, suffix in ((args.output, ".mp4"), (args.report, ".png")):
         if path is not None:
-            video.check_target(path, suffix)
+            mp4.check_target(path, suffix)
     parts = {name: getattr(args, name) for name in ("family", "lora", "vae", "text", "offload", "quantization")}
     with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=1, **parts) as pipe:
         options = {name: getattr(args, name) for name in SESSION_OPTIONS}
@@ -207,7 +209,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
             pipe.session(prompt, **options).close()
         side = min(args.height or pipe.height, args.width or pipe.width)  # a height of 0 has been refused above
         args.scale = -(-SHOWN_SIDE // side) if args.scale is None else args.scale
-        writer = None if args.output is None else video.Mp4Writer(args.output, pipe.fps, args.scale)
+        writer = None if args.output is None else mp4.Mp4Writer(args.output, pipe.fps, args.scale)
         for chunk in list(plan.prompts)[1:]:
             start = plan.starts[chunk]
             tqdm.write(f"from {start / pipe.fps:g} s (frame {start}, chunk {chunk}): {plan.prompts[chunk]}", sys.stderr)
@@ -226,7 +228,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     )
     if args.report is not None:
         threshold = shown_threshold(pipe, args.steps)
-        video.write_report(args.report, chunks, threshold=threshold, max_steps=pipe.max_steps, title=title)
+        mp4.write_report(args.report, chunks, threshold=threshold, max_steps=pipe.max_steps, title=title)
     lines = [
         title,
         f"{facts['seconds']:g} s of {facts['size']} at {pipe.fps:g} fps from {args.model}, seed {args.seed}",
@@ -240,7 +242,7 @@ def generate(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
 
 def serve(args: argparse.Namespace) -> tuple[None, list[str], int]:
     """A server, until SIGTERM or Ctrl-C."""
-    from dsa_engine.serving import serve as server
+    from dsa_engine.serving import server
     from dsa_engine.serving.limits import Limits
     from dsa_engine.serving.settings import Settings
 
@@ -291,11 +293,11 @@ def given_pixels(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if args.image is not None and args.video is not None:
         raise ValueError("--image and --video: give one or the other")
     if args.image is not None:
-        frames, _ = video.read_mp4(args.image)
+        frames, _ = mp4.read_mp4(args.image)
         if len(frames) != 1:
             raise ValueError(f"--image {args.image}: holds {len(frames)} frames; for a video use --video")
         return {"image": frames[0]}
-    return {} if args.video is None else {"video": video.read_mp4(args.video)[0]}
+    return {} if args.video is None else {"video": mp4.read_mp4(args.video)[0]}
 
 
 def plan_clip(pipe: Pipeline, args: argparse.Namespace, given: dict[str, Any]) -> Plan:
@@ -312,9 +314,9 @@ def plan_clip(pipe: Pipeline, args: argparse.Namespace, given: dict[str, Any]) -
     first, later = decoder.frames_of(size, True), decoder.frames_of(size, False)
     if began and not remade:  # the chunks come after what was given
         latent = decoder.latent_frames_of(began)
-        starts = list(range(began, arguments.whole_chunks(pipe.engine, frames, latent) + 1, later))
+        starts = list(range(began, pipeline_inputs.whole_chunks(pipe.engine, frames, latent) + 1, later))
     else:
-        starts = [0, *range(first, arguments.whole_chunks(pipe.engine, frames) + 1, later)]
+        starts = [0, *range(first, pipeline_inputs.whole_chunks(pipe.engine, frames) + 1, later)]
     if (asked or remade) and starts[-1] != frames:
         what = "--frames" if asked else f"--video {args.video} with --strength: frames"
         raise ValueError(f"{what} {frames}: must come out as whole chunks; nearest is {starts[-1]}")
@@ -344,7 +346,7 @@ def switches(at: Sequence[tuple[str, str]], starts: Sequence[int], fps: float) -
 
 
 def make_clip(
-    pipe: Pipeline, plan: Plan, options: dict[str, Any], writer: video.Mp4Writer | None, recache: bool, keep: bool
+    pipe: Pipeline, plan: Plan, options: dict[str, Any], writer: mp4.Mp4Writer | None, recache: bool, keep: bool
 ) -> tuple[dict[str, Any], list[Chunk]]:
     """The clip's figures, and its chunks, with the frames that a report shows if these are to be kept.
 
@@ -394,7 +396,7 @@ def default_policy(pipe: Pipeline) -> str:
     return (
         f"fixed:{pipe.max_steps}"
         if pipe.engine.head is None
-        else f"confidence:{arguments.default_threshold(pipe.engine)}"
+        else f"confidence:{pipeline_inputs.default_threshold(pipe.engine)}"
     )
 
 
@@ -408,21 +410,25 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     """What a model is: loaded as `generate` loads it or, for a preset of Wan's sizes, counted without weights."""
     path = Path(args.model)
     bare = args.model in WAN and not path.exists()
-    if not bare and args.model not in package.shipped() and path.exists():
+    if not bare and args.model not in load.shipped() and path.exists():
         found = inspect(path, args.family)
-        if found.kind != names.ENGINE:  # told by the headers alone: nothing is loaded
+        if found.kind != key_maps.ENGINE:  # told by the headers alone: nothing is loaded
             facts = found.to_dict()
             if found.config is not None:
-                facts["memory"] = memory.report(found.config, found.rollout, memory.Workload(**in_fp8(args)))
+                facts["memory"] = memory_estimate.report(
+                    found.config, found.rollout, memory_estimate.Workload(**in_fp8(args))
+                )
             return facts, info_lines(facts), 0
-    before = memory.resident()
+    before = memory_estimate.resident()
     pipe = without_weights(args.model) if bare else Pipeline.from_pretrained(args.model, quantization=args.quantization)
     engine, config, model = pipe.engine, pipe.config, pipe.engine.dit.config
     parts = {"generator": engine.dit, "confidence": engine.head, "codec": engine.decoder, "text": engine.text}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     stride = 8 if engine.decoder is None else engine.decoder.spatial_stride  # without one: the sizes of Wan's VAE
     frames = (pipe.frames - 1) // 4 + 1 if engine.decoder is None else engine.decoder.latent_frames_of(pipe.frames)
-    load = memory.Workload(pipe.height // stride, pipe.width // stride, frames, dtype=engine.dit.dtype, **in_fp8(args))
+    workload = memory_estimate.Workload(
+        pipe.height // stride, pipe.width // stride, frames, dtype=engine.dit.dtype, **in_fp8(args)
+    )
     facts = {
         "name": pipe.name,
         "weights": None if bare else args.model,
@@ -431,7 +437,7 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "model": model.to_dict(),
         **config.to_dict(),
         "sigmas": [round(sigma, 4) for sigma in Schedule(config.steps, config.shift).sigmas],
-        "cache_bytes": memory.cache_bytes(model, config, load),
+        "cache_bytes": memory_estimate.cache_bytes(model, config, workload),
         "dtype": str(engine.dit.dtype).removeprefix("torch."),
         "quantization": args.quantization,
         "size": f"{pipe.width}x{pipe.height}",
@@ -441,9 +447,11 @@ def info(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
     if isinstance(engine.text, SlotTextEncoder):
         facts |= {"prompts": GRAMMAR, "example": str(EXAMPLE)}
     parts["vae"] = parts.pop("codec")
-    facts["memory"] = memory.report(model, config, load, **({} if bare else memory.sizes_of(parts)))
+    facts["memory"] = memory_estimate.report(
+        model, config, workload, **({} if bare else memory_estimate.sizes_of(parts))
+    )
     if not bare:
-        measured, now = memory.measure(parts, engine.dit.device), memory.resident()
+        measured, now = memory_estimate.measure(parts, engine.dit.device), memory_estimate.resident()
         measured["loading"] = None if before is None or now is None else now - before
         facts["memory"]["measured"] = measured
     return facts, info_lines(facts), 0
@@ -457,7 +465,7 @@ def in_fp8(args: argparse.Namespace) -> dict[str, torch.dtype]:
 
 def info_lines(facts: dict[str, Any]) -> list[str]:
     """Facts for people, with bytes of memory as GB."""
-    return table(facts | {name: memory.shown(value) for name, value in facts.items() if name == "memory"})
+    return table(facts | {name: memory_estimate.shown(value) for name, value in facts.items() if name == "memory"})
 
 
 def convert(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
@@ -477,7 +485,7 @@ def train(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str], i
             raise ValueError(
                 f"{', '.join(strange)}: only for --recipe head with --model, a head for a given checkpoint"
             )
-        facts = run.train(
+        facts = launch.train(
             args.recipe,
             args.config,
             args.out,
@@ -490,7 +498,7 @@ def train(args: argparse.Namespace) -> tuple[dict[str, Any] | None, list[str], i
     else:
         if args.prompts is None:
             raise ValueError("--prompts: what to roll out is needed, a file of text or of prompt_embeds")
-        facts = run.train_head_of(
+        facts = launch.train_head_of(
             args.model,
             args.out,
             iterations=args.steps,

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsa_engine import video
+from dsa_engine.checkpoints import load
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
-from dsa_engine.models import package
+from dsa_engine.media import mp4
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import unavailable
@@ -47,14 +47,14 @@ def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
             optional[name] = version(name) or f"missing; it comes with dsa-engine[{extra}]"
     works, fails = {}, {}
     checks: dict[str, Callable[[], str]] = {"video": try_video, "engine": try_engine}
-    checks |= {f"model {name}": lambda name=name: try_model(name) for name in package.shipped()}
+    checks |= {f"model {name}": lambda name=name: try_model(name) for name in load.shipped()}
     for name, check in checks.items():
         try:
             works[name] = check()
         except Exception as error:  # whatever a broken installation raises is the diagnosis
             fails[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     warnings = known_problems(torch.__version__, cudnn)
-    if not package.shipped():
+    if not load.shipped():
         warnings.append("no model comes with this installation; generate needs --model FOLDER")
     required = {name: version(name) or "not installed" for name in REQUIRED}
     facts = {
@@ -65,7 +65,7 @@ def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "ops": backends("cuda" if cuda else "cpu"),
         **({"attention": attention()} if cuda else {}),
         "optional": optional,
-        "models": package.shipped(),
+        "models": load.shipped(),
         "works": works,
         "warnings": warnings,
         "fails": fails,
@@ -130,8 +130,8 @@ def try_video() -> str:
     frames = np.stack([np.full((16, 16, 3), level, dtype=np.uint8) for level in (60, 180)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "two.mp4"
-        video.write_mp4(path, frames, fps=2)
-        back, _ = video.read_mp4(path)
+        mp4.write_mp4(path, frames, fps=2)
+        back, _ = mp4.read_mp4(path)
     if back.shape != frames.shape or np.abs(back.astype(int) - frames).max() > 8:
         raise RuntimeError("H.264 does not give back the frames that went in")
     return "libx264 through PyAV"

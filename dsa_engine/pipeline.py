@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsa_engine import arguments
+from dsa_engine import pipeline_inputs
+from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.inspect import Found
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.device import current, on_device
 from dsa_engine.engine.engine import SESSIONS, Engine
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
-from dsa_engine.models import package
-from dsa_engine.models.found import Found
 from dsa_engine.models.fp8 import E4M3, quantise_linears
 from dsa_engine.models.fp8 import quantization as named_quantization
 from dsa_engine.sampling.denoise import Denoised, Step
@@ -62,7 +62,7 @@ class Pipeline:
         width: int | None,
         frames: int,
         fps: float,
-        calibration: package.Calibration = (),
+        calibration: load.Calibration = (),
         found: Found | None = None,
         quantization: str | None = None,
     ):
@@ -125,17 +125,17 @@ class Pipeline:
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         fp8 = named_quantization(quantization, device)  # before anything is read
         with current(device):
-            parts = package.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
+            parts = load.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
             if fp8.linear:
                 quantise_linears(parts.dit)
         if head is not None:
-            parts = package.with_head(parts, head)
+            parts = load.with_head(parts, head)
         steps = None if steps is None else tuple(steps)
         config = changed(
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
         )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
-        parts = package.place(parts, offload, config, max_sessions or SESSIONS, E4M3 if fp8.cache else None)
+        parts = load.place(parts, offload, config, max_sessions or SESSIONS, E4M3 if fp8.cache else None)
         engine = Engine(
             parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic, fp8.cache
         )
@@ -237,20 +237,20 @@ class Pipeline:
                 f"guidance_scale={guidance_scale}, negative_prompt={negative_prompt!r}: a distilled few-step model has "
                 "its guidance built in; only guidance_scale=1.0 without a negative prompt is possible"
             )
-        arguments.output_type(self.engine, output_type)
-        embeds = arguments.embeds(self.engine, prompt, prompt_embeds)
-        policy = arguments.policy(
+        pipeline_inputs.output_type(self.engine, output_type)
+        embeds = pipeline_inputs.embeds(self.engine, prompt, prompt_embeds)
+        policy = pipeline_inputs.policy(
             self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold, strength
         )
-        seeds = arguments.seeds(seed, generator, len(embeds))
+        seeds = pipeline_inputs.seeds(seed, generator, len(embeds))
         if latents is None:
             size = self._size(height, width)
-            clip = arguments.clip(self.engine, len(embeds), size, num_frames, image, video, strength, self.frames)
+            clip = pipeline_inputs.clip(self.engine, len(embeds), size, num_frames, image, video, strength, self.frames)
         elif any(x is not None for x in (height, width, num_frames, image, video)):
             raise ValueError("height, width, num_frames, image and video: with latents these count alone")
         else:
-            clip = arguments.Clip(*arguments.latents(self.engine, latents, len(embeds)))
-        arguments.renoise(self.engine, renoise, len(embeds), clip.made, clip.size)
+            clip = pipeline_inputs.Clip(*pipeline_inputs.latents(self.engine, latents, len(embeds)))
+        pipeline_inputs.renoise(self.engine, renoise, len(embeds), clip.made, clip.size)
         start = time.perf_counter()
         rollout = self.engine.rollout(
             embeds,
@@ -350,15 +350,15 @@ class Pipeline:
         ends with the video that it makes anew. window, sink: this session's cache (latent frames); rope, commit: of
         RolloutConfig.
         """
-        embeds = arguments.embeds(self.engine, prompt, prompt_embeds)
+        embeds = pipeline_inputs.embeds(self.engine, prompt, prompt_embeds)
         if len(embeds) != 1:
             raise ValueError(f"{len(embeds)} prompts: a session is one stream; open one session per prompt")
         config = changed(self.config, window=window, sink=sink, rope=rope, commit=commit)
         seed = check_seed(seed)
-        policy = arguments.policy(
+        policy = pipeline_inputs.policy(
             self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold, strength
         )
-        clip = arguments.clip(self.engine, 1, self._size(height, width), num_frames, image, video, strength, None)
+        clip = pipeline_inputs.clip(self.engine, 1, self._size(height, width), num_frames, image, video, strength, None)
         return self.engine.session(
             prompt,
             embeds,
@@ -415,7 +415,7 @@ class Pipeline:
         window is the whole clip."""
         (height, width), config = self._size(), self.config
         whole = config.window is None and self.engine.decoder is not None
-        frames = arguments.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
+        frames = pipeline_inputs.latent_frames(self.engine, self.frames) if whole else config.chunk_frames
         return {"height": height, "width": width, "frames": frames, "config": config}
 
     def warm_decoder(self) -> None:
@@ -438,7 +438,7 @@ class Pipeline:
         """Latent height and width of a pixel size, the model's own where none is given."""
         height = self.height if height is None else height
         width = self.width if width is None else width
-        return arguments.latent_size(self.engine, height, width)
+        return pipeline_inputs.latent_size(self.engine, height, width)
 
     @on_device
     @torch.inference_mode()

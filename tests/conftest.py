@@ -16,14 +16,14 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: they then run on CPU tensors
 
-from benchmarks.limit import UNFINISHED, Limit
+from benchmarks.common.limit import UNFINISHED, Limit
 from dsa_engine import Pipeline
+from dsa_engine.checkpoints import load
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.models import package
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.pixel_codec import PixelCodec
-from dsa_engine.models.text import SlotTextEncoder
+from dsa_engine.shapes.codec import PixelCodec
+from dsa_engine.shapes.text_encoder import SlotTextEncoder
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=30)
@@ -105,7 +105,7 @@ def untrained(tmp_path_factory):
     modules = {"generator": dit, "confidence": head, "codec": PixelCodec(), "text": SlotTextEncoder(16)}
     rollout = RolloutConfig(window=9, sink=0, shift=3.0, threshold=0.5)
     video = {"height": 64, "width": 64, "frames": 12, "fps": 12.0}
-    package.save(folder, "untrained", modules, rollout, video, dtype=torch.float32)
+    load.save(folder, "untrained", modules, rollout, video, dtype=torch.float32)
     return folder
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_engine.structures import CacheScales
+from dsa_engine.kernel_types import CacheScales
 
 HEAD_DIMS = (16, 32, 64, 128)
 

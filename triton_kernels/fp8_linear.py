@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_engine.structures import Rowwise
+from dsa_engine.kernel_types import Rowwise
 
 E4M3_MAX = tl.constexpr(448.0)
 LEAST_TOP = tl.constexpr(1.5e-36)  # 448 divided by it is still finite, and 0 * inf would be NaN

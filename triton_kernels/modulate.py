@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_engine.structures import Rowwise
+from dsa_engine.kernel_types import Rowwise
 from dsa_engine.triton_kernels.fp8_linear import (
     empty_rowwise,
     load_row,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_engine.structures import CacheScales
+from dsa_engine.kernel_types import CacheScales
 
 E4M3_MAX = tl.constexpr(448.0)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa_engine.ops import cuda as kernels
+from dsa_engine.ops import cuda_backend as kernels
 
 
 def unavailable() -> str | None:

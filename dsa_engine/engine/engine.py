@@ -14,25 +14,25 @@ from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import device_loop
-from dsa_engine.engine.decoder import ChunkDecoder, too_large
+from dsa_engine.engine.cuda_graphs import StepGraphs
 from dsa_engine.engine.device import Streams, on_device
-from dsa_engine.engine.graphs import StepGraphs
-from dsa_engine.engine.inputs import StepInputs
+from dsa_engine.engine.graphed_decoder import ChunkDecoder, too_large
+from dsa_engine.engine.model_runner import StepInputs
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session, to_uint8
-from dsa_engine.models import memory
-from dsa_engine.models.codec import VideoCodec
+from dsa_engine.kernel_types import CacheScales
+from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
 from dsa_engine.models.fp8 import E4M3, cache_scales
+from dsa_engine.models.interfaces import VideoCodec
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.streaming_vae import StreamingVAE
-from dsa_engine.models.text import TextEncoder
-from dsa_engine.sampling.cache import KVCache
+from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
-from dsa_engine.structures import CacheScales
+from dsa_engine.shapes.text_encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class Engine:
         fit = self._fit[shape] = self._fitting(shape)
         if fit >= self.max_sessions:
             return self.max_sessions
-        free = memory.shown(memory.room(self.device))
+        free = memory_estimate.shown(memory_estimate.room(self.device))
         if self.asked:
             logger.warning(
                 "max_sessions=%d: memory may run out, for %s is free on %s and that is for %d; nearest is %d",
@@ -255,19 +255,24 @@ class Engine:
     def _fitting(self, shape: PoolShape) -> int:
         rolling = None if shape.spare == 0 else shape.window
         config = replace(self.config, window=rolling, sink=shape.sink, rope=shape.rope, chunk_frames=shape.frames)
-        load = memory.Workload(
+        load = memory_estimate.Workload(
             shape.height, shape.width, shape.window, dtype=self.dit.dtype, cache=E4M3 if self.fp8_cache else None
         )
         away = isinstance(self.decoder, Offloaded)  # its weights are not there yet, all others are
-        weights = {"generator": 0, "confidence": 0, "vae": memory.part_bytes(self.decoder) if away else 0, "text": 0}
-        return memory.sessions(
+        weights = {
+            "generator": 0,
+            "confidence": 0,
+            "vae": memory_estimate.part_bytes(self.decoder) if away else 0,
+            "text": 0,
+        }
+        return memory_estimate.sessions(
             self.dit.config,
             config,
             load,
-            memory.room(self.device) + memory.CONTEXT,
+            memory_estimate.room(self.device) + memory_estimate.CONTEXT,
             text=None,
             weights=weights,
-            codec=memory.codec_of(self.decoder),
+            codec=memory_estimate.codec_of(self.decoder),
             offload=("vae",) if away else (),
         )
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.chunk_plan import Node, chunk_plan, execute
 from dsa_engine.engine.device import Moment, on_device
-from dsa_engine.engine.inputs import StepInputs
-from dsa_engine.engine.plan import Node, chunk_plan, execute
+from dsa_engine.engine.model_runner import StepInputs
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, TextKV
-from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk, read
+from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import Noise
 from dsa_engine.sampling.policy import Policy, Rule
 from dsa_engine.sampling.schedule import Schedule

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
-from dsa_engine.structures import HeadWeights
+from dsa_engine.kernel_types import HeadWeights
 
 
 class ConfidenceHead(nn.Module):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
-from dsa_engine.models.fp8_linear import Fp8Linear
+from dsa_engine.kernel_types import Projection, Rowwise
+from dsa_engine.models.linear import Fp8Linear
 from dsa_engine.models.rope import rope_table
-from dsa_engine.structures import Projection, Rowwise
 
 
 class Memory(Protocol):

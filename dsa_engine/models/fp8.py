@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsa_engine.kernel_types import CacheScales
 from dsa_engine.models.dit import Attention, Block, CausalDiT, timestep_features
-from dsa_engine.models.fp8_linear import Fp8Linear
+from dsa_engine.models.linear import Fp8Linear
 from dsa_engine.ops.reference import E4M3_MAX
-from dsa_engine.structures import CacheScales
 
 E4M3 = torch.float8_e4m3fn
 CAPABILITY = (8, 9)  # e4m3 in hardware: Ada, Hopper and later

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsa_engine.models import names
-from dsa_engine.models.checkpoint import check_fit, dequantised, fill
-from dsa_engine.models.memory import TextSize
+from dsa_engine.checkpoints import key_maps
+from dsa_engine.checkpoints.tensor_io import Entry, find_weights, open_tensors, write_tensors
+from dsa_engine.checkpoints.wan import check_fit, dequantised, fill
+from dsa_engine.models.memory_estimate import TextSize
 from dsa_engine.models.offload import lend
-from dsa_engine.models.tensor_files import Entry, find_weights, open_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -245,9 +245,9 @@ def load_umt5(
     path = Path(path)
     weights = find_weights(path) if path.is_dir() else path
     file = open_tensors(weights)
-    if (kind := names.kind_of(file.entries)) != names.TEXT:
-        use = f": {names.USES[kind]}" if kind in names.USES else ""
-        raise ValueError(f"{weights}: holds {kind or 'no model that is known here'}{use}; expected {names.TEXT}")
+    if (kind := key_maps.kind_of(file.entries)) != key_maps.TEXT:
+        use = f": {key_maps.USES[kind]}" if kind in key_maps.USES else ""
+        raise ValueError(f"{weights}: holds {kind or 'no model that is known here'}{use}; expected {key_maps.TEXT}")
     entries = dequantised(transformers_names(file.entries), weights)
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**sizes_of(entries, weights))).to(dtype).requires_grad_(False).eval()
@@ -267,7 +267,7 @@ def load_umt5(
 
 def transformers_names(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """An encoder's tensors under transformers' names, the token embedding once."""
-    named = {names.to_dialect(names.bare(name), names.UMT5): entry for name, entry in entries.items()}
+    named = {key_maps.to_dialect(key_maps.bare(name), key_maps.UMT5): entry for name, entry in entries.items()}
     embedding = named.pop(EMBEDDING, None)
     return named if embedding is None else {"shared.weight": embedding} | named
 

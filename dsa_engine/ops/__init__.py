@@ -1,5 +1,6 @@
 """One public function an op: formula, shapes, checks, and dispatch to the best implementation of the machine."""
 
+from dsa_engine.kernel_types import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
 from dsa_engine.ops.attention import attention, cross_attention
 from dsa_engine.ops.epilogue import epilogue, renoise, velocity_to_x0
 from dsa_engine.ops.fp8_linear import fp8_linear, quantise
@@ -8,7 +9,6 @@ from dsa_engine.ops.noise import gaussian
 from dsa_engine.ops.norm_rope import norm_rope, norm_rope_append, rms_norm
 from dsa_engine.ops.norm_silu import bias_residual, norm_silu
 from dsa_engine.ops.pooling import pool_frames
-from dsa_engine.structures import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
 
 __all__ = [
     "CacheScales",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsa_engine.kernel_types import CacheScales
 from dsa_engine.ops.dispatch import implementation
-from dsa_engine.structures import CacheScales
 
 
 def attention(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsa_engine.ops import libraries, reference, smoke
+from dsa_engine.ops import external_attention, reference, smoke
 from dsa_engine.ops.support import E4M3, Call, Kind, Limits, Reason
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ STEMS = {
 }
 STEM_OF = {op: stem for stem, ops in STEMS.items() for op in ops}
 KERNELS = ("triton", "cuda")
-BACKENDS = ("auto", "torch", *KERNELS, *libraries.NAMES)
+BACKENDS = ("auto", "torch", *KERNELS, *external_attention.NAMES)
 
 # Fastest backend by compute capability and op, from `benchmarks/kernels.py` on such a device. None was measured yet.
 MEASURED: dict[tuple[int, int], dict[str, str]] = {}
@@ -110,8 +110,8 @@ def supports(backend: str, call: Call) -> Reason | None:
     """Why a backend cannot run a call on its CUDA device; None if it can."""
     if backend == "torch":
         return None
-    if backend in libraries.NAMES:
-        return libraries.supports(backend, call)
+    if backend in external_attention.NAMES:
+        return external_attention.supports(backend, call)
     try:
         module = _module(backend, call.op)
     except ImportError as error:
@@ -129,7 +129,7 @@ def supports(backend: str, call: Call) -> Reason | None:
 
 def _module(backend: str, op: str):
     return importlib.import_module(
-        "dsa_engine.ops.cuda" if backend == "cuda" else f"dsa_engine.triton_kernels.{STEM_OF[op]}"
+        "dsa_engine.ops.cuda_backend" if backend == "cuda" else f"dsa_engine.triton_kernels.{STEM_OF[op]}"
     )
 
 
@@ -150,7 +150,11 @@ def _function(op: str, dtype: torch.dtype, head_dim: int | None, stored: torch.d
     backend = _choice(Call(op, torch.cuda.get_device_capability(index), dtype, head_dim, stored, index)).backend
     if backend == "torch":
         return getattr(reference, op)
-    return getattr(libraries, backend) if backend in libraries.NAMES else getattr(_module(backend, op), op)
+    return (
+        getattr(external_attention, backend)
+        if backend in external_attention.NAMES
+        else getattr(_module(backend, op), op)
+    )
 
 
 def implementation(op: str, x: Tensor, head_dim: int | None = None, stored: torch.dtype | None = None) -> Callable:

@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
+from dsa_engine.kernel_types import Epilogue, HeadWeights, Projection, StopRule
 from dsa_engine.ops.dispatch import implementation
-from dsa_engine.structures import Epilogue, HeadWeights, Projection, StopRule
 
 
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:

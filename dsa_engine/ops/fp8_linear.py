@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsa_engine.kernel_types import Rowwise
 from dsa_engine.ops.dispatch import implementation
 from dsa_engine.ops.support import E4M3
-from dsa_engine.structures import Rowwise
 
 
 def quantise(x: Tensor) -> Rowwise:

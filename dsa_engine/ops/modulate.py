@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsa_engine.kernel_types import Rowwise
 from dsa_engine.ops.dispatch import implementation
 from dsa_engine.ops.support import E4M3
-from dsa_engine.structures import Rowwise
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | Rowwise:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsa_engine.kernel_types import CacheScales
 from dsa_engine.ops.attention import check_scales
 from dsa_engine.ops.dispatch import implementation
-from dsa_engine.structures import CacheScales
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa_engine.structures import Epilogue, HeadWeights, Rowwise, StopRule
+from dsa_engine.kernel_types import Epilogue, HeadWeights, Rowwise, StopRule
 
 E4M3_MAX = 448.0  # the largest number of e4m3
 FEW_KEYS = 512  # up to here two plain products and their backward beat the fused kernel's in training on a CPU

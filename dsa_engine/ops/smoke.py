@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsa_engine.ops import cuda, libraries, reference
+from dsa_engine.kernel_types import CacheScales
+from dsa_engine.ops import cuda_backend, external_attention, reference
 from dsa_engine.ops.support import Call
-from dsa_engine.structures import CacheScales
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def main() -> None:
     backend, index = sys.argv[1], int(sys.argv[2])
     torch.cuda.set_device(index)
     csrc = backend == "cuda"
-    attention = cuda.attention if csrc else getattr(libraries, backend)  # libraries have no e4m3
+    attention = cuda_backend.attention if csrc else getattr(external_attention, backend)  # libraries have no e4m3
     why = check(attention, f"cuda:{index}", [case for case in CASES if csrc or not case[1]])
     sys.stdout.write("\n" + json.dumps({"wrong": why}) + "\n")
 
@@ -116,7 +116,7 @@ def main() -> None:
 def identity(backend: str, index: int) -> dict[str, str]:
     """What a verdict holds for. A library's version is not in it but torch's, which brings cuDNN."""
     gpu, driver = torch.cuda.get_device_properties(index), Path("/proc/driver/nvidia/version")
-    build = hashlib.sha256(Path(cuda.csrc.__file__).read_bytes()).hexdigest()[:16] if backend == "cuda" else ""
+    build = hashlib.sha256(Path(cuda_backend.csrc.__file__).read_bytes()).hexdigest()[:16] if backend == "cuda" else ""
     return {
         "backend": backend,
         "device": gpu.name,

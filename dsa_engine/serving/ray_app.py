@@ -27,15 +27,15 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.serving.app import create_app
+from dsa_engine.serving.http.app import create_app
 from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.remote import Lost, RemoteBackend
-from dsa_engine.serving.replica import POLL, Replica
-from dsa_engine.serving.serve import address as address_of
-from dsa_engine.serving.serve import bind
+from dsa_engine.serving.replicas.client import Lost, RemoteBackend
+from dsa_engine.serving.replicas.replica import POLL, Replica
+from dsa_engine.serving.replicas.snapshots import Snapshots
+from dsa_engine.serving.server import address as address_of
+from dsa_engine.serving.server import bind
 from dsa_engine.serving.settings import Settings
-from dsa_engine.serving.snapshots import Snapshots
-from dsa_engine.serving.worker import Worker
+from dsa_engine.serving.worker.worker import Worker
 
 try:
     import ray

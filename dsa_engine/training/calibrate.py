@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.training.rollouts import Rollouts
+from dsa_engine.training.head_dataset import Rollouts
 
 SHARES = {"fast": 1 / 6, "balanced": 0.3, "quality": 0.5}  # of the steps after the first: 1.5, 1.9 and 2.5 of 4
 ROWS = 4096  # frames a product

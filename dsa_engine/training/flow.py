@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.text import SlotTextEncoder
 from dsa_engine.sampling.schedule import warp
-from dsa_engine.synthetic import NULL_TOKENS
+from dsa_engine.shapes.text_encoder import SlotTextEncoder
+from dsa_engine.shapes.world import NULL_TOKENS
 from dsa_engine.training.teacher_forcing import teacher_forced
 
 SHIFT = 3.0

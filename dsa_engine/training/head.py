@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dsa_engine.checkpoints.load import save_head
+from dsa_engine.evaluation.statistics import spearman
+from dsa_engine.media.mp4 import replacing
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.package import save_head
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.training import calibrate
-from dsa_engine.training.rollouts import Prompts, Rollouts, check_prompts, chunks_of, collect
-from dsa_engine.training.stats import spearman
-from dsa_engine.video import replacing
+from dsa_engine.training.head_dataset import Prompts, Rollouts, check_prompts, chunks_of, collect
 
 TOLERANCE = 0.1  # of latents whose variance is 1
 SOFTNESS = 1.0

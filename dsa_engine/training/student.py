@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.models.dit import CausalDiT, DiTOutput
-from dsa_engine.models.text import SlotTextEncoder
-from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.denoise import Step
+from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import SeededNoise
 from dsa_engine.sampling.policy import PerChunk
 from dsa_engine.sampling.schedule import warp
-from dsa_engine.training.confidence import attenuation_loss, attenuation_weight
+from dsa_engine.shapes.text_encoder import SlotTextEncoder
+from dsa_engine.training.attenuation import attenuation_loss, attenuation_weight
 from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, stress_motion
 from dsa_engine.training.flow import weighted_error
 from dsa_engine.training.head import refine_loss
-from dsa_engine.training.rollouts import Recorder
+from dsa_engine.training.head_dataset import Recorder
 from dsa_engine.training.teacher_forcing import teacher_forced
 
 ANCHOR, ANCHOR_SIGMA = 0.2, 0.7  # a little flow matching on data keeps the late steps from drifting

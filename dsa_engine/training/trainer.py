@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dsa_engine.training.log import Log
+from dsa_engine.training.csv_log import Log
 
 LOG_EVERY = 20  # steps
 Loss = Callable[..., Tensor]

@@ -1,12 +1,12 @@
-"""`cuda`: the module `dsa_engine.ops.cuda` with its kernels on the host, and NaN in memory that nobody has written."""
+"""`cuda`: the module `dsa_engine.ops.cuda_backend` with its kernels on the host, and NaN in memory that nobody has written."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from csrc import emulated
-from dsa_engine.ops import cuda as ops_cuda
+from dsa_engine.ops import cuda_backend as ops_cuda
+from tests.support.csrc import emulated
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from csrc.emulated import cuda_headers
+from tests.support.csrc.emulated import cuda_headers
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"

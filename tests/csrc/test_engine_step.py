@@ -7,14 +7,14 @@ import importlib
 import pytest
 import torch
 
-from csrc.emulated import check_error
 from dsa_engine.config import ModelConfig, RolloutConfig
+from dsa_engine.engine.chunk_plan import Row
 from dsa_engine.engine.engine import Engine
-from dsa_engine.engine.plan import Row
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.ops import dispatch, reference
 from dsa_engine.sampling.policy import Rule
+from tests.support.csrc.emulated import check_error
 
 SIZE, FRAMES = 4, 2
 SIZES = dict(num_layers=2, ffn_dim=96, text_dim=40, text_len=12, freq_dim=64)

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from csrc.emulated import check_error
+from dsa_engine.kernel_types import Epilogue, HeadWeights, Projection, StopRule
 from dsa_engine.ops import reference
-from dsa_engine.structures import Epilogue, HeadWeights, Projection, StopRule
+from tests.support.csrc.emulated import check_error
 
 EPS = 1e-6
 UNITS = 136  # of the hidden layer: every block has some, the first ones twice

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csrc.emulated import check_error, error
+from dsa_engine.kernel_types import Rowwise
 from dsa_engine.ops import reference
-from dsa_engine.structures import Rowwise
+from tests.support.csrc.emulated import check_error, error
 
 EPS = 1e-6
 FLOOR = 2e-6  # float32 sums of up to 2176 terms in another order, once for the mean and once for the deviation

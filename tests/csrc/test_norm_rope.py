@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from csrc.emulated import check_error
+from dsa_engine.kernel_types import CacheScales
 from dsa_engine.ops import reference
-from dsa_engine.structures import CacheScales
+from tests.support.csrc.emulated import check_error
 
 EPS = 1e-6
 FLOOR = 1e-6  # float32 sums of up to 2176 squares in another order: a few roundings of 6e-8, on both sides

@@ -1,4 +1,4 @@
-"""dsa_engine.ops.cuda: what it hands to the attention kernel, and when it says that it cannot run."""
+"""dsa_engine.ops.cuda_backend: what it hands to the attention kernel, and when it says that it cannot run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from csrc.emulated import check_error
 from dsa_engine.engine import device_loop
-from dsa_engine.ops import cuda as ops_cuda
-from dsa_engine.ops import dispatch, reference, views
-from dsa_engine.structures import CacheScales
+from dsa_engine.kernel_types import CacheScales
+from dsa_engine.ops import cuda_backend as ops_cuda
+from dsa_engine.ops import dispatch, launch_args, reference
+from tests.support.csrc.emulated import check_error
 
 FLOOR = 1e-6  # plain torch has an error in every case here
 
@@ -70,7 +70,7 @@ def test_every_function_has_the_arguments_of_the_reference():
 
 
 def test_both_sides_have_the_same_codes_for_dtypes(cuda):
-    assert cuda.csrc.DTYPES == views.DTYPES
+    assert cuda.csrc.DTYPES == launch_args.DTYPES
 
 
 def test_it_says_why_it_cannot_run(monkeypatch):

@@ -12,11 +12,11 @@ import torch
 from dsa_engine import Confidence, Pipeline, ops
 from dsa_engine.engine import device as devices
 from dsa_engine.engine import session as session_module
-from dsa_engine.engine.runner import Runner
-from dsa_engine.models import memory
+from dsa_engine.engine.batch_runner import Runner
+from dsa_engine.models import memory_estimate
 from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.streams import Closed, Made, Order
-from dsa_engine.serving.worker import Worker
+from dsa_engine.serving.types import Closed, Made, Order
+from dsa_engine.serving.worker.worker import Worker
 
 RED, BLUE = "a red circle moves sideways", "a blue square jumps on navy"
 
@@ -136,7 +136,7 @@ def test_an_engine_has_two_streams_for_its_life(untrained, monkeypatch):
     monkeypatch.setattr(type(pipe.engine), "device", torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
     monkeypatch.setattr(devices, "current", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(memory, "room", lambda device: 10**12)
+    monkeypatch.setattr(memory_estimate, "room", lambda device: 10**12)
     used = set()
     for _ in range(40):
         with pipe.session(RED) as session:

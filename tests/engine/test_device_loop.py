@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from csrc.emulated import cuda_headers
-from cuda_stand_in import Cuda, patch
 
 from dsa_engine.engine import device_loop
+from tests.support.csrc.emulated import cuda_headers
+from tests.support.cuda_stand_in import Cuda, patch
 
 CSRC = Path(__file__).parents[2] / "csrc"
 

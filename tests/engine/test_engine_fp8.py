@@ -6,20 +6,20 @@ import copy
 
 import pytest
 import torch
-from cuda_stand_in import Cuda, masked_attention, patch
-from test_graphs import chunk as graphed_chunk
-from test_graphs import random_model
-from test_graphs import rollout as graphed_rollout
-from test_rollout import CHUNKS, FRAMES, SIZE, Everything, naive, rotated, run
 
 from dsa_engine import Fixed, PerChunk, Pipeline
 from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.batch_runner import Runner
+from dsa_engine.engine.cuda_graphs import StepGraphs
 from dsa_engine.engine.engine import Engine
-from dsa_engine.engine.graphs import StepGraphs
-from dsa_engine.engine.runner import Runner
 from dsa_engine.models.fp8 import E4M3, cache_scales, quantise_linears
 from dsa_engine.ops import reference
 from dsa_engine.sampling.schedule import Schedule
+from tests.engine.test_cuda_graphs import chunk as graphed_chunk
+from tests.engine.test_cuda_graphs import random_model
+from tests.engine.test_cuda_graphs import rollout as graphed_rollout
+from tests.engine.test_rollout import CHUNKS, FRAMES, SIZE, Everything, naive, rotated, run
+from tests.support.cuda_stand_in import Cuda, masked_attention, patch
 
 COUNTS = (2, 1, 3, 2)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dsa_engine import Budget, Confidence, Fixed
 from dsa_engine.engine import rollout as rollout_module
 from dsa_engine.engine import session as session_module
+from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.engine.device import Moment
-from dsa_engine.engine.runner import Runner
 from dsa_engine.engine.session import to_uint8
 
 RED, BLUE = "a red circle moves sideways", "a blue square jumps on navy"

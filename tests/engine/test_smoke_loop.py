@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from cuda_stand_in import Cuda, patch
 
 from benchmarks import smoke
 from dsa_engine.engine import device_loop
+from dsa_engine.engine.cuda_graphs import StepGraphs
 from dsa_engine.engine.engine import Engine
-from dsa_engine.engine.graphs import StepGraphs
+from tests.support.cuda_stand_in import Cuda, patch
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsa_engine import Confidence, Fixed, Pipeline
-from dsa_engine.engine.runner import Runner
+from dsa_engine.engine.batch_runner import Runner
 from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, WAIT, device
 
 PROMPT, OTHER = "a red circle moves sideways on gray", "a blue square jumps"

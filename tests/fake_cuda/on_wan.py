@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.contest import random_pipeline
+from benchmarks.e2e.protocol import random_pipeline
 from dsa_engine import Fixed
-from dsa_engine.models import memory
+from dsa_engine.models import memory_estimate
 from tests.support.fake_cuda import launch
 from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, WAIT, device
 
@@ -65,8 +65,10 @@ def test_memory_is_what_info_predicts(pipe, chunks):
     if engine.dit.device.index:
         pytest.skip("the first pipeline is still there")
     parts = {"generator": engine.dit, "confidence": engine.head, "vae": engine.decoder, "text": None}
-    load = memory.Workload(HEIGHT, WIDTH, 21, sessions=1)
-    sizes = memory.sizes_of(parts)
-    predicted = memory.predict(engine.dit.config, replace(engine.config), load, **sizes).peak - memory.CONTEXT
+    load = memory_estimate.Workload(HEIGHT, WIDTH, 21, sessions=1)
+    sizes = memory_estimate.sizes_of(parts)
+    predicted = (
+        memory_estimate.predict(engine.dit.config, replace(engine.config), load, **sizes).peak - memory_estimate.CONTEXT
+    )
     print(f"{engine.dit.device}: predicted {predicted / 1e9:.2f} GB, counted {device.memory.peak / 1e9:.2f} GB")
     assert abs(device.memory.peak / predicted - 1) < 0.05

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
 
+from dsa_engine.checkpoints.wan import load_strict, wan_names
 from dsa_engine.config import ModelConfig
-from dsa_engine.models.checkpoint import load_strict, wan_names
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.sampling.cache import KVCache
+from dsa_engine.sampling.kv_cache import KVCache
 
 REL = 1e-4
 COMMON = {"text_dim": 40, "text_len": 12, "freq_dim": 64}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from dsa_engine.models import memory, offload, umt5
+from dsa_engine.models import memory_estimate, offload, umt5
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.umt5 import UMT5, EncodedPrompts, clean_prompt, load_text, load_umt5, save_prompts
 from dsa_engine.training.prompts import read_prompts
@@ -251,9 +251,9 @@ def test_the_size_is_that_of_the_weights_it_will_have(folder, theirs):
     encoder = load_umt5(folder / "text_encoder", length=LENGTH)
     assert encoder.size.parameters == sum(p.numel() for p in theirs.parameters())
     assert encoder.size.block == sum(p.numel() for p in theirs.encoder.block[0].parameters())
-    assert memory.part_bytes(encoder) == 2 * encoder.size.parameters  # bfloat16, although nothing is read yet
+    assert memory_estimate.part_bytes(encoder) == 2 * encoder.size.parameters  # bfloat16, although nothing is read yet
     encoder.encode(["the sea"])
-    assert memory.part_bytes(encoder) == 2 * encoder.size.parameters
+    assert memory_estimate.part_bytes(encoder) == 2 * encoder.size.parameters
 
 
 @pytest.mark.parametrize("naming, dtype", [("transformers", torch.float16), ("wan", torch.float8_e4m3fn)])

@@ -15,9 +15,9 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import plain_vae
-from dsa_engine.models import vae as vae_module
+from dsa_engine.models import wan_vae as vae_module
 from dsa_engine.models.streaming_vae import Stream
-from dsa_engine.models.vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE
+from dsa_engine.models.wan_vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE
 
 PARTS = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, DTYPES, compare, nan_cache, poison, poisoned_memory
 
 from dsa_engine import ops
 from dsa_engine.ops import CacheScales, reference
 from dsa_engine.triton_kernels import attention as kernel
+from tests.support.kernels import DEVICE, DTYPES, compare, nan_cache, poison, poisoned_memory
 
 
 class AcceleratorName(str):

@@ -1,5 +1,5 @@
 """The Triton kernels compiled at the models' shapes with no GPU: registers, memory, SASS. For sm_80 and sm_90 all,
-for four more what comes near the limit of the shared memory; `python tests/triton_compile.py` holds all for all."""
+for four more what comes near the limit of the shared memory; `python tests/support/triton_compile.py` holds all for all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from triton_compile import ARCHES, STACK, WHOLE, Kernel, all_cases, blocks_per_sm, breaks, missing, table
+
+from tests.support.triton_compile import ARCHES, STACK, WHOLE, Kernel, all_cases, blocks_per_sm, breaks, missing, table
 
 CASES = all_cases()
 

@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import kernels  # noqa: F401  the interpreter is put right before a kernel is imported
 import pytest
 import torch
 
 from dsa_engine import ops
-from dsa_engine.ops import cuda as ops_cuda
-from dsa_engine.ops import dispatch, libraries, reference, smoke
+from dsa_engine.ops import cuda_backend as ops_cuda
+from dsa_engine.ops import dispatch, external_attention, reference, smoke
 from dsa_engine.ops.support import E4M3, Call, Kind, Reason
 from dsa_engine.triton_kernels import attention as triton_attention
+from tests.support import kernels  # noqa: F401  the interpreter is put right before a kernel is imported
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 CALL = Call("attention", HOPPER, torch.bfloat16, 128, torch.bfloat16)
@@ -219,7 +219,7 @@ def test_flash_attention_2_gets_the_frames_that_count_and_their_number(case, mon
         return attend(q, k_cache, v_cache, cache_seqlens)
 
     fake(monkeypatch, "flash_attn", flash_attn_with_kvcache=with_kvcache)
-    close(libraries.flash2(*case), reference.attention(*case), 1e-5)
+    close(external_attention.flash2(*case), reference.attention(*case), 1e-5)
 
 
 def test_flash_attention_3_gets_the_ring_as_pages(case, monkeypatch, close):
@@ -230,7 +230,7 @@ def test_flash_attention_3_gets_the_ring_as_pages(case, monkeypatch, close):
         return attend(q, k, v, cache_seqlens)
 
     fake(monkeypatch, "flash_attn_interface", flash_attn_with_kvcache=with_kvcache)
-    close(libraries.flash3(*case), reference.attention(*case), 1e-5)
+    close(external_attention.flash3(*case), reference.attention(*case), 1e-5)
 
 
 def test_flash_attention_4_may_return_the_log_sum_too(case, monkeypatch, close):
@@ -238,7 +238,7 @@ def test_flash_attention_4_may_return_the_log_sum_too(case, monkeypatch, close):
         return attend(q, k, v, seqused_k), None
 
     fake(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=varlen)
-    close(libraries.flash4(*case), reference.attention(*case), 1e-5)
+    close(external_attention.flash4(*case), reference.attention(*case), 1e-5)
 
 
 def test_cudnn_is_forced_and_masked(case, monkeypatch, close):
@@ -251,16 +251,16 @@ def test_cudnn_is_forced_and_masked(case, monkeypatch, close):
         __enter__ = __exit__ = lambda *_: None
 
     monkeypatch.setattr("torch.nn.attention.sdpa_kernel", Forced)
-    close(libraries.cudnn(*case), reference.attention(*case), 1e-5)
+    close(external_attention.cudnn(*case), reference.attention(*case), 1e-5)
     assert [backend.name for backend in forced] == ["CUDNN_ATTENTION"]
 
 
 def test_libraries_that_are_not_there_say_so():
     for name, module in (("flash3", "flash_attn_interface"), ("flash4", "flash_attn.cute")):
-        assert libraries.supports(name, CALL) == (Kind.NOT_INSTALLED, f"{module} is not installed")
-    assert libraries.supports("cudnn", CALL) is None
-    assert libraries.supports("cudnn", CALL._replace(op="modulate")).kind is Kind.NO_OP
-    assert libraries.supports("cudnn", CALL._replace(capability=(7, 5))).kind is Kind.DEVICE
-    assert libraries.supports("cudnn", CALL._replace(stored=E4M3)).kind is Kind.CALL
+        assert external_attention.supports(name, CALL) == (Kind.NOT_INSTALLED, f"{module} is not installed")
+    assert external_attention.supports("cudnn", CALL) is None
+    assert external_attention.supports("cudnn", CALL._replace(op="modulate")).kind is Kind.NO_OP
+    assert external_attention.supports("cudnn", CALL._replace(capability=(7, 5))).kind is Kind.DEVICE
+    assert external_attention.supports("cudnn", CALL._replace(stored=E4M3)).kind is Kind.CALL
     with pytest.raises(ValueError, match="FP8"):
-        libraries.flash2(*[None] * 5, scales=1)
+        external_attention.flash2(*[None] * 5, scales=1)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import kernels
 import pytest
-import test_attention
-import test_fp8_linear
-import test_norm_silu
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.ops import test_attention, test_fp8_linear, test_norm_silu
+from tests.support import kernels
 
 META = torch.device("meta")
 BF16 = torch.bfloat16

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
-from test_fp8_linear import needs_gpu, surrounded
 from torch import Tensor
 
 from dsa_engine import ops
 from dsa_engine.ops import HeadWeights, Projection, StopRule, reference
 from dsa_engine.triton_kernels import epilogue as kernel
+from tests.ops.test_fp8_linear import needs_gpu, surrounded
+from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
 EPS = 1e-6
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 4, 2, 3)]

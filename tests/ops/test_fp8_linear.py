@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
 from dsa_engine import ops
 from dsa_engine.ops import Rowwise, reference
 from dsa_engine.triton_kernels import fp8_linear as kernel
+from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
 HAS_FP8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
 needs_fp8 = pytest.mark.skipif(not HAS_FP8, reason="e4m3 needs compute capability 8.9")

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
-from test_fp8_linear import HAS_FP8, assert_quantised, needs_fp8, needs_gpu, surrounded
 
 from dsa_engine import ops
 from dsa_engine.ops import reference
 from dsa_engine.triton_kernels import modulate as kernel
+from tests.ops.test_fp8_linear import HAS_FP8, assert_quantised, needs_fp8, needs_gpu, surrounded
+from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
 EPS = 1e-6
 SHAPES = [(1, 1, 1, 4), (2, 3, 4, 6), (3, 2, 1, 5)]  # B, F, S, C

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels import DEVICE, DTYPES, compare, poison, poisoned_memory, split_rows
 
 from dsa_engine import ops
 from dsa_engine.ops import CacheScales, reference
 from dsa_engine.triton_kernels import norm_rope as kernel
+from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory, split_rows
 
 EPS = 1e-6
 

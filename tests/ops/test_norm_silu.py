@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
 from dsa_engine import ops
 from dsa_engine.ops import reference
 from dsa_engine.triton_kernels import norm_silu as kernel
+from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
 LEAST = 1e-12
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, DTYPES, compare, poisoned_memory
-from test_fp8_linear import needs_gpu, surrounded
 
 from dsa_engine import ops
 from dsa_engine.ops import reference
 from dsa_engine.triton_kernels import pooling as kernel
+from tests.ops.test_fp8_linear import needs_gpu, surrounded
+from tests.support.kernels import DEVICE, DTYPES, compare, poisoned_memory
 
 EPS = 1e-6
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsa_engine import doctor
-from dsa_engine.ops import cuda as ops_cuda
+from dsa_engine.ops import cuda_backend as ops_cuda
 from dsa_engine.ops import dispatch, reference, smoke
 from dsa_engine.ops.smoke import Verdict
 from dsa_engine.ops.support import E4M3, Call

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
-from test_cache import EPS, GAINS, HEAD_DIM, HEADS, THETA, TOKENS, angles, chunk, rollouts
 
 from dsa_engine import ops
-from dsa_engine.sampling.cache import E4M3, CacheRows, KVCache
-from dsa_engine.structures import CacheScales
+from dsa_engine.kernel_types import CacheScales
+from dsa_engine.sampling.kv_cache import E4M3, CacheRows, KVCache
+from tests.sampling.test_kv_cache import EPS, GAINS, HEAD_DIM, HEADS, THETA, TOKENS, angles, chunk, rollouts
 
 LAYERS = 2
 EVEN = CacheScales(

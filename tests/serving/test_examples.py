@@ -18,8 +18,8 @@ import pytest
 from dsa_engine import Pipeline
 from dsa_engine.serving.examples import asyncio_server, custom_worker
 from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.local import LocalBackend
-from dsa_engine.serving.worker import Worker
+from dsa_engine.serving.worker.in_process import LocalBackend
+from dsa_engine.serving.worker.worker import Worker
 
 
 @pytest.fixture(scope="module")

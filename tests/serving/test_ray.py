@@ -19,8 +19,8 @@ pytest.importorskip("ray", reason="needs the extra ray: pip install 'dsa-engine[
 pytest.importorskip("fastapi", reason="needs the extra serving: pip install 'dsa-engine[serving]'")
 
 from dsa_engine import Pipeline
-from dsa_engine.serving.remote import RemoteBackend
-from dsa_engine.serving.streams import Applied, Closed, Made, Opened, Order, Refused
+from dsa_engine.serving.replicas.client import RemoteBackend
+from dsa_engine.serving.types import Applied, Closed, Made, Opened, Order, Refused
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,7 +80,7 @@ def exact(untrained):
 
 def test_only_who_asks_for_ray_needs_it():
     script = (
-        "import sys, dsa_engine.cli, dsa_engine.serving.serve, dsa_engine.serving.remote\n"
+        "import sys, dsa_engine.cli, dsa_engine.serving.server, dsa_engine.serving.replicas.client\n"
         "print(sorted(name for name in sys.modules if name.split('.')[0] == 'ray'))\n"
         "sys.modules['ray'] = None\n"
         "try: import dsa_engine.serving.ray_app\n"

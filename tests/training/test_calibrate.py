@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsa_engine import Confidence, Fixed
 from dsa_engine.training.calibrate import calibration, confidence_by_step, isotonic, mean_steps, thresholds
-from dsa_engine.training.rollouts import collect
+from dsa_engine.training.head_dataset import collect
 
 
 def test_mean_steps_counts_as_the_policy_does():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsa_engine.training.confidence import attenuation_loss, attenuation_weight
+from dsa_engine.training.attenuation import attenuation_loss, attenuation_weight
 from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, stress_motion
 from dsa_engine.training.flow import weighted_error
 

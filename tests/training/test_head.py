@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from dsa_engine import Confidence, Fixed, Pipeline
-from dsa_engine.synthetic import Caption
-from dsa_engine.training import rollouts
+from dsa_engine.shapes.world import Caption
+from dsa_engine.training import head_dataset
 from dsa_engine.training.calibrate import logits
 from dsa_engine.training.head import SOFTNESS, TOLERANCE, fit_head, refine_loss, split, target, train_head
+from dsa_engine.training.head_dataset import chunks_of, collect, refinement
 from dsa_engine.training.prompts import read_prompts
-from dsa_engine.training.rollouts import chunks_of, collect, refinement
 
 RED, BLUE = Caption("red", "circle", "sideways"), Caption("blue", "cross", "jumping", "navy")
 CLIPS = [[RED, RED, BLUE], [BLUE, BLUE, BLUE], [BLUE, RED, RED], [RED, RED, RED], [RED, RED, BLUE]]
@@ -129,7 +129,7 @@ def test_values_that_are_not_finite_are_not_learned_from(pipe, tmp_path):
 
 def test_a_killed_run_goes_on_with_the_same_bits(pipe, tmp_path, monkeypatch):
     """Killed in the second of three batches; what is there afterwards is not rolled out again."""
-    options, roll_out, calls = dict(seed=3, batch=2), rollouts.roll_out, []
+    options, roll_out, calls = dict(seed=3, batch=2), head_dataset.roll_out, []
 
     def killed(*args):
         if len(calls) == 1:
@@ -138,11 +138,11 @@ def test_a_killed_run_goes_on_with_the_same_bits(pipe, tmp_path, monkeypatch):
         return roll_out(*args)
 
     prompts = [RED, BLUE, RED, RED, BLUE]
-    monkeypatch.setattr(rollouts, "roll_out", killed)
+    monkeypatch.setattr(head_dataset, "roll_out", killed)
     with pytest.raises(KeyboardInterrupt):
         collect(pipe, prompts, folder=tmp_path, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["features-00000.safetensors"]
-    monkeypatch.setattr(rollouts, "roll_out", lambda *args: calls.append(args) or roll_out(*args))
+    monkeypatch.setattr(head_dataset, "roll_out", lambda *args: calls.append(args) or roll_out(*args))
     resumed = collect(pipe, prompts, folder=tmp_path, **options)
     assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 3
     whole = collect(pipe, prompts, **options)

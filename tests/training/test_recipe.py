@@ -9,10 +9,10 @@ from dsa_engine.training import recipe
 
 
 def test_the_shipped_recipe_is_that_of_the_shipped_model():
-    from dsa_engine.models import package
+    from dsa_engine.checkpoints import load
 
     plan = recipe.load("shapes")
-    shipped = package.load("shapes").rollout
+    shipped = load.load("shapes").rollout
     assert plan.name == "shapes" and "shapes" in recipe.shipped()
     for name in ("chunk_frames", "window", "sink", "steps", "shift"):
         assert getattr(plan.rollout, name) == getattr(shipped, name)

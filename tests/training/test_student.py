@@ -17,9 +17,9 @@ from torch import nn
 from dsa_engine import PerChunk, Pipeline
 from dsa_engine.config import RolloutConfig
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.pixel_codec import PixelCodec
-from dsa_engine.training import recipe, run, shapes
-from dsa_engine.training.confidence import attenuation_weight
+from dsa_engine.shapes.codec import PixelCodec
+from dsa_engine.training import launch, recipe, stages
+from dsa_engine.training.attenuation import attenuation_weight
 from dsa_engine.training.dmd import dmd_gradient, dmd_loss
 from dsa_engine.training.student import StudentLosses, self_rollout
 
@@ -150,8 +150,8 @@ calibration_clips = 4
 @pytest.fixture(scope="module", autouse=True)
 def small_sheets():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "SHOWN", shapes.SHOWN[:2])
-        patch.setattr(shapes, "SHEET_STEPS", 2)
+        patch.setattr(stages, "SHOWN", stages.SHOWN[:2])
+        patch.setattr(stages, "SHEET_STEPS", 2)
         yield
 
 
@@ -161,8 +161,8 @@ def begun(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     (out / "tiny.toml").write_text(TINY)
     torch.manual_seed(0)
-    shapes.save_tensors(out / "codec" / "weights.safetensors", PixelCodec())
-    run.train("teacher", out / "tiny.toml", out, steps=2, compiled=False, device="cpu")
+    stages.save_tensors(out / "codec" / "weights.safetensors", PixelCodec())
+    launch.train("teacher", out / "tiny.toml", out, steps=2, compiled=False, device="cpu")
     return out
 
 
@@ -179,10 +179,10 @@ def test_a_stage_that_was_killed_goes_on_to_the_same_weights(begun, tmp_path, st
     for folder in (whole, parts):
         shutil.rmtree(folder / stage, ignore_errors=True)
         (folder / "tiny.toml").write_text(TINY.replace("steps = 20", "steps = 7"))
-    monkeypatch.setattr(shapes, "SAVE_EVERY", {"teacher": 3, "joint": 3, "student": 3})
-    run.train(stage, whole / "tiny.toml", whole, compiled=False, device="cpu")
+    monkeypatch.setattr(stages, "SAVE_EVERY", {"teacher": 3, "joint": 3, "student": 3})
+    launch.train(stage, whole / "tiny.toml", whole, compiled=False, device="cpu")
 
-    update, calls = shapes.Optimized.update, []
+    update, calls = stages.Optimized.update, []
 
     def dies(self, *args):
         calls.append(1)
@@ -190,11 +190,11 @@ def test_a_stage_that_was_killed_goes_on_to_the_same_weights(begun, tmp_path, st
             raise KeyboardInterrupt
         return update(self, *args)
 
-    monkeypatch.setattr(shapes.Optimized, "update", dies)
+    monkeypatch.setattr(stages.Optimized, "update", dies)
     with pytest.raises(KeyboardInterrupt):
-        run.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
-    monkeypatch.setattr(shapes.Optimized, "update", update)
-    run.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
+        launch.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
+    monkeypatch.setattr(stages.Optimized, "update", update)
+    launch.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
     a, b = (load_file(folder / stage / "weights.safetensors") for folder in (whole, parts))
     assert all(a[k].equal(b[k]) for k in a)
     one, other = (torch.load(f / stage / "checkpoint.pt", weights_only=True) for f in (whole, parts))
@@ -237,7 +237,7 @@ def test_the_whole_recipe_ends_in_a_model_that_runs(tmp_path):
     stops early; run again, nothing is trained anew."""
     text = TINY.replace("steps = 20", "steps = 2").replace("[head]", '[head]\nkind = "refine"')
     (tmp_path / "tiny.toml").write_text(text)
-    facts = run.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
+    facts = launch.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
     assert facts["teacher"]["step"] == facts["joint"]["step"] == 2
     assert set(facts["head"]) == {"joint", "refine", "fitted"}
     pipe = Pipeline.from_pretrained(tmp_path / "model")
@@ -248,25 +248,25 @@ def test_the_whole_recipe_ends_in_a_model_that_runs(tmp_path):
     steps = [pipe("a red cross rests", num_frames=6, confidence_threshold=t).steps_per_chunk for t in (0.0, 1.0)]
     assert steps == [[[1, 1]], [[4, 4]]]
     before = (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns
-    run.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
+    launch.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
     assert (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns == before
 
 
 def test_stages_name_what_they_lack(tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
     with pytest.raises(FileNotFoundError, match="codec.*train --recipe codec"):
-        run.train("teacher", tmp_path / "tiny.toml", tmp_path, device="cpu")
+        launch.train("teacher", tmp_path / "tiny.toml", tmp_path, device="cpu")
     with pytest.raises(ValueError, match="recipe 'techer': must be one of codec, teacher"):
-        run.train("techer", out=tmp_path)
+        launch.train("techer", out=tmp_path)
     with pytest.raises(ValueError, match="steps and batch belong to one stage"):
-        run.train("all", out=tmp_path, steps=3)
+        launch.train("all", out=tmp_path, steps=3)
 
 
 def test_the_same_seed_draws_the_same_clips_and_another_seed_others(tmp_path):
     codec = PixelCodec().eval()
 
     def first(seed):
-        job = shapes.Job(recipe.Recipe("tiny", seed=seed, pool=8, rollout=ROLLOUT), tmp_path)
-        return next(shapes.clips_of(job, codec, 4, 0))[1]
+        job = stages.Job(recipe.Recipe("tiny", seed=seed, pool=8, rollout=ROLLOUT), tmp_path)
+        return next(stages.clips_of(job, codec, 4, 0))[1]
 
     assert first(0).equal(first(0)) and not first(0).equal(first(1))

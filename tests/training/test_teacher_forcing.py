@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsa_engine.sampling.cache import KVCache
 from dsa_engine.sampling.denoise import commit_chunk
+from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.training.flow import recached
 from dsa_engine.training.teacher_forcing import teacher_forced
 

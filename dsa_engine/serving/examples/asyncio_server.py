@@ -15,9 +15,9 @@ import sys
 
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.local import LocalBackend, LocalStream
-from dsa_engine.serving.streams import Busy, Closed, Made, Order, Refused
-from dsa_engine.serving.worker import Worker
+from dsa_engine.serving.types import Busy, Closed, Made, Order, Refused
+from dsa_engine.serving.worker.in_process import LocalBackend, LocalStream
+from dsa_engine.serving.worker.worker import Worker
 
 
 async def talk(backend: LocalBackend, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -9,7 +9,7 @@ import queue
 import sys
 from collections.abc import Callable
 
-from dsa_engine.engine.runner import Runner
+from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.engine.session import Chunk
 from dsa_engine.pipeline import Pipeline
 

@@ -138,7 +138,7 @@ def install() -> None:
 def install_loop() -> graphs.Runtime:
     """A loop on the device too. It needs the project, so it is called once that may be imported."""
     from dsa_engine.engine import device_loop
-    from dsa_engine.ops import cuda as kernels
+    from dsa_engine.ops import cuda_backend as kernels
     from dsa_engine.ops import smoke
 
     smoke.verdict = lambda backend, index: smoke.Verdict(False, "a child process has no pretend device")

@@ -39,7 +39,7 @@ def interpret() -> None:
     """Launches run in Triton's interpreter (TRITON_INTERPRET=1), and again with each replay of a capture."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from tests import interpreter
+    from tests.support import interpreter
 
     interpreter.install()  # bfloat16 and FP8 done right
     run = InterpretedFunction.run
@@ -66,7 +66,7 @@ def compile_for(arch: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from tests.triton_compile import CHIPS, AheadOfTime
+    from tests.support.triton_compile import CHIPS, AheadOfTime
 
     driver.set_active(AheadOfTime(arch))
     run = JITFunction.run

@@ -1,0 +1,77 @@
+"""From any dialect to this project's format or to diffusers': load, then save. Only the generator is converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dsa_engine.checkpoints import key_maps
+from dsa_engine.checkpoints.inspect import Found, inspect
+from dsa_engine.checkpoints.load import WAN_VIDEO, load, save, title, write_json
+from dsa_engine.checkpoints.lora import Lora
+from dsa_engine.checkpoints.tensor_io import write_tensors
+from dsa_engine.checkpoints.wan import build_dit, open_dit
+from dsa_engine.config import ModelConfig
+from dsa_engine.models.dit import CausalDiT
+
+FORMATS = ("engine", "diffusers")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str = "engine",
+    *,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    lora: str | Path | Lora | None = None,
+) -> Found:
+    """A checkpoint of any dialect as a folder of this project's ("engine") or diffusers' format, an adapter merged in.
+    A folder of this project goes to diffusers' format alone.
+
+    dtype: None keeps the floating-point dtype that most of its weights have, bfloat16 for FP8. family: whose rollout is
+    written into this project's config.json, as in `package.load`. Returns what the source was.
+    Raises ValueError for an unknown format, or a target that has files in it.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to={to!r}: must be one of {', '.join(FORMATS)}")
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: is there already; give a folder that is empty or new")
+    found = inspect(source, family)
+    dtype = dtype or usual_dtype(found)
+    if found.kind == key_maps.ENGINE:
+        if to == "engine" or family or lora:
+            raise ValueError(f"{source}: is a model of this project already: only to='diffusers' is left, without more")
+        save_diffusers(target, load(source, dtype=dtype).dit)
+        return found
+    found, config, entries = open_dit(source, family=family)
+    dit = build_dit(config, entries, found.weights, "cpu", dtype, lora)
+    if to == "diffusers":
+        save_diffusers(target, dit)
+    else:
+        save(target, title(source), {"generator": dit}, found.rollout, WAN_VIDEO, dtype)
+    return found
+
+
+def save_diffusers(folder: str | Path, dit: CausalDiT, dtype: torch.dtype | None = None) -> None:
+    """Write `transformer/` as diffusers' `WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")` reads
+    it. dtype: None leaves the weights' own. Raises ValueError for a RoPE base that this class does not have."""
+    config = dit.config
+    if config.rope_theta != ModelConfig.rope_theta:
+        raise ValueError(f"rope_theta={config.rope_theta}: diffusers' Wan has {ModelConfig.rope_theta} and no other")
+    values = {theirs: getattr(config, ours) for theirs, ours in key_maps.CONFIG_KEYS.items()}
+    if config.text_len == ModelConfig.text_len:
+        del values["text_len"]  # a setting of the pipeline there; kept where it is not the usual one
+    values |= {"attention_head_dim": config.head_dim, **key_maps.CONFIG_FIXED, "patch_size": list(config.patch_size)}
+    tensors = {key_maps.to_dialect(name, key_maps.DIFFUSERS): value for name, value in dit.state_dict().items()}
+    target = Path(folder) / "transformer"
+    write_tensors(target / "diffusion_pytorch_model.safetensors", tensors, dtype=dtype)
+    write_json(target / "config.json", {"_class_name": "WanTransformer3DModel", **values})
+
+
+def usual_dtype(found: Found) -> torch.dtype:
+    """The dtype of most elements, or bfloat16 where that is too narrow to hold what they stand for."""
+    dtype = getattr(torch, next(iter(found.dtypes)))
+    return dtype if not found.quantised and dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16

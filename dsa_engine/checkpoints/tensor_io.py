@@ -1,0 +1,349 @@
+"""Files of tensors: what is in them without reading it, and one tensor after the other.
+
+Tensors are read by their offset in the file, in safetensors files as in the zip archives that torch.save writes, so
+that no more than one is in memory beside the model that is being filled. No code of a file is ever run: pickles are
+read with `weights_only=True`.
+Source of the formats: the safetensors README (8 bytes of header length, a JSON header, then the data); torch's notes on
+serialization (a zip archive of uncompressed records, one for each storage).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsa_engine.media.mp4 import replacing
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".sft")
+SAFETENSORS = (".safetensors", ".sft")
+INDEX = ".safetensors.index.json"
+# Where training scripts keep the weights, best first: Self-Forcing's demo runs the EMA weights.
+NESTED_KEYS = ("generator_ema", "generator", "generator_lora", "model", "state_dict")
+STEMS = ("diffusion_pytorch_model", "model")  # file names that diffusers, Wan and transformers give their weights
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+class Entry(NamedTuple):
+    """A tensor that still lies in a file. read(device) gives a tensor of its own, in that dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[..., Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The tensors of a file, or of an index and its shards, by the names that stand there.
+
+    key: the dictionary entry of a pickle that they come from. header: the texts of a safetensors header.
+    """
+
+    path: Path
+    entries: dict[str, Entry]
+    files: tuple[Path, ...]
+    key: str | None = None
+    header: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files on the disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def open_tensors(path: str | Path, keys: tuple[str, ...] = NESTED_KEYS) -> TensorFile:
+    """What is in a `.safetensors` or pickle file, or in the shards of a `*.safetensors.index.json`.
+
+    keys: the dictionary entries of a pickle to look under, best first.
+    Raises FileNotFoundError for a file or shard that is not there, and ValueError for one that is truncated, foreign,
+    or holds anything but tensors.
+    """
+    path = Path(path)
+    if path.name.endswith(INDEX):
+        return _open_index(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint ending in {', '.join(SUFFIXES)}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: a checkpoint must end in one of {', '.join(SUFFIXES)}, not {path.suffix or 'nothing'}"
+        )
+    _refuse_foreign(path)
+    if path.suffix in SAFETENSORS:
+        return _open_safetensors(path)
+    return _open_pickle(path, keys)
+
+
+def find_weights(folder: str | Path) -> Path:
+    """The weights' file or index in a folder: by the usual names, or the only checkpoint there.
+
+    Raises FileNotFoundError where there is none, ValueError where there are several to choose from.
+    """
+    folder = Path(folder)
+    for stem in STEMS:
+        for path in (folder / f"{stem}{INDEX}", folder / f"{stem}.safetensors"):
+            if path.is_file():
+                return path
+    files = sorted(p for p in folder.glob("*") if p.suffix in SUFFIXES)
+    found = sorted(folder.glob(f"*{INDEX}")) + [p for p in files if not shard_count(p)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(p.name for p in (found or files)[:6])
+    if files and not found:
+        raise FileNotFoundError(
+            f"{folder}: holds shards ({names}) without the index that goes with them, e.g. {STEMS[0]}{INDEX}"
+        )
+    if found:
+        raise ValueError(f"{folder}: holds {len(found)} checkpoints ({names}); give one of them instead of the folder")
+    raise FileNotFoundError(
+        f"{folder}: a folder without a model; expected is config.json with model.safetensors (this project's format), "
+        f"a folder transformer (diffusers), {STEMS[0]}.safetensors or its shards with {STEMS[0]}{INDEX}, or one file "
+        f"ending in {', '.join(SUFFIXES)}"
+    )
+
+
+def shard_count(path: Path) -> int:
+    """How many shards there are of the one that this file is, by its name; 0 for a file that is whole."""
+    match = re.search(r"-\d{5}-of-(\d{5})\.\w+$", path.name)
+    return int(match[1]) if match else 0
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A safetensors file with a header of texts, renamed into place; its folder is created.
+
+    dtype: for floating-point tensors, None leaves theirs. One tensor at a time is converted and written.
+    """
+    kept = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-kept[name].itemsize, name))  # keeps every tensor aligned
+    about: dict[str, Any] = {"__metadata__": {"format": "pt", **(header or {})}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * kept[name].itemsize
+        about[name] = {"dtype": CODES[kept[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(about, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            plain = tensors[name].detach().to("cpu", kept[name]).contiguous().reshape(-1)
+            file.write(memoryview(plain.view(torch.uint8).numpy()))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises FileNotFoundError or ValueError, naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a JSON file is expected beside the weights")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _refuse_foreign(path: Path) -> None:
+    """What is often saved under a checkpoint's name and is none."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    if not start:
+        raise ValueError(f"{path}: empty, 0 bytes; copy or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a git-lfs pointer of {path.stat().st_size} bytes, not the file; run `git lfs pull`")
+    if re.match(rb"\s*<(!doctype|!--|html|head|\?xml)", start, re.IGNORECASE):
+        line = start.lstrip().splitlines()[0][:40].decode(errors="replace")
+        raise ValueError(
+            f"{path}: a web page (it begins {line!r}), not a checkpoint; download it again, perhaps after signing in"
+        )
+    if path.suffix in SAFETENSORS and start.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path}: written by torch.save, not a safetensors file; it should end in .pt")
+    if path.suffix not in SAFETENSORS and start[8:10] == b'{"':
+        raise ValueError(f"{path}: a safetensors file, not one that torch.save has written; rename it to .safetensors")
+
+
+def _open_safetensors(path: Path) -> TensorFile:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, LARGEST_HEADER):
+                raise ValueError(f"its header should have {length} bytes, the file has {size}")
+            about = json.loads(file.read(length))
+        header = about.pop("__metadata__", {})
+        entries = {name: _entry(path, name, 8 + length, size, **values) for name, values in about.items()}
+        end = 8 + length + max((values["data_offsets"][1] for values in about.values()), default=0)
+        if end != size:
+            raise ValueError(f"{size} bytes, its header says {end}")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: not a whole safetensors file ({reason}); copy or download it again") from error
+    return TensorFile(path, entries, (path,), header=header)
+
+
+def _entry(path: Path, name: str, data: int, size: int, *, dtype: str, shape: list, data_offsets: list) -> Entry:
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} is of dtype {dtype}; known are {', '.join(DTYPES)}")
+    begin, end = data_offsets
+    if any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    if end - begin != prod(shape) * DTYPES[dtype].itemsize or begin < 0:
+        raise ValueError(f"{name} {dtype} {shape} does not fill its {end - begin} bytes")
+    if data + end > size:
+        raise ValueError(f"{size} bytes, but {name} ends at {data + end}: cut off")
+    kind = DTYPES[dtype]
+    return Entry(kind, tuple(shape), partial(_read, path, data + begin, kind, tuple(shape)))
+
+
+def _read(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], device: Any = "cpu") -> Tensor:
+    raw = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8, device="cpu")
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        rest = memoryview(raw.numpy())
+        while rest and (count := file.readinto(rest)):  # one call gives at most 2 GiB
+            rest = rest[count:]
+    if rest:
+        raise ValueError(f"{path}: {len(rest)} bytes fewer than when it was opened")
+    return raw.view(dtype).view(shape).to(device)
+
+
+def _open_index(path: Path) -> TensorFile:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected an index of shards")
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
+        raise ValueError(f"{path}: lacks a weight_map, which says in which shard each tensor is")
+    entries: dict[str, Entry] = {}
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        listed = {name for name, place in places.items() if place == shard}
+        if os.path.basename(shard) != shard or not (path.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"{path.parent / shard}: no such file; {path.name} puts {len(listed)} tensors there, such as "
+                f"{min(listed)}; the {len(shards)} shards belong beside it"
+            )
+        held = open_tensors(path.parent / shard).entries
+        for what, names in ((f"puts into {shard}", listed - held.keys()), ("does not name", held.keys() - listed)):
+            if names:
+                where = "which are not there" if names <= listed else f"which {shard} holds"
+                raise ValueError(
+                    f"{path}: {what} {len(names)} tensors, {where}: {', '.join(sorted(names)[:4])}; index and shards "
+                    "are not of one download"
+                )
+        entries |= held
+    return TensorFile(path, entries, (path, *(path.parent / shard for shard in shards)))
+
+
+def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
+    records = _records(path)
+    if records:
+        key, tensors = _plain_tensors(path, _unpickle(path, map_location="meta"), keys)
+        offsets = {name: getattr(t.untyped_storage(), "_checkpoint_offset", None) for name, t in tensors.items()}
+        if all(records.get(offsets[name]) == t.untyped_storage().nbytes() for name, t in tensors.items()):
+            entries = {
+                name: Entry(t.dtype, tuple(t.shape), partial(_read_strided, path, offsets[name], t))
+                for name, t in tensors.items()
+            }
+            return TensorFile(path, entries, (path,), key)
+    # An older layout, in which only torch itself finds its way; plain records can at least be mapped.
+    key, tensors = _plain_tensors(path, _unpickle(path, map_location="cpu", mmap=bool(records)), keys)
+    entries = {name: Entry(t.dtype, tuple(t.shape), partial(_own, t)) for name, t in tensors.items()}
+    return TensorFile(path, entries, (path,), key)
+
+
+def _records(path: Path) -> dict[int, int]:
+    """offset -> bytes of a zip archive's records; none for another file, compressed ones or the other byte order."""
+    records = {}
+    try:
+        if not zipfile.is_zipfile(path):  # nor is one that is cut off: its directory is at its end
+            return {}
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for record in archive.infolist():
+                if record.compress_type or (
+                    record.filename.endswith("/byteorder") and archive.read(record) != b"little"
+                ):
+                    return {}
+                file.seek(record.header_offset + 26)  # its header is 30 bytes, the lengths of two texts after it last
+                name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+                records[record.header_offset + 30 + name + extra] = record.file_size
+    except Exception as error:  # BadZipFile, NotImplementedError and whatever else a damaged file provokes
+        raise ValueError(
+            f"{path}: not a whole archive of torch.save ({error or type(error).__name__}); copy or download it again"
+        ) from error
+    return records
+
+
+def _read_strided(path: Path, offset: int, like: Tensor, device: Any = "cpu") -> Tensor:
+    """The tensor that a meta tensor stands for, in a storage that begins at `offset`."""
+    if like.is_contiguous():
+        start = offset + like.storage_offset() * like.dtype.itemsize
+        return _read(path, start, like.dtype, tuple(like.shape), device)
+    count = like.untyped_storage().nbytes() // like.dtype.itemsize
+    whole = _read(path, offset, like.dtype, (count,), device)
+    return whole.as_strided(like.shape, like.stride(), like.storage_offset()).contiguous()
+
+
+def _own(tensor: Tensor, device: Any = "cpu") -> Tensor:
+    """A copy: a mapped tensor would keep the file open and change with it."""
+    return tensor.detach().to(device, copy=True).contiguous()
+
+
+def _unpickle(path: Path, **options: Any) -> Any:
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except Exception as error:  # pickle.UnpicklingError, EOFError and whatever else a foreign file provokes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path}: not a plain dictionary of tensors, so it is not loaded (weights_only=True): {reason}"
+        ) from error
+
+
+def _plain_tensors(path: Path, content: Any, keys: tuple[str, ...]) -> tuple[str | None, dict[str, Tensor]]:
+    """(the key that the tensors are under, the tensors by name)."""
+    nested = content if isinstance(content, Mapping) else {}
+    key = next((k for k in keys if isinstance(nested.get(k), Mapping) and nested[k]), None)
+    content = content if key is None else content[key]
+    if not isinstance(content, Mapping) or not content:
+        held = "nothing" if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{path}: holds {held}, expected a dictionary of tensors by name")
+    strange = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
+    if strange:
+        raise ValueError(
+            f"{path}: entries that are not tensors: {', '.join(strange[:5])}; expected tensors by name, "
+            f"bare or under one of {', '.join(keys)}"
+        )
+    return key, {str(name): tensor for name, tensor in content.items()}

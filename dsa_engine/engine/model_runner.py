@@ -1,0 +1,188 @@
+"""The state of every session between two forwards, on the device, one entry a cache slot; and the forward itself.
+
+A forward is a function of nothing but which slots take part and how (`plan.Row`): noise level, positions, ring places,
+prompt, noise and stop rule are read on the device at the slot. So one captured graph serves every step of every chunk
+of every session, and sessions at different steps and positions share a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsa_engine import ops
+from dsa_engine.engine.chunk_plan import Row
+from dsa_engine.engine.device import read
+from dsa_engine.kernel_types import REDUCE, StopRule
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.sampling.kv_cache import CacheRows, KVCache
+from dsa_engine.sampling.policy import Rule
+from dsa_engine.sampling.schedule import TIMESTEPS
+
+
+class StepInputs:
+    """Static buffers for the N slots of a cache, and a scratch entry N that rows write to which have nothing to say.
+
+    x [N + 1, F, C, h, w]: what the next step denoises; x0: the last estimate, and so the chunk to commit next;
+    noise [N + 1, S, F, C, h, w]: entry k follows step k, entry 0 starts the chunk; sigmas [N + 1, S + 1]: the levels,
+    then zeros; step [N + 1]: steps taken; state [N + 1, F + 1]: confidences and stop flag (`ops.epilogue`).
+    deterministic: rows go through the model one by one, so that a session's bits do not depend on who else is there.
+    """
+
+    def __init__(
+        self,
+        dit: CausalDiT,
+        head: ConfidenceHead | None,
+        cache: KVCache,
+        frames: int,
+        size: tuple[int, int],
+        levels: int,
+        deterministic: bool = False,
+    ):
+        self.dit, self.head, self.cache, self.frames, self.deterministic = dit, head, cache, frames, deterministic
+        config, slots = dit.config, cache.slots
+        options = {"device": dit.device, "dtype": dit.dtype}
+        latents = (frames, config.in_dim, *size)
+        self.x = torch.zeros(slots + 1, *latents, **options)
+        self.x0 = torch.zeros_like(self.x)
+        self.noise = torch.zeros(slots + 1, levels, *latents, **options)
+        # What the host tells of a chunk, one row a slot, so that it takes one copy. Its floats lie there as their bits.
+        self.told = torch.zeros(slots + 1, levels + 5, dtype=torch.int32, device=dit.device)
+        self.sigmas, self.threshold, self.least, self.most, self.reduce = told(self.told)
+        self.step = torch.zeros(slots + 1, dtype=torch.long, device=dit.device)
+        self.state = torch.zeros(slots + 1, frames + 1, device=dit.device)
+        heads = (config.num_heads, config.head_dim)
+        self.text = TextKV(
+            torch.zeros(config.num_layers, 2, slots + 1, config.text_len, *heads, **options),
+            torch.ones(slots + 1, dtype=torch.long, device=dit.device),
+            torch.ones(slots + 1, device=dit.device),
+        )
+        self.graphs: Any = None  # StepGraphs of this pool, once they are captured (`Engine.warmup`)
+        self.prompt_lengths = [config.text_len] * (slots + 1)  # `text.used` where the host can read it
+
+    @property
+    def nbytes(self) -> int:
+        own = (self.x, self.x0, self.noise, self.told, self.step, self.state, *self.text)
+        return sum(t.nbytes for t in own)
+
+    def prompt(self, slot: Tensor, text: TextKV) -> None:
+        """The slots' prompts from now on."""
+        length = text.kv.shape[3]
+        self.text.kv[:, :, slot, :length] = text.kv
+        self.text.used[slot] = length if text.used is None else text.used
+        self.text.repeat[slot] = 1.0 if text.repeat is None else text.repeat
+        for s, used in zip(slot.tolist(), self.text.used[slot].tolist()):
+            self.prompt_lengths[s] = used
+
+    def begin(self, slot: Tensor, noise: Tensor, sigmas: Sequence[float], rules: Sequence[Rule]) -> None:
+        """Start a chunk in the slots [B]: noise [B, K, F, C, h, w], entry 0 at level sigmas[0]; one rule a slot."""
+        self.x[slot] = noise[:, 0]
+        self.noise[slot, : noise.shape[1]] = noise
+        self.step[slot] = 0
+        self.state[slot] = 0.0
+        host = torch.zeros(len(rules), self.told.shape[1], dtype=torch.int32)
+        levels, threshold, *counts = told(host)
+        levels[:, : len(sigmas)] = torch.tensor(sigmas)
+        for row, rule in enumerate(rules):
+            threshold[row] = _at_least(rule.threshold)
+            for count, value in zip(counts, (rule.least, rule.most, REDUCE.index(rule.reduce))):
+                count[row] = value
+        self.told[slot] = self._sent(host)
+
+    def rows(self, rows: Sequence[Row], size: int = 0) -> Tensor:
+        """Rows as the device reads them: [4, R] slot, commit, frames ahead, counts.
+
+        size: R at least, where a batch is to be filled up. What fills it repeats the first row and does not count: it
+        leaves nothing behind but the keys and values that the first row writes too. It comes before that row, for after
+        it, in deterministic mode, the slot has moved on.
+        """
+        columns = [(row.slot, row.commit, self.frames * row.ahead, True) for row in rows]
+        columns = [(*columns[0][:3], False)] * (size - len(rows)) + columns
+        return self._sent(torch.tensor(list(zip(*columns))))
+
+    def _sent(self, host: Tensor) -> Tensor:
+        """On the device, without a wait: torch keeps the page-locked memory until the copy is done, then reuses it."""
+        return (host.pin_memory() if self.x.is_cuda else host).to(self.x.device, non_blocking=True)
+
+    def told_back(self) -> list[list[float]]:
+        """`state` of every slot on the host, [N + 1][F + 1], as soon as what was launched until now is done: one read,
+        whoever of them is asked about."""
+        return read(self.state).tolist()
+
+    def forward(self, rows: Sequence[Row]) -> None:
+        """One forward over some rows, commits first (a step may see a chunk that is committed in the same forward)."""
+        if self.graphs is not None:
+            return self.graphs.forward(rows)
+        lengths = [self.prompt_lengths[row.slot] for row in rows]
+        self.run(self.rows(rows), lengths, any(not row.commit for row in rows))
+
+    @torch.inference_mode()
+    def run(self, rows: Tensor, lengths: Sequence[int], steps: bool = True) -> None:
+        """`forward` without the host: rows [4, R] as `rows()` makes them; lengths: keys of their prompts, at least;
+        steps: whether any row is a step. Everything is written at the slots, positions last."""
+        slot, commit, ahead, counts = rows
+        commit, counts = commit.bool(), counts.bool()
+        memory = self.cache.rows(slot, self.frames, ahead)
+        if self.deterministic:
+            parts = [(slice(i, i + 1), length) for i, length in enumerate(lengths)]
+        else:
+            parts = [(slice(None), max(lengths))]
+        for part, longest in parts:
+            self._rows(slot[part], commit[part], counts[part], memory.select(part), longest, steps)
+        self.cache.position.index_add_(0, slot, (commit & counts) * self.frames)
+
+    def _rows(self, slot: Tensor, commit: Tensor, counts: Tensor, memory: CacheRows, longest: int, steps: bool) -> None:
+        stopped = self.state[slot, -1] > 0  # a device-side loop runs on until all of its rows have stopped:
+        step = self.step[slot] - stopped.long()  # one that has takes its last step again, and writes the same keys
+        level = torch.where(commit, 0.0, self.sigmas[slot, step])[:, None].expand(-1, self.frames)
+        x = torch.where(commit[:, None, None, None, None], self.x0[slot], self.x[slot])
+        tokens, time = self.dit.trunk(x, TIMESTEPS * level, memory.frames, self._text(slot, longest), memory)
+        if not steps:
+            return
+        levels = self.noise.shape[1]  # nothing follows the last step, whose next level is 0
+        noise = self.noise[slot, (step + 1).clamp(max=levels - 1)]
+        after = self.sigmas[slot, (step + 1).clamp(max=levels)][:, None].expand_as(level)
+        end = ops.epilogue(
+            tokens,
+            time,
+            x,
+            noise,
+            level,
+            after,
+            self.dit.head.projection(time),
+            None if self.head is None else self.head.weights,
+            self._rule(slot, step),
+            self.dit.config.eps,
+        )
+        scratch = len(self.x) - 1
+        target = torch.where(commit | stopped | ~counts, scratch, slot)
+        self.x0[target], self.state[target] = end.x0, end.state
+        self.x[torch.where(end.state[:, -1] > 0, scratch, target)] = end.x  # the last step's stays, to be taken again
+        self.step[target] = step + 1
+
+    def _rule(self, slot: Tensor, step: Tensor) -> StopRule:
+        taken = (step + 1).to(torch.int32)
+        return StopRule(taken, self.least[slot], self.most[slot], self.reduce[slot], self.threshold[slot])
+
+    def _text(self, slot: Tensor, longest: int) -> TextKV:
+        kv = self.text.kv[:, :, slot, :longest]
+        full = self.text.kv.shape[3]
+        if slot.device.type == "cpu" and longest == full and self.text.used[slot].eq(full).all():
+            return TextKV(kv)  # nothing to mask and nothing that counts more than once
+        return TextKV(kv, self.text.used[slot], self.text.repeat[slot])
+
+
+def told(rows: Tensor) -> tuple[Tensor, ...]:
+    """Views of int32 rows [R, S + 5]: levels [R, S + 1] and threshold [R] as float32, then least, most and reduce."""
+    floats = rows.view(torch.float32)
+    return floats[:, :-4], floats[:, -4], *rows[:, -3:].unbind(1)
+
+
+def _at_least(threshold: float) -> float:
+    """The smallest float32 that is no less, so that the device's comparison is the host's."""
+    rounded = torch.tensor(threshold, dtype=torch.float32)
+    return (rounded if rounded.item() >= threshold else torch.nextafter(rounded, torch.tensor(float("inf")))).item()

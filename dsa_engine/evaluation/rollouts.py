@@ -1,0 +1,312 @@
+"""Rolls out a pipeline on held-out clips of the synthetic world, many at a time, and scores the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_engine import pipeline_inputs
+from dsa_engine.engine.rollout import Rollout
+from dsa_engine.engine.session import to_uint8
+from dsa_engine.models.dit import CausalDiT, DiTOutput
+from dsa_engine.pipeline import Pipeline
+from dsa_engine.sampling.denoise import Step
+from dsa_engine.sampling.policy import Fixed, Policy
+from dsa_engine.sampling.schedule import TIMESTEPS
+from dsa_engine.shapes import metrics, world
+
+TOGETHER = 16  # clips a batch: more do not make a CPU faster, and hold more memory
+LATENT = world.SIZE // 8
+Captions = Sequence[Sequence[world.Caption]]  # per clip one a chunk, all clips alike in length
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """frames uint8 [B, T, H, W, 3]; steps [B, N]; confidence [B, N, F] of the exit step, NaN without a head."""
+
+    frames: np.ndarray
+    steps: np.ndarray
+    confidence: np.ndarray
+
+
+def held_out(clips: int, chunks: int = 4, seed: int = 987_654_321, **odds) -> list[list[world.Caption]]:
+    """Captions per chunk of clips that no training pool draws."""
+    rng = np.random.default_rng(seed)
+    return [list(world.sample_captions(rng, chunks, **odds)) for _ in range(clips)]
+
+
+def alike(captions: Captions, most: int) -> list[list[int]]:
+    """Clips to roll together, at most `most` of them: those whose prompts switch at the same chunks.
+
+    A switch recaches the whole batch, so only in such a batch is every clip rolled as a session of its own would be.
+    """
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for i, clip in enumerate(captions):
+        groups.setdefault(tuple(a != b for a, b in pairwise(clip)), []).append(i)
+    return [clips[k : k + most] for clips in groups.values() for k in range(0, len(clips), most)]
+
+
+def roll(
+    pipe: Pipeline,
+    captions: Captions,
+    policy: Policy | str | Sequence[Policy],
+    seed: int = 0,
+    recache: bool = True,
+    on_step: Callable[[Step], None] | None = None,
+    batch: int | None = None,
+) -> Rolled:
+    """One clip per list of captions, switching prompts as a session would; clip i has the noise of seed + i.
+
+    policy: for all clips, or one a clip. on_step sees every step, its rows being indices of `captions`.
+    batch: roll at most so many clips at a time, and together only those that are `alike`: then a clip's result does not
+    depend on which others there are (but for rounding). None rolls all at once, and where one switches, all recache.
+    """
+    policies = [policy] * len(captions) if isinstance(policy, (Policy, str)) else list(policy)
+    if len(policies) != len(captions):
+        raise ValueError(f"{len(policies)} policies for {len(captions)} clips: give one, or {len(captions)}")
+    policies = [pipeline_inputs.policy(pipe.engine, policy) for policy in policies]
+    parts, order = [], [list(range(len(captions)))] if batch is None else alike(captions, batch)
+    for clips in order:
+        rollout = _rollout(pipe, [captions[i] for i in clips], [seed + i for i in clips])
+        # the engine gives all rows one policy; here each may have its own
+        rollout.policies = [policies[i].start(len(rollout.schedule)) for i in clips]
+
+        def report(step: Step, clips=clips) -> None:
+            on_step(step._replace(rows=[clips[row] for row in step.rows]))
+
+        parts.append(_play(pipe, rollout, [captions[i] for i in clips], recache, on_step and report))
+    return _sorted(parts, order)
+
+
+def roll_teacher(
+    pipe: Pipeline,
+    captions: Captions,
+    steps: int = 24,
+    shift: float = 3.0,
+    guidance: float = 1.0,
+    seed: int = 0,
+    batch: int = TOGETHER,
+) -> Rolled:
+    """The many-step flow-matching teacher on the same KV cache: deterministic Euler along sigma, chunk by chunk.
+
+        x <- x + (sigma' - sigma) v,   sigma = warp(1, 1 - 1/steps, ..., 1/steps; shift), then 0
+
+    With guidance g other than 1, v = v_null + g (v_prompt - v_null), v_null from a past committed under the null
+    prompt. pipe: a package folder with generator, codec and text; clips, seeds and switches as in `roll`.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: must be a whole number of Euler steps of at least 1, e.g. 24")
+    levels = tuple(TIMESTEPS * (1 - i / steps) for i in range(steps))
+    config = replace(pipe.config, steps=levels, shift=shift)
+    parts, order = [], alike(captions, batch)
+    for clips in order:
+        told, seeds = [captions[i] for i in clips], [seed + i for i in clips]
+        taken: list[Step] = []
+
+        def kept(chunk: int, step: int, taken=taken) -> Tensor:
+            """The noise that is in x already: going on with it from x0 is the Euler step."""
+            x, x0, sigma = taken[-1].x, taken[-1].x0, taken[-1].sigma
+            return (x - (1 - sigma) * x0) / sigma
+
+        twins = 1 if guidance == 1.0 else 2  # with guidance each clip has a second row, under the null prompt
+        rollout = _rollout(pipe, told, seeds * twins, config=config, policy=Fixed(steps), renoise=kept)
+        if twins == 2:
+            rollout.dit = Guided(rollout.dit, guidance)
+
+        def keep(step: Step, taken=taken) -> None:
+            taken[:] = [step]
+
+        parts.append(_play(pipe, rollout, told, True, keep))
+    return _sorted(parts, order)
+
+
+class Guided:
+    """A DiT whose rows come twice, first under their prompts, then under the null prompt: both get the guided velocity.
+
+    So both halves see the same x, and each commits it to its own rows of the cache under its own prompt.
+    """
+
+    def __init__(self, dit: CausalDiT, guidance: float):
+        self.dit, self.guidance = dit, guidance
+
+    def __call__(self, *inputs) -> DiTOutput:
+        out = self.dit(*inputs)
+        told, null = out.velocity.chunk(2)
+        return out._replace(velocity=(null + self.guidance * (told - null)).repeat(2, 1, 1, 1, 1))
+
+
+def real(pipe: Pipeline, captions: Captions, seed: int = 0) -> Rolled:
+    """Ground truth through the codec: what a perfect model would score. Clip i is drawn by seed + i; no steps."""
+    chunk, frames = pipe.config.chunk_frames, []
+    for i, clip in enumerate(captions):
+        pixels = torch.from_numpy(world.roll_clip(np.random.default_rng(seed + i), clip, chunk).frames)
+        frames.append(_through_codec(pipe, pixels.movedim(-1, 1)[None].float() / 255))
+    shape = (len(captions), len(captions[0]))
+    return Rolled(np.concatenate(frames), np.zeros(shape, int), np.full((*shape, chunk), np.nan))
+
+
+@torch.inference_mode()
+def _through_codec(pipe: Pipeline, pixels: Tensor) -> np.ndarray:
+    codec, dit = pipe.engine.decoder, pipe.engine.dit
+    return to_uint8(codec.decode(codec.encode(pixels.to(dit.device, dit.dtype)), None)[0])
+
+
+def _rollout(pipe: Pipeline, captions: Captions, seeds: Sequence[int], policy: Policy | None = None, **options):
+    """A rollout of these clips under their first prompts; rows beyond one a clip are under the null prompt."""
+    return pipe.engine.rollout(
+        _embeds(pipe, [clip[0] for clip in captions], len(seeds)),
+        height=LATENT,
+        width=LATENT,
+        frames=len(captions[0]) * pipe.config.chunk_frames,
+        policy=policy or Fixed(1),
+        seeds=seeds,
+        **{"config": pipe.config, **options},
+    )
+
+
+def _embeds(pipe: Pipeline, prompts: Sequence[world.Caption], rows: int) -> Tensor:
+    embeds = pipe.engine.encode([str(prompt) for prompt in prompts])
+    return embeds if rows == len(prompts) else torch.cat((embeds, pipe.engine.text.null(rows - len(prompts))))
+
+
+def _play(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, on_step) -> Rolled:
+    """All chunks of a rollout, decoded; of its rows the first one a clip."""
+    clips, chunks = len(captions), []
+    for i in range(len(captions[0])):
+        if i and any(clip[i] != clip[i - 1] for clip in captions):
+            embeds = _embeds(pipe, [clip[i] for clip in captions], len(rollout.slot))
+            rollout.switch(pipe.engine.text_kv(embeds), recache)
+        chunks.append(rollout.denoise(on_step))
+        rollout.accept(chunks[-1].latents)
+    with torch.inference_mode():
+        pixels, _ = pipe.engine.decoder.decode(torch.cat([c.latents[:clips] for c in chunks], dim=1), None)
+    certain = [c.confidence if c.confidence is not None else torch.full(c.latents.shape[:2], torch.nan) for c in chunks]
+    return Rolled(
+        frames=to_uint8(pixels),
+        steps=np.array([c.steps[:clips] for c in chunks]).T,
+        confidence=torch.stack(certain, dim=1)[:clips].float().cpu().numpy(),
+    )
+
+
+def _sorted(parts: Sequence[Rolled], order: Sequence[Sequence[int]]) -> Rolled:
+    """The batches as one, clip by clip as they were given."""
+    back = np.argsort(np.concatenate(order))
+    return Rolled(*(np.concatenate([getattr(part, f.name) for part in parts])[back] for f in fields(Rolled)))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What rollouts that never stop show after each of their S steps, per latent frame.
+
+    confidence [B, N, S, F]; distance [B, N, S - 1, F]: mean((x_k - x_S)^2), how far the estimate after step k is from
+    the last one; change [B, N, S - 1, F]: mean((x_{k+1} - x_k)^2), what `Change` reads after step k + 1.
+    """
+
+    confidence: np.ndarray
+    distance: np.ndarray
+    change: np.ndarray
+
+
+def trace(pipe: Pipeline, captions: Captions, seed: int = 0, batch: int = TOGETHER) -> tuple[Rolled, Trace]:
+    """`roll` with every step of the schedule, and what happened on the way. The pipeline needs a head."""
+    shape, steps = (len(captions), len(captions[0])), pipe.max_steps
+    confidence = np.empty((*shape, steps, pipe.config.chunk_frames), np.float32)
+    distance, change = (np.empty((*shape, steps - 1, pipe.config.chunk_frames), np.float32) for _ in range(2))
+    estimates: list[Tensor] = []  # of the chunk at hand
+
+    def keep(step: Step) -> None:
+        estimates[step.index - 1 :] = [step.x0]
+        confidence[step.rows, step.chunk, step.index - 1] = step.confidence.cpu().numpy()
+        if step.index == steps:
+            x = torch.stack(estimates, dim=1)  # [rows, S, F, C, H, W]
+            for kept, other in ((distance, x[:, -1:]), (change, x[:, 1:])):
+                kept[step.rows, step.chunk] = (x[:, :-1] - other).float().square().mean(dim=(3, 4, 5)).cpu().numpy()
+
+    if pipe.engine.head is None:
+        raise ValueError(f"model {pipe.name!r} has no confidence head, so there is nothing to trace")
+    rolled = roll(pipe, captions, Fixed(steps), seed, on_step=keep, batch=batch)
+    return rolled, Trace(confidence, distance, change)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scores of B clips of N chunks of F pixel frames each, see `metrics.score`.
+
+    valid bool, fit, texture [B, N, F]; xy [B, N, F, 2] px; leap [B, N, F] px, how far the object is from where it was a
+    frame before, NaN in chunks that do not carry on (the first, a cut, jumping); motion bool, steps int [B, N].
+    kind str [B, N]: first, cut, jumping, soft or same, the first that holds; hard bool [B, N]: first, cut or jumping.
+    """
+
+    valid: np.ndarray
+    fit: np.ndarray
+    texture: np.ndarray
+    xy: np.ndarray
+    leap: np.ndarray
+    motion: np.ndarray
+    steps: np.ndarray
+    kind: np.ndarray
+    hard: np.ndarray
+
+
+def tabulate(captions: Captions, rolled: Rolled) -> Table:
+    """Scores every frame of rolled-out clips against their captions."""
+    clips, chunks = len(captions), len(captions[0])
+    per_chunk = rolled.frames.shape[1] // chunks
+    scores = [
+        metrics.score(frames, [caption for caption in clip for _ in range(per_chunk)], per_chunk)
+        for clip, frames in zip(captions, rolled.frames)
+    ]
+    xy = np.stack([s.xy for s in scores])  # [B, T, 2]
+    kind = np.array([kinds(clip) for clip in captions])
+    hard = np.isin(kind, HARD)
+    leap = np.full(xy.shape[:2], np.nan)
+    leap[:, 1:] = np.linalg.norm(np.diff(xy, axis=1), axis=-1)
+    leap = np.where(hard[..., None], np.nan, leap.reshape(clips, chunks, per_chunk))
+    valid, fit, texture = (
+        np.stack([getattr(s, name) for s in scores]).reshape(leap.shape) for name in ("valid", "fit", "texture")
+    )
+    motion = np.stack([s.motion for s in scores])
+    return Table(valid, fit, texture, xy.reshape(*leap.shape, 2), leap, motion, rolled.steps, kind, hard)
+
+
+HARD = ("first", "cut", "jumping")  # chunks that their past does not foretell
+
+
+def kinds(captions: Sequence[world.Caption]) -> list[str]:
+    """What each chunk of a clip is: first, cut, jumping, soft or same, the first that holds."""
+    events = world.events_of(captions)
+    return ["jumping" if e not in HARD and c.motion == "jumping" else e for e, c in zip(events, captions)]
+
+
+def quality(captions: Captions, rolled: Rolled) -> dict[str, float]:
+    """`summary` of the clips' `Table`."""
+    return summary(tabulate(captions, rolled))
+
+
+def summary(table: Table) -> dict[str, float]:
+    """hard: share of hard chunks; steps: mean count a chunk, also by easy and hard chunks; valid: share of good frames,
+    also by easy and hard chunks; clip: share of wholly valid clips; motion: share of chunks that move as told;
+    mse: mean squared template error; texture: mean variance of the colour inside the shape; steady: share of frames
+    of carried-on chunks whose object is less than LEAP px from where it was. NaN where there is no such chunk."""
+    hard = table.hard
+    moved = table.leap[~np.isnan(table.leap)]
+    means = {
+        "hard": hard,
+        "steps": table.steps,
+        "steps_easy": table.steps[~hard],
+        "steps_hard": table.steps[hard],
+        "valid": table.valid,
+        "valid_easy": table.valid[~hard],
+        "valid_hard": table.valid[hard],
+        "clip": table.valid.all(axis=(1, 2)),
+        "motion": table.motion,
+        "mse": table.fit,
+        "texture": table.texture,
+        "steady": moved < metrics.LEAP,
+    }
+    return {name: float(values.mean()) if values.size else float("nan") for name, values in means.items()}

@@ -1,0 +1,158 @@
+"""A live stream's frames as bytes, a payload for each chunk: fragmented MP4, JPEG pictures, or raw."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from dsa_engine.media.mp4 import BT709, LIMITED_RANGE, check_frames
+
+CRF = 18  # x264's quality: what a viewer cannot tell from the original
+QUALITY = 90  # of JPEG
+GROUP = 2.0  # seconds between pictures that can be decoded alone: as far as a player goes back when it seeks
+INIT = (b"ftyp", b"moov")  # boxes that say what the fragments hold
+
+
+class Payload(NamedTuple):
+    """lengths: bytes of each frame's part of `data`, None where frames cannot be told apart."""
+
+    data: bytes
+    lengths: list[int] | None = None
+
+
+class Encoder(ABC):
+    """One stream's; not for several threads at once. Frames must be uint8 [T, height, width, 3]."""
+
+    content_type: str
+
+    def __init__(self, fps: float, width: int, height: int):
+        if not 0 < fps <= 1000:
+            raise ValueError(f"fps={fps!r}: must be a number above 0 and at most 1000, e.g. 16")
+        self.fps, self.width, self.height = Fraction(fps).limit_denominator(1001), width, height
+
+    def encode(self, frames: np.ndarray) -> Payload:
+        """The next chunk, whole. Raises ValueError for other arrays or another size."""
+        if check_frames(frames).shape[1:3] != (self.height, self.width):
+            height, width = frames.shape[1:3]
+            raise ValueError(f"frames of {height}x{width}: this stream's are {self.height}x{self.width}")
+        return self._encode(frames)
+
+    @abstractmethod
+    def _encode(self, frames: np.ndarray) -> Payload: ...
+
+
+class Mp4Encoder(Encoder):
+    """H.264 (yuv420p, BT.709) in fragments: all payloads one after another are an MP4 file, and each can be given to a
+    browser's SourceBuffer as it comes. The first begins with the header (ftyp, moov); each is one fragment (moof,
+    mdat) of all the chunk's frames, nothing of it held back: no B-frames, no lookahead, one thread.
+
+    The encoder lives as long as the stream. The muxer, which would keep a fragment open until the next one begins, is
+    made anew for each chunk and told where in the stream it is.
+    """
+
+    content_type = "video/mp4"
+
+    def __init__(self, fps: float, width: int, height: int):
+        import av
+
+        super().__init__(fps, width, height)
+        if height % 2 or width % 2:
+            raise ValueError(f"frames of {height}x{width}: m4s needs even sides; use the format jpeg or rgb24")
+        # a container that gets no packets: it owns the encoder, and its stream is the pattern of the chunks' streams
+        self._owner = av.open(io.BytesIO(), "w", format="mp4")
+        self._stream = self._owner.add_stream("libx264", rate=self.fps, options=self._options())
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        context = self._stream.codec_context
+        context.time_base, context.thread_count = 1 / self.fps, 1
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = LIMITED_RANGE
+        self._owner.start_encoding()  # opens the encoder, whose header the pattern then has
+        self._frames, self._chunks = 0, 0
+        self._next_key = 0
+
+    def _options(self) -> dict[str, str]:
+        return {"preset": "veryfast", "tune": "zerolatency", "crf": str(CRF), "forced-idr": "1"}
+
+    def _encode(self, frames: np.ndarray) -> Payload:
+        packets = [packet for array in frames for packet in self._packets(array)]
+        if len(packets) != len(frames):
+            raise RuntimeError(f"the H.264 encoder gave {len(packets)} pictures for {len(frames)} frames")
+        data = self._fragment(packets)
+        self._chunks += 1
+        return Payload(data)
+
+    def _packets(self, array: np.ndarray) -> list:
+        import av
+
+        frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        frame.pts, frame.time_base = self._frames, 1 / self.fps
+        if self._frames >= self._next_key:
+            frame.pict_type = av.video.frame.PictureType.I
+            self._next_key = self._frames + max(1, round(GROUP * self.fps))
+        self._frames += 1
+        return self._stream.codec_context.encode(frame)
+
+    def _fragment(self, packets: list) -> bytes:
+        import av
+
+        file = io.BytesIO()
+        flags = "+frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer"
+        options = {"movflags": flags, "fragment_index": str(self._chunks + 1), "avoid_negative_ts": "disabled"}
+        with av.open(file, "w", format="mp4", options=options) as container:
+            stream = container.add_stream_from_template(self._stream)
+            stream.time_base = 1 / self.fps
+            for packet in packets:
+                packet.stream, packet.time_base, packet.duration = stream, 1 / self.fps, 1
+                container.mux(packet)
+        data = file.getvalue()
+        return data if self._chunks == 0 else b"".join(box for kind, box in boxes(data) if kind not in INIT)
+
+
+class JpegEncoder(Encoder):
+    """Each frame a JPEG picture of its own, one after another."""
+
+    content_type = "image/jpeg"
+
+    def _encode(self, frames: np.ndarray) -> Payload:
+        from PIL import Image
+
+        pictures = []
+        for array in frames:
+            file = io.BytesIO()
+            Image.fromarray(array).save(file, "JPEG", quality=QUALITY, subsampling=0)
+            pictures.append(file.getvalue())
+        return Payload(b"".join(pictures), [len(picture) for picture in pictures])
+
+
+class RawEncoder(Encoder):
+    """The frames as they are: red, green, blue, a byte each, rows from the top."""
+
+    content_type = "application/x-raw-rgb"
+
+    def _encode(self, frames: np.ndarray) -> Payload:
+        return Payload(frames.tobytes(), [frames[0].nbytes] * len(frames))
+
+
+FORMATS: dict[str, type[Encoder]] = {"m4s": Mp4Encoder, "jpeg": JpegEncoder, "rgb24": RawEncoder}
+
+
+def encoder(format: str, fps: float, width: int, height: int) -> Encoder:
+    """A new stream's encoder. Raises ValueError for an unknown format, or a size that it cannot have."""
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}: must be one of {', '.join(FORMATS)}")
+    return FORMATS[format](fps, width, height)
+
+
+def boxes(data: bytes) -> list[tuple[bytes, bytes]]:
+    """(kind, whole box) of each box at the top of ISO base media data, as the muxer writes them: 32-bit lengths."""
+    found, at = [], 0
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        found.append((data[at + 4 : at + 8], data[at : at + length]))
+        at += length
+    return found

@@ -1,0 +1,225 @@
+"""The arguments of `Pipeline`, checked and made into what the engine takes.
+
+Every function raises ValueError with the value, the rule and the nearest legal value, before anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsa_engine.config import nearest
+from dsa_engine.engine.engine import Engine
+from dsa_engine.media import preprocess
+from dsa_engine.sampling.noise import Renoise, check_seed
+from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
+from dsa_engine.sampling.schedule import Schedule
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+WAN_STRIDE = 8  # pixels a latent pixel stands for, where no decoder says otherwise
+
+
+def embeds(engine: Engine, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> Tensor:
+    """Prompt embeddings [B, L, text_dim], encoded or as given."""
+    if (prompt is None) == (prompt_embeds is None):
+        raise ValueError("give either a prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
+    if prompt_embeds is None:
+        return engine.encode(prompt if isinstance(prompt, (list, tuple)) else [prompt])
+    model = engine.dit.config
+    shape = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else type(prompt_embeds).__name__
+    fits = isinstance(shape, list) and len(shape) == 3 and shape[2] == model.text_dim and shape[1] <= model.text_len
+    if not fits:
+        raise ValueError(
+            f"prompt_embeds of shape {shape}: must be a tensor [B, L, {model.text_dim}] with L at most {model.text_len}"
+        )
+    return prompt_embeds
+
+
+def output_type(engine: Engine, wanted: str) -> None:
+    """Checks the form that a clip is wanted in."""
+    if wanted not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={wanted!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+    if wanted != "latent" and engine.decoder is None:
+        raise ValueError(f"output_type={wanted!r}: this pipeline has no decoder; only 'latent' is possible")
+
+
+def seeds(seed: int | None, generator: torch.Generator | None, batch: int) -> list[int]:
+    """One seed a clip, counting up from the seed, or from the one that a generator was made with."""
+    if generator is not None and seed is not None:
+        raise ValueError(f"seed={seed} with a generator: give one or the other")
+    first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
+    return [(first + i) % 2**64 for i in range(batch)]
+
+
+def default_threshold(engine: Engine) -> float:
+    """The threshold of step_policy="dsa": the model's own, 0.5 where it was never calibrated."""
+    return 0.5 if engine.config.threshold is None else engine.config.threshold
+
+
+def policy(
+    engine: Engine,
+    named: str | Policy | None,
+    ceiling: int | None = None,
+    least: int | None = None,
+    most: int | None = None,
+    threshold: float | None = None,
+    strength: float | None = None,
+) -> Policy:
+    """The step policy that a name ("dsa", "fixed", a preset, "fixed:4"), an object or the separate knobs mean.
+
+    strength: of video to video, which leaves fewer levels to take (`Schedule`).
+    """
+    config, presets = engine.config, engine.config.presets
+    limit = len(Schedule(config.steps, config.shift, 1.0 if strength is None else strength))
+    chosen = parse_policy(named) if isinstance(named, str) and ":" in named else named
+    if isinstance(chosen, Policy):
+        knobs = dict(num_inference_steps=ceiling, min_steps=least, max_steps=most, confidence_threshold=threshold)
+        given = [name for name, value in knobs.items() if value is not None]
+        if given:
+            raise ValueError(f"{', '.join(given)}: already said by step_policy={chosen}; give one or the other")
+    elif named == "fixed" or (named is None and engine.head is None and threshold is None):
+        chosen = Fixed(limit if ceiling is None else ceiling)
+    elif named in ("dsa", None, *presets):
+        own = presets.get(named, default_threshold(engine))
+        most = ceiling if most is None else most
+        chosen = Confidence(own if threshold is None else threshold, 1 if least is None else least, most)
+    else:
+        names = ", ".join(("dsa", "fixed", *presets))
+        raise ValueError(f"step_policy={named!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
+    chosen.check(limit)
+    if chosen.reads == "confidence" and engine.head is None:
+        raise ValueError(
+            f"step_policy={named!r}: {type(chosen).__name__} needs a confidence head and this model has none; "
+            "use Fixed, PerChunk or Change, or train a head for it: "
+            "dsa-engine train --recipe head --model FILE --prompts FILE"
+        )
+    return chosen
+
+
+def latent_size(engine: Engine, height: int | None, width: int | None) -> tuple[int, int]:
+    """Latent height and width. Pixel sizes must be multiples of the decoder's stride times the patch."""
+    stride = WAN_STRIDE if engine.decoder is None else engine.decoder.spatial_stride
+    unit = stride * engine.dit.config.patch_size[1]
+    if height is None or width is None:
+        raise ValueError("this model has no default size: give height and width")
+    if height % unit or width % unit or height < unit or width < unit:
+        raise ValueError(
+            f"size {height}x{width}: height and width must be multiples of {unit}; nearest is "
+            f"{nearest(height, unit)}x{nearest(width, unit)}"
+        )
+    return height // stride, width // stride
+
+
+def latent_frames(engine: Engine, frames: int, given: int = 0) -> int:
+    """Latent frames of a clip of `frames` pixel frames: `given` latent frames, and then whole chunks."""
+    if engine.decoder is None:
+        raise ValueError("this pipeline has no decoder: use generate_latents, or give latents; their shape counts")
+    chunk = engine.config.chunk_frames
+    whole = isinstance(frames, (int, np.integer)) and not isinstance(frames, bool) and frames >= 1
+    near = whole_chunks(engine, frames if whole else 1, given)
+    if not whole:
+        raise ValueError(f"num_frames={frames!r}: must be a whole number of at least 1; nearest is {near}")
+    if near != frames:
+        after = f" after the {engine.decoder.frames_of(given, True)} given" if given else ""
+        raise ValueError(
+            f"num_frames={frames}: must come out as whole chunks of {chunk} latent frames{after}; nearest is {near}"
+        )
+    return engine.decoder.latent_frames_of(int(frames))
+
+
+def whole_chunks(engine: Engine, frames: float, given: int = 0) -> int:
+    """The pixel frame count nearest to `frames` that is `given` latent frames and at least one whole chunk."""
+    first, later = (engine.decoder.frames_of(engine.config.chunk_frames, is_first) for is_first in (True, False))
+    first = engine.decoder.frames_of(given, True) + later if given else first
+    return first + max(0, round((frames - first) / later)) * later
+
+
+class Clip(NamedTuple):
+    """What is to be made: latent frames in all, or None for no end; latent size; what was given, as in `Engine`."""
+
+    frames: int | None
+    size: tuple[int, int]
+    given: Tensor | None = None
+    guide: Tensor | None = None
+    strength: float = 1.0
+
+    @property
+    def made(self) -> int:
+        """Latent frames that are to be made: all but those given."""
+        return self.frames - (0 if self.given is None else self.given.shape[1])
+
+
+def clip(
+    engine: Engine,
+    batch: int,
+    size: tuple[int, int],
+    num_frames: int | None,
+    image: Any,
+    video: Any,
+    strength: float | None,
+    default: int | None,
+) -> Clip:
+    """The clip that is to be made; default: pixel frames where num_frames does not say, None for no end."""
+    if image is not None and video is not None:
+        raise ValueError("image and video: give one or the other")
+    if strength is not None and video is None:
+        raise ValueError(f"strength={strength}: says how much of a video stays; give video too")
+    if image is None and video is None:
+        count = default if num_frames is None else num_frames
+        return Clip(None if count is None else latent_frames(engine, count), size)
+    name, frames = ("image", image) if video is None else ("video", video)
+    if engine.decoder is None:
+        raise ValueError(f"{name}: this pipeline has no VAE to encode it with; load it with vae=...")
+    stride = engine.decoder.spatial_stride
+    frames = preprocess.pixels(name, frames, batch, (size[0] * stride, size[1] * stride))
+    count = frames.shape[1]
+    if strength is not None:
+        Schedule(engine.config.steps, engine.config.shift, strength)
+        if num_frames not in (None, count):
+            raise ValueError(f"num_frames={num_frames} with strength: the video's length counts; nearest is {count}")
+        near = whole_chunks(engine, count)
+        if near != count:
+            raise ValueError(f"video of {count} frames: with strength must be whole chunks; nearest is {near}")
+        return Clip(latent_frames(engine, count), size, guide=engine.encode_frames(frames), strength=strength)
+    given = engine.decoder.latent_frames_of(count)
+    if num_frames is None and default is not None:
+        num_frames = whole_chunks(engine, default + (count if name == "video" else 0), given)
+    total = None if num_frames is None else latent_frames(engine, num_frames, given)
+    return Clip(total, size, given=engine.encode_frames(frames))
+
+
+def latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, int]]:
+    """Checks noise [B, F, C, H, W] given for `batch` prompts; returns F and (H, W)."""
+    model, chunk = engine.dit.config, engine.config.chunk_frames
+    if not isinstance(noise, Tensor):
+        raise ValueError(f"latents: must be a tensor [B, F, C, H, W], not {type(noise).__name__}")
+    if not noise.is_floating_point():
+        raise ValueError(f"latents of dtype {noise.dtype}: must be floating point, e.g. {engine.dit.dtype}")
+    shape = list(noise.shape)
+    if noise.ndim != 5 or shape[2] != model.in_dim or shape[1] % chunk or 0 in shape:
+        near = [shape[0], nearest(shape[1], chunk), model.in_dim, *shape[3:]] if noise.ndim == 5 else None
+        raise ValueError(
+            f"latents of shape {shape}: must be [B, F, C, H, W] with F a multiple of {chunk} and C = {model.in_dim}"
+            + (f"; nearest is {near}" if near else "")
+        )
+    model.tokens_per_frame(shape[3], shape[4])
+    if shape[0] != batch:
+        raise ValueError(f"latents of {shape[0]} clips with {batch} prompts: must be as many; nearest is {batch}")
+    return shape[1], (shape[3], shape[4])
+
+
+def renoise(engine: Engine, given: Renoise | None, batch: int, frames: int, size: tuple[int, int]) -> None:
+    """Checks a re-noising tensor; what a callable returns is checked when it does."""
+    if given is None or callable(given):
+        return
+    clip = [batch, frames, engine.dit.config.in_dim, *size]
+    legal = [clip, [len(engine.config.steps) - 1, *clip]]
+    if not isinstance(given, torch.Tensor) or list(given.shape) not in legal or not given.is_floating_point():
+        got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"renoise {got}: must be a floating-point tensor of shape {legal[0]} or {legal[1]}, or a callable"
+        )

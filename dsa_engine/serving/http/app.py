@@ -1,0 +1,247 @@
+"""The HTTP application: jobs, the realtime WebSocket, the page, and what those who run a server look at."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+
+from dsa_engine.serving.http import auth, realtime, schemas, videos
+from dsa_engine.serving.http.prometheus import Metrics
+from dsa_engine.serving.http.schemas import Refusal
+from dsa_engine.serving.jobs.queue import Jobs
+from dsa_engine.serving.jobs.store import Store, Unstorable
+from dsa_engine.serving.settings import Settings
+from dsa_engine.serving.types import Backend, Busy
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "static"
+CODES = {
+    400: "invalid_value",
+    401: "invalid_token",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "not_ready",
+    413: "too_large",
+    415: "unsupported_media_type",
+    422: "invalid_request",
+    429: "busy",
+    503: "stopping",
+    507: "storage",
+}
+
+
+class Service:
+    """What an app holds, and how it stops: `drain` may be called before the server closes its connections, and is
+    called at the end of the app's lifespan in any case."""
+
+    def __init__(self, backend: Backend, jobs: Jobs | None):
+        self.backend, self.jobs = backend, jobs
+        self.stopping = False
+        self._drained: asyncio.Task[None] | None = None
+
+    async def drain(self) -> None:
+        """Admit nobody, let running chunks finish, write down what became of the jobs."""
+        self.stopping = True
+        if self._drained is None:
+            self._drained = asyncio.create_task(self._drain())
+        await self._drained
+
+    async def _drain(self) -> None:
+        if self.jobs is not None:
+            self.jobs.stop()
+        await self.backend.close()
+        if self.jobs is not None:
+            await self.jobs.close()
+
+
+def create_app(backend: Backend, settings: Settings | None = None, jobs: bool = True) -> FastAPI:
+    """An app on a backend that runs already. jobs: keep jobs, in `settings.data`.
+
+    app.state holds `service` (with `drain`) and `metrics`, whose `observe` belongs among a worker's observers.
+    Raises ValueError for a data folder that cannot be used.
+    """
+    settings = settings or Settings()
+    runner = Jobs(backend, Store(settings.data)) if jobs else None
+    service = Service(backend, runner)
+
+    @asynccontextmanager
+    async def lifespan(_) -> AsyncIterator[None]:
+        if runner is not None:
+            await runner.start()
+        yield
+        await service.drain()
+
+    app = FastAPI(title="dsa-engine", version=_version(), lifespan=lifespan)
+    app.state.service, app.state.settings, app.state.started = service, settings, int(time.time())
+    app.state.metrics = Metrics(backend.card.steps, backend.stats, None if runner is None else runner.store.counts)
+    for router in (routes, *([] if runner is None else [videos.routes])):
+        app.include_router(router, dependencies=guards(settings))
+    app.include_router(health)
+    app.include_router(realtime.router(backend, settings))
+    app.include_router(page(PAGE))
+    app.add_middleware(auth.BodyLimit, most=settings.body)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    answer_errors(app)
+    return app
+
+
+def guards(settings: Settings) -> list[Any]:
+    """The dependencies of all routes that not everybody may use."""
+    return [Depends(_host), *([] if settings.token is None else [Depends(_token)])]
+
+
+def _host(request: Request) -> None:
+    """A browser sends some requests of any page before it asks whether that may, and only hides the answer."""
+    headers = request.headers
+    if not auth.welcome(headers.get("origin"), headers.get("host"), request.app.state.settings.origins):
+        raise HTTPException(403, f"origin {headers['origin']!r}: a page of another host may not use this server")
+
+
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+def _token(request: Request, given: Credentials) -> None:
+    if not auth.knows(request.app.state.settings.token, given and given.credentials):
+        words = "a bearer token is needed, as in Authorization: Bearer TOKEN"
+        raise HTTPException(401, words, {"WWW-Authenticate": "Bearer"})
+
+
+routes = APIRouter(tags=["server"])
+
+
+@routes.get("/v1/models", responses=videos.errors())
+async def models(request: Request) -> schemas.ModelList:
+    """The one model that this server has, and what it can."""
+    state = request.app.state
+    return schemas.ModelList(data=[schemas.Model.of(state.service.backend.card, state.started)])
+
+
+METRICS = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}}
+
+
+@routes.get("/metrics", responses={**METRICS, **videos.errors()}, response_class=Response)
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    text = await asyncio.to_thread(request.app.state.metrics.text)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+health = APIRouter(tags=["server"])
+
+
+@health.get("/health")
+async def alive() -> schemas.Health:
+    """The server answers."""
+    return schemas.Health(status="ok")
+
+
+@health.get("/readyz", responses={503: {"model": schemas.Health}})
+async def ready(request: Request, response: Response) -> schemas.Health:
+    """It takes orders: 200, or 503 while it stops."""
+    stopping = request.app.state.service.stopping
+    response.status_code = 503 if stopping else 200
+    return schemas.Health(status="stopping" if stopping else "ready")
+
+
+def page(folder: Path) -> APIRouter:
+    """A route for each file. A mount at / would answer for every address that there is not, with its own words."""
+    routes = APIRouter(include_in_schema=False)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = "/" + path.relative_to(folder).as_posix()
+        for address in (name, "/") if name == "/index.html" else (name,):
+            routes.add_api_route(address, _file(path), methods=["GET", "HEAD"])
+    return routes
+
+
+def _file(path: Path):
+    async def send() -> FileResponse:
+        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+
+    return send
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every error in one form (`protocol.Error`)."""
+
+    @app.exception_handler(AnyHTTPException)
+    async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
+        headers = {"Allow": ", ".join(allowed(request))} if error.status_code == 405 else error.headers
+        return failure(error.status_code, str(error.detail), headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_, error: RequestValidationError) -> JSONResponse:
+        found = error.errors()
+        names = [_name(one["loc"]) for one in found]
+        words = [f"{name}: {one['msg']}" for name, one in zip(names, found)]
+        return failure(422, "; ".join(words[:5]), names[0] if names else None)
+
+    @app.exception_handler(Refusal)
+    async def impossible(_, error: Refusal) -> JSONResponse:
+        return failure(400, str(error), error.param)
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> JSONResponse:
+        stopping = request.app.state.service.stopping
+        return failure(503 if stopping else 429, str(error), headers={"Retry-After": "1"})
+
+    @app.exception_handler(Unstorable)
+    async def storage(_, error: Unstorable) -> JSONResponse:
+        logger.error("%s", error)
+        return failure(507, "the server's disk is full or cannot be written to; its log says more")
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_, error: ClientDisconnect) -> JSONResponse:
+        return failure(400, "the request did not come whole")  # nobody is left to read it: no fault of the server
+
+    @app.exception_handler(Exception)
+    async def broken(_, error: Exception) -> JSONResponse:
+        return failure(500, "the server made a mistake; its log says which")
+
+
+def allowed(request: Request) -> list[str]:
+    """The methods of an address, of all its routes: the router tells those of the first alone."""
+    scopes = {method: {**request.scope, "method": method} for method in ("GET", "HEAD", "POST", "DELETE")}
+    routes = request.app.routes
+    return [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
+
+
+def failure(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    detail = schemas.ErrorDetail(message=message, type=kind, code=CODES.get(status, "error"), param=param)
+    return JSONResponse(schemas.Error(error=detail).model_dump(), status, headers)
+
+
+def _name(place: Sequence[str | int]) -> str:
+    """The field that an error of pydantic is about."""
+    names = [str(part) for part in place if part not in ("body", "query", "path")]
+    return names[0] if names else "body"
+
+
+def _version() -> str:
+    try:
+        return version("dsa-engine")
+    except PackageNotFoundError:  # run from its sources
+        return "0"

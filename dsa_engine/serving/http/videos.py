@@ -1,0 +1,159 @@
+"""The routes of the jobs: `POST /v1/videos` and what comes after it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from dsa_engine.media import image
+from dsa_engine.serving.http import schemas
+from dsa_engine.serving.http.schemas import CreateVideo, Refusal, Video
+from dsa_engine.serving.jobs.queue import Jobs
+from dsa_engine.serving.jobs.store import ID, Job
+from dsa_engine.serving.settings import Settings
+
+FIELDS = 64  # of a form
+FORM, TEXT = "multipart/form-data", "application/json"
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            TEXT: {"schema": schemas.request_schema(form=False)},
+            FORM: {"schema": schemas.request_schema(form=True)},
+        },
+    }
+}
+CONTENT = {
+    200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}, "description": "the MP4 file"}
+}
+
+
+def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """What a route answers besides, for the document; no route is open to every page and every client."""
+    return {code: {"model": schemas.Error} for code in (401, 403, *codes)}
+
+
+routes = APIRouter(prefix="/v1/videos", tags=["jobs"])
+
+
+def _jobs(request: Request) -> Jobs:
+    return request.app.state.service.jobs
+
+
+Runner = Annotated[Jobs, Depends(_jobs)]
+
+
+async def _found(id: Annotated[str, Path(pattern=ID)], jobs: Runner) -> Job:
+    job = await asyncio.to_thread(jobs.store.get, id)
+    if job is None:
+        raise missing(id)
+    return job
+
+
+Found = Annotated[Job, Depends(_found)]
+
+
+def shown(job: Job, jobs: Jobs) -> Video:
+    return Video.of(job, jobs.progress(job.id))
+
+
+@routes.post("", openapi_extra=BODY, responses=errors(400, 413, 415, 422, 429, 503, 507))
+async def create(request: Request, jobs: Runner) -> Video:
+    """Queue a video. It is made whether or not the client stays, and also when the server is started anew."""
+    settings, card = request.app.state.settings, jobs.backend.card
+    try:
+        wanted, data = await read(request, settings)
+        order = wanted.order(card, settings, picture=data is not None)
+        if data is not None:
+            decoded = await asyncio.to_thread(image.decode, data, card.height, card.width)
+            order = dataclasses.replace(order, image=decoded)
+        return shown(await jobs.add(order), jobs)
+    except ValidationError as error:  # a ValueError too, but one that tells of fields
+        raise RequestValidationError(error.errors()) from error
+    except ValueError as error:
+        raise error if isinstance(error, Refusal) else Refusal(None, str(error)) from error
+
+
+@routes.get("", responses=errors(404, 422))
+async def index(
+    jobs: Runner,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(pattern=ID)] = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> schemas.VideoList:
+    """A page of the jobs, the newest first."""
+    page = await asyncio.to_thread(jobs.store.page, limit, after, order == "desc")
+    if page is None:
+        raise missing(after)
+    videos = [shown(job, jobs) for job in page[0]]
+    first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
+    return schemas.VideoList(data=videos, first_id=first, last_id=last, has_more=page[1])
+
+
+@routes.get("/{id}", responses=errors(404, 422))
+async def show(job: Found, jobs: Runner) -> Video:
+    """How a job goes."""
+    return shown(job, jobs)
+
+
+@routes.delete("/{id}", responses=errors(404, 422))
+async def delete(job: Found, jobs: Runner) -> schemas.Deleted:
+    """Forget a job and its video; one that is being made is given up."""
+    if not await jobs.delete(job.id):
+        raise missing(job.id)
+    return schemas.Deleted(id=job.id)
+
+
+@routes.get("/{id}/content", response_class=FileResponse, responses={**CONTENT, **errors(404, 409, 422)})
+async def content(job: Found, jobs: Runner, variant: Literal["video"] = "video") -> FileResponse:
+    """The video, once the job is completed."""
+    if job.status != "completed":
+        raise HTTPException(409, f"video {job.id} is {job.status}: there is no file until it is completed")
+    path = jobs.store.video(job.id)
+    try:
+        stat = await asyncio.to_thread(os.stat, path)
+    except FileNotFoundError:
+        raise HTTPException(404, f"the file of video {job.id} is gone from the server's folder") from None
+    return FileResponse(path, media_type="video/mp4", filename=path.name, stat_result=stat)
+
+
+def missing(id: str | None) -> HTTPException:
+    return HTTPException(404, f"there is no video {id!r}")
+
+
+async def read(request: Request, settings: Settings) -> tuple[CreateVideo, bytes | None]:
+    """What a request wants, and the picture that it brings. Raises ValidationError, HTTPException or ValueError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == TEXT:
+        wanted = CreateVideo.model_validate_json(await request.body(), strict=True)
+        return wanted, None if wanted.input_reference is None else image.from_text(wanted.input_reference)
+    if kind != FORM:
+        raise HTTPException(415, f"content-type {kind!r}: must be {TEXT} or {FORM}")
+    boundary = re.search(r'boundary="?([^";,\s]+)', request.headers["content-type"], re.IGNORECASE)
+    if boundary is None or f"--{boundary[1]}--".encode("latin-1") not in await request.body():
+        raise Refusal(None, f"the {FORM} ends in the middle: its last boundary is not there")
+    fields: dict[str, str] = {}
+    data: bytes | None = None
+    async with request.form(max_files=1, max_fields=FIELDS, max_part_size=settings.body) as form:
+        for name, value in form.multi_items():
+            if name in fields or (data is not None and name == "input_reference"):
+                raise Refusal(name, ": is there more than once")
+            if not isinstance(value, UploadFile):
+                fields[name] = value
+            elif name == "input_reference":
+                data = await value.read()
+            else:
+                raise Refusal(name, ": must be text, not a file")
+    wanted = CreateVideo.model_validate_strings(fields)
+    if wanted.input_reference is not None:
+        data = image.from_text(wanted.input_reference)
+    return wanted, data

@@ -1,0 +1,3 @@
+from dsa_engine.serving.jobs.queue import Jobs
+
+__all__ = ["Jobs"]

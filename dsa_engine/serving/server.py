@@ -1,0 +1,86 @@
+"""A server in this process: pipeline, worker, app, uvicorn."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+
+import uvicorn
+
+from dsa_engine.pipeline import Pipeline
+from dsa_engine.serving.http.app import create_app
+from dsa_engine.serving.limits import Limits
+from dsa_engine.serving.settings import Settings
+from dsa_engine.serving.worker.in_process import LocalBackend
+from dsa_engine.serving.worker.worker import Worker
+
+LINGER = 1  # seconds that clients get to take their last answers
+MESSAGE = 2**20  # bytes of a WebSocket's message
+
+
+def run(
+    pipe: Pipeline, limits: Limits, settings: Settings, ready: Callable[[str], None], at: socket.socket | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT, which uvicorn takes and, when all is done, raises again.
+
+    ready: called with the address once requests are answered. at: from `bind`, else it is bound here.
+    Raises OSError where the address cannot be had, ValueError for limits or a data folder that cannot be.
+    """
+    with at or bind(settings) as sock:
+        backend = LocalBackend(Worker(pipe, limits), settings.grace)
+        app = create_app(backend, settings, jobs=limits.jobs > 0)
+        backend.worker.observers.append(app.state.metrics.observe)
+        config = uvicorn.Config(
+            app,
+            timeout_graceful_shutdown=LINGER,
+            log_config=None,
+            access_log=False,
+            ws_max_size=MESSAGE,
+            ws_per_message_deflate=False,  # video does not get smaller
+        )
+        backend.start()
+        try:
+            Server(config, app.state.service.drain, lambda: ready(address(settings.host, sock))).run([sock])
+        finally:
+            backend.worker.stop(0.0)
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A socket at the address that settings name. Raises OSError where it cannot be had."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(where)
+        except OSError:
+            sock.close()
+            raise
+    except OSError as error:
+        raise OSError(f"cannot listen at {settings.host}:{settings.port}: {error.strerror or error}") from error
+    return sock
+
+
+def address(host: str, sock: socket.socket) -> str:
+    port = sock.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says when it is ready, and lets the app drain before it closes the connections: who has a stream
+    open gets the chunk that is being made, and hears why no more come."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]], ready: Callable[[], None]):
+        super().__init__(config)
+        self._drain, self._ready = drain, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._drain()
+        await super().shutdown(sockets)

@@ -1,0 +1,3 @@
+from dsa_engine.serving.worker.worker import Worker
+
+__all__ = ["Worker"]

@@ -1,0 +1,103 @@
+"""Runs the stages of a recipe, in one process or in several under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dsa_engine.pipeline import Pipeline
+from dsa_engine.training import head, head_dataset, recipe, stages
+from dsa_engine.training.prompts import read_prompts
+from dsa_engine.training.trainer import distributed, rank
+
+RECIPES = (*stages.STAGES, "all")
+ALL = ("codec", "teacher", "joint", "head")
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[torch.device]:
+    """This process's device; under torchrun within the group of all processes (NCCL on GPUs, else gloo)."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={kind!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
+    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed()
+    if joins:
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        if kind == "cuda":
+            kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        yield torch.device(kind)
+    finally:
+        if joins:
+            dist.destroy_process_group()
+
+
+def train(
+    stage: str,
+    config: str | Path = "shapes",
+    out: str | Path = "runs",
+    *,
+    steps: int | None = None,
+    batch: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    compiled: bool = True,
+) -> dict[str, Any]:
+    """Run one stage of RECIPES, or `all` of them, from where its folder under `out` was left; returns what came out.
+
+    config: a shipped recipe's name or a TOML file; steps, batch, seed: instead of the recipe's (steps and batch of the
+    one stage that is named). Raises ValueError for values that do not fit, FileNotFoundError where a stage that must
+    come before has not run.
+    """
+    if stage not in RECIPES:
+        raise ValueError(f"recipe {stage!r}: must be one of {', '.join(RECIPES)}")
+    if stage == "all" and (steps, batch) != (None, None):
+        raise ValueError("recipe all: steps and batch belong to one stage each; write them into a TOML file")
+    plan = recipe.load(config)
+    if seed is not None:
+        plan = recipe.with_seed(plan, seed)
+    if (steps, batch) != (None, None):
+        plan = plan.replace("student" if stage == "joint" else stage, steps=steps, batch=batch)
+    with processes(device) as where:
+        job = stages.Job(plan, Path(out), where, compiled)
+        facts: dict[str, Any] = {"recipe": stage, "config": plan.name, "seed": plan.seed, "out": str(out)}
+        for name in ALL if stage == "all" else (stage,):
+            facts[name] = stages.STAGES[name](job) if rank() == 0 or name in PARALLEL else None
+            if distributed():
+                dist.barrier()
+    return facts
+
+
+PARALLEL = ("teacher", "student", "joint")  # the other stages take one process, the rest waits
+
+
+def train_head_of(
+    model: str | Path,
+    out: str | Path,
+    prompts: str | Path,
+    *,
+    frames: int | None = None,
+    window: int | None = None,
+    sink: int | None = None,
+    shift: float | None = None,
+    iterations: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Train a confidence head for a distilled checkpoint on its own rollouts, and write it to `out/head.safetensors`.
+
+    prompts: a file as `read_prompts` takes it; window, sink, shift: as for `Pipeline.from_pretrained`; the rest as for
+    `head.train_head`.
+    """
+    said = read_prompts(prompts)
+    with Pipeline.from_pretrained(model, device=device, window=window, sink=sink, shift=shift) as pipe:
+        options = {name: value for name, value in {"iterations": iterations, "batch": batch}.items() if value}
+        chunks = None if frames is None else head_dataset.chunks_of(pipe, frames)
+        return head.train_head(pipe, said, out, chunks=chunks, seed=seed, **options)

@@ -1,0 +1,403 @@
+"""What is written is what is read: model folders with their calibration, heads alone; bad files are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import re
+import stat
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from dsa_engine import Pipeline
+from dsa_engine.checkpoints import load
+from dsa_engine.config import ModelConfig, RolloutConfig
+from dsa_engine.engine.engine import Engine
+from dsa_engine.models import memory_estimate, offload
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.offload import Offloaded
+from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.umt5 import save_prompts
+from dsa_engine.models.wan_vae import WanVAE
+
+ROLLOUT = RolloutConfig(threshold=0.4, presets={"fast": 0.3, "balanced": 0.4})
+POINTS = ((0.1, 0.5), (0.6, 0.2), (0.9, 0.2))
+
+
+@pytest.fixture
+def head(tiny_config) -> ConfidenceHead:
+    head = ConfidenceHead(tiny_config).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.normal_()
+    return head
+
+
+@pytest.fixture
+def saved(tmp_path, head, tiny_config):
+    path = tmp_path / "new" / "head.safetensors"
+    load.save_head(path, head, tiny_config, ROLLOUT, POINTS)
+    return path
+
+
+def test_a_head_comes_back_with_what_it_was_calibrated_to(saved, head, tiny_config):
+    loaded = load.load_head(saved, tiny_config)
+    weights = head.state_dict()
+    assert all(value.equal(weights[name]) for name, value in loaded.head.state_dict().items())
+    assert (loaded.threshold, loaded.presets, loaded.calibration) == (0.4, ROLLOUT.presets, POINTS)
+    assert not any(p.requires_grad for p in loaded.head.parameters()) and not loaded.head.training
+    half = load.load_head(saved, tiny_config, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.head.parameters()} == {torch.bfloat16}
+
+
+def test_a_head_is_one_file_that_says_what_it_is(saved):
+    assert [p.name for p in saved.parent.iterdir()] == ["head.safetensors"]
+    with safe_open(saved, "pt") as file:
+        header = file.metadata()
+    assert header["format"] == "dsa_engine.head/1" and header["dim"] == "96"
+    assert json.loads(header["presets"]) == ROLLOUT.presets and json.loads(header["threshold"]) == 0.4
+    assert json.loads(header["calibration"]) == [list(point) for point in POINTS]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o666 & ~mask  # others may read it, as any file
+
+
+def test_a_heads_path_must_end_as_such_a_file_does(tmp_path, head, tiny_config):
+    for call in (load.save_head, load.load_head):
+        with pytest.raises(ValueError, match="head.pt: must end in .safetensors, as in head.safetensors"):
+            call(tmp_path / "head.pt", *([head] if call is load.save_head else []), tiny_config, ROLLOUT)
+
+
+def rewritten(path, tensors=None, **changes):
+    """The file with other tensors or another header; None drops an entry."""
+    with safe_open(path, "pt") as file:
+        header = {**file.metadata(), **changes}
+    save_file(tensors or load_file(path), path, {k: v for k, v in header.items() if v is not None})
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"format": "dsa_engine.head/2"}, "format='dsa_engine.head/2', expected 'dsa_engine.head/1'"),
+        ({"format": None}, "format=None, expected 'dsa_engine.head/1'"),
+        ({"dim": "1536"}, "a head for models of dim=1536, this one has dim=96"),
+        ({"dim": None}, "header does not say .*dim"),
+        ({"presets": "{"}, "header does not say"),
+        ({"presets": "[1]"}, "header does not say"),
+        ({"presets": '{"fast": 1.5}'}, "fast=1.5: must be within"),
+        ({"threshold": '"high"'}, "header does not say"),
+        ({"calibration": "[[0.5, 0.1], [0.4, 0.05]]"}, "confidences must rise"),
+        ({"calibration": "[[0.4, 0.1], [0.5, 0.2]]"}, "errors must not rise"),
+        ({"calibration": "[[0.4, NaN]]"}, "must rise"),
+        ({"calibration": "[0.4]"}, "must be pairs"),
+        ({"tensors": {"mlp.0.weight": torch.zeros(48, 288)}}, "3 missing: mlp.0.bias, mlp.2.bias, mlp.2.weight"),
+    ],
+)
+def test_a_file_that_is_no_head_for_the_model_is_named(saved, tiny_config, changes, words):
+    path = rewritten(saved, **changes)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{words}"):
+        load.load_head(path, tiny_config)
+
+
+def test_a_head_that_is_missing_or_not_whole_is_named(saved, tiny_config):
+    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
+        load.load_head(saved.with_name("absent.safetensors"), tiny_config)
+    saved.write_bytes(saved.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{re.escape(str(saved))}: not a whole safetensors file"):
+        load.load_head(saved, tiny_config)
+
+
+def test_a_given_head_replaces_a_models_own(untrained, tmp_path):
+    config = ModelConfig.from_dict(json.loads((untrained / "config.json").read_text())["model"])
+    path = tmp_path / "head.safetensors"
+    load.save_head(path, ConfidenceHead(config), config, ROLLOUT, POINTS)  # an untrained one says 0.5 of everything
+    own, given = (Pipeline.from_pretrained(untrained, head=head, device="cpu") for head in (None, path))
+    assert own.config.threshold == 0.5 and given.config.threshold == 0.4
+    assert given.config.presets == ROLLOUT.presets and given.config.window == own.config.window == 9
+    made = given("a red circle jumps", num_frames=3, output_type="latent")
+    assert made.confidence == [[[0.5] * 3]] and made.steps_per_chunk == [[1]]
+
+
+def test_a_folder_keeps_its_calibration(untrained, tmp_path):
+    parts = load.load(untrained)
+    assert parts.calibration == ()
+    modules = {"generator": parts.dit, "confidence": parts.head}
+    video = {"height": 64, "width": 64, "frames": 12, "fps": 12.0}
+    load.save(tmp_path, "again", modules, parts.rollout, video, calibration=POINTS)
+    assert load.load(tmp_path).calibration == POINTS
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["calibration"] = [[0.5, -1]]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'config.json'))}: calibration="):
+        load.load(tmp_path)
+    with pytest.raises(ValueError, match="confidences must rise"):
+        load.save(tmp_path, "again", modules, parts.rollout, video, calibration=[(0.5, 0.1), (0.5, 0.1)])
+
+
+def test_the_expected_error_lies_on_the_calibration(untrained):
+    pipe = Pipeline.from_pretrained(untrained, device="cpu")
+    pipe.calibration = POINTS
+    assert [pipe.expected_error(confidence) for confidence, _ in POINTS] == [error for _, error in POINTS]
+    assert pipe.expected_error([0.0, 0.35, 1.0]) == pytest.approx([0.5, 0.35, 0.2])
+    with pytest.raises(ValueError, match=r"confidence=1.2: must be within \[0, 1\]; nearest is 1.0"):
+        pipe.expected_error(1.2)
+
+
+# ---- public checkpoints: a family's rollout, and the parts that lie in a folder or elsewhere
+
+SMALL = ModelConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=1, text_dim=24, freq_dim=32)  # heads of 128
+WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "panda": 5}
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A small model with every part, written by diffusers and transformers themselves."""
+    torch.manual_seed(4)
+    root = tmp_path_factory.mktemp("parts") / "SFWan2.1-small"
+    dit = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=128,
+        ffn_dim=64,
+        text_dim=24,
+        freq_dim=32,
+        num_layers=1,
+        cross_attn_norm=True,
+    )
+    vae = AutoencoderKLWan(base_dim=8)
+    text = UMT5EncoderModel(UMT5Config(vocab_size=6, d_model=24, d_kv=8, d_ff=20, num_layers=1, num_heads=2))
+    for module, place in ((dit, "transformer"), (vae, "vae"), (text, "text_encoder")):
+        for parameter in module.requires_grad_(False).parameters():
+            parameter.normal_(std=0.1)
+        module.save_pretrained(root / place)
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(root / "tokenizer")
+    return root
+
+
+def test_a_folder_brings_all_its_parts(wan):
+    parts = load.load(wan)
+    assert (parts.name, parts.found.family, parts.rollout) == ("SFWan2.1-small", "self-forcing", RolloutConfig())
+    assert parts.dit.config == SMALL and (parts.height, parts.width, parts.frames, parts.fps) == (480, 832, 81, 16.0)
+    embeds = parts.text.encode(["a red panda"])
+    assert embeds.shape == (1, 512, 24) and embeds[0, :4].ne(0).any(-1).all() and not embeds[0, 4:].any()
+    assert parts.decoder.decode(torch.randn(1, 3, 16, 4, 4))[0].shape == (1, 9, 3, 32, 32)
+    with Pipeline.from_pretrained(wan, device="cpu") as pipe:
+        clip = pipe("a red panda", height=32, width=32, num_frames=21, step_policy="fixed:1")
+    assert clip.frames.shape == (1, 21, 32, 32, 3)
+
+
+def test_a_file_takes_its_parts_from_elsewhere(wan, tmp_path):
+    bare = tmp_path / "longlive.safetensors"
+    save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), bare)
+    assert load.load(bare).decoder is None and load.load(bare).text is None
+    for vae, text in ((wan, wan), (wan / "vae", wan / "text_encoder")):
+        parts = load.load(bare, vae=vae, text=text)
+        assert parts.rollout.window == 12 and parts.text.text_dim == 24 and parts.decoder.latent_channels == 16
+    again = load.load(bare, vae=parts.decoder, text=parts.text, family="krea")
+    assert (again.decoder, again.text, again.rollout.window) == (parts.decoder, parts.text, 6)
+    save_prompts(tmp_path / "prompts.safetensors", parts.text, ["a red panda"])
+    known = load.load(bare, text=tmp_path / "prompts.safetensors")
+    assert known.text.encode(["a red panda"]).shape == (1, 4, 24)
+
+
+def test_parts_can_be_left_out(wan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=re.escape("dsa-engine[models]")):
+        load.load(wan)
+    parts = load.load(wan, vae=False, text=False)
+    assert (parts.decoder, parts.text) == (None, None)
+
+
+def test_the_tiny_vae_is_told_by_its_names(wan, tmp_path):
+    torch.save(TinyVAE().state_dict(), tmp_path / "taew2_1.pth")
+    assert isinstance(load.load(wan, vae=tmp_path / "taew2_1.pth").decoder, TinyVAE)
+
+
+def test_parts_that_do_not_fit_are_named(wan, tmp_path, untrained):
+    with pytest.raises(ValueError, match="a text encoder; expected|holds a umT5|text encoder"):
+        load.load(wan, vae=wan / "text_encoder")
+    with pytest.raises(ValueError, match="the Wan 2.1 VAE under diffusers' names: give it as vae="):
+        load.load(wan, text=wan / "vae")
+    save_prompts(
+        tmp_path / "wide.safetensors", type("Wide", (), {"encode": lambda s, p: torch.ones(1, 3, 40)})(), ["a"]
+    )
+    with pytest.raises(ValueError, match="text=.*wide.safetensors: text_dim=40, but .* needs 24"):
+        load.load(wan, text=tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="latent_channels=4, but .* needs 16"):
+        load.load(wan, vae=WanVAE(dim=8, latent_channels=4, mean=(0.0,) * 4, std=(1.0,) * 4))
+    with pytest.raises(ValueError, match="family, vae: .* is a whole model of this project"):
+        load.load(untrained, family="krea", vae=wan)
+    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
+        load.load(wan, vae=tmp_path / "absent.safetensors")
+
+
+def test_the_choice_of_a_rollout_is_said(wan, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger=load.__name__):
+        load.load(wan)
+        assert caplog.records[-1].levelname == "INFO" and "rollout of self-forcing (it is called" in caplog.text
+        unknown = tmp_path / "w.safetensors"
+        save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), unknown)
+        load.load(unknown)
+        assert caplog.records[-1].levelname == "WARNING" and "no known family" in caplog.text
+        load.load(unknown, family="wan")
+        assert caplog.records[-1].levelname == "WARNING" and "a base model" in caplog.text
+        load.load(unknown, family="longlive")
+        assert caplog.records[-1].levelname == "WARNING" and "needs its LoRA" in caplog.text
+
+
+# ---- a VAE by its name, files that are none of what they should be, and parts that live on the CPU
+
+
+@pytest.fixture
+def checkpoint(wan, tmp_path):
+    """A DiT alone, under the name of Self-Forcing's file."""
+    path = tmp_path / "checkpoints" / "self_forcing_dmd.safetensors"
+    path.parent.mkdir()
+    save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), path)
+    return path
+
+
+def test_a_vae_can_be_asked_for_by_its_name(wan, checkpoint):
+    assert isinstance(load.load(wan, vae="wan", text=False).decoder, WanVAE)
+    with pytest.raises(FileNotFoundError, match="vae='taehv': no taew2_1.pth or .safetensors"):
+        load.load(wan, vae="taehv", text=False)
+    (checkpoint.parent / "Wan2.1-T2V-1.3B").mkdir()
+    torch.save(WanVAE(dim=8).state_dict(), checkpoint.parent / "Wan2.1-T2V-1.3B" / "Wan2.1_VAE.pth")
+    torch.save(TinyVAE().state_dict(), checkpoint.parent / "taew2_1.pth")
+    for name, kind in (("wan", WanVAE), ("taehv", TinyVAE)):
+        with Pipeline.from_pretrained(checkpoint, vae=name, device="cpu") as pipe:
+            assert isinstance(pipe.engine.decoder, kind)
+    assert load.load(checkpoint).decoder is None  # nothing is taken from elsewhere unasked
+
+
+def test_light_tae_is_refused_for_its_name(wan, tmp_path):
+    torch.save(TinyVAE().state_dict(), tmp_path / "lighttaew2_1.pth")
+    with pytest.raises(ValueError, match="lighttaew2_1.pth: LightTAE, whose latents have Wan's mean.*taew2_1.pth"):
+        load.load(wan, vae=tmp_path / "lighttaew2_1.pth", text=False)
+
+
+class RunsCode:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def soon(kind, path, call) -> str:
+    """The message of a call that fails in under 5 seconds and names the file."""
+    start = time.perf_counter()
+    with pytest.raises(kind, match=re.escape(str(path))) as error:
+        call()
+    assert time.perf_counter() - start < 5
+    return str(error.value)
+
+
+WAYS_IN = {
+    "model": lambda path, model: load.load(path),
+    "vae": lambda path, model: load.load(model, vae=path, text=False),
+    "text": lambda path, model: load.load(model, text=path),
+    "lora": lambda path, model: load.load(model, lora=path),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_what_is_no_checkpoint_is_refused_wherever_it_is_given(checkpoint, tmp_path, way, suffix):
+    path, proof = tmp_path / f"file{suffix}", tmp_path / "code_was_run"
+    path.write_text("<!DOCTYPE html><html><body>404: Not Found</body></html>" * 20)
+    assert "a web page" in soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    torch.save({"model": {"a": torch.zeros(1)}, "payload": RunsCode(proof)}, path)
+    said = soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    assert ("weights_only=True" if suffix == ".pth" else "should end in .pt") in said and not proof.exists()
+    (save_file if suffix == ".safetensors" else torch.save)({"a": torch.zeros(999)}, path)
+    os.truncate(path, path.stat().st_size // 2)
+    soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    path.unlink()
+    soon(FileNotFoundError, path, lambda: WAYS_IN[way](path, checkpoint))
+
+
+@pytest.mark.parametrize("way", ["vae", "text", "lora"])
+def test_a_whole_model_in_place_of_a_part_is_told_before_it_is_read(checkpoint, tmp_path, way):
+    """28 GB of it: a header, and a hole in the file."""
+    path = tmp_path / "Wan2.1-T2V-14B.safetensors"
+    with torch.device("meta"):
+        tensors = CausalDiT(ModelConfig.preset("wan2.1-t2v-14b")).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert "expected" in soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+
+
+def test_offloaded_parts_make_the_same_clip(wan):
+    options = {"height": 32, "width": 32, "num_frames": 21, "step_policy": "fixed:1", "seed": 3}
+    clips = []
+    for placement in (None, ("text", "vae")):
+        parts = load.place(load.load(wan), placement)
+        engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, parts.rollout)
+        pipe = Pipeline(engine, name="x", height=32, width=32, frames=21, fps=16.0)
+        clips.append(torch.from_numpy(pipe("a red panda", **options).frames))
+        with pipe.session("a red panda", num_frames=21, seed=3, step_policy="fixed:1") as session:
+            chunks = [session.next_chunk().frames, session.next_chunk().frames]
+        assert torch.equal(torch.from_numpy(np.concatenate(chunks)), (clips[-1][0] * 255).round().to(torch.uint8))
+    torch.testing.assert_close(*clips, rtol=0, atol=1e-5)
+    assert isinstance(parts.decoder, Offloaded) and parts.text.offload
+    assert load.place(parts, "text,vae").decoder is parts.decoder  # it is there already
+
+
+def test_what_is_not_there_or_not_movable_is_passed_over(untrained, checkpoint):
+    bare = load.load(checkpoint)
+    assert load.place(bare, "text,vae") == bare
+    small = load.load(untrained)
+    placed = load.place(small, ("text", "vae"))
+    assert placed.text is small.text and placed.decoder.codec is small.decoder
+    with pytest.raises(ValueError, match="offload=dit: must be 'auto'"):
+        load.place(small, "dit")
+
+
+def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
+    parts = load.load(wan)
+    assert load.place(parts, "auto") is parts and load.place(parts, None) is parts  # a CPU has nothing to spare
+    there, on_device = memory_estimate.measure(parts.modules), 1000
+    there["weights"]["vae"] = {"cpu": 7, "cuda": on_device}
+    monkeypatch.setattr(CausalDiT, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(memory_estimate, "measure", lambda parts: there)
+    monkeypatch.setattr(offload, "Loan", lambda *args, **options: None)
+    workload, sizes = memory_estimate.Workload(sessions=2, dtype=torch.float32), memory_estimate.sizes_of(parts.modules)
+    rollout = RolloutConfig(window=12)
+    peaks = [
+        memory_estimate.predict(SMALL, rollout, workload, offload=name, **sizes).peak
+        for name in memory_estimate.PLACEMENTS
+    ]
+    assert peaks[0] > peaks[1] > peaks[2]
+    for short, expected in ((0, (False, False)), (1, (True, False)), (1 + peaks[0] - peaks[1], (True, True))):
+        parts = replace(parts, text=copy.copy(parts.text))
+        monkeypatch.setattr(
+            memory_estimate, "room", lambda d, short=short: peaks[0] - memory_estimate.CONTEXT - on_device - short
+        )
+        with caplog.at_level(logging.INFO, logger=memory_estimate.__name__):
+            placed = load.place(parts, "auto", rollout, sessions=2)
+        assert (placed.text.offload, isinstance(placed.decoder, Offloaded)) == expected
+        assert caplog.records[-1].levelname == "INFO" and caplog.records[-1].message.startswith("offload ")

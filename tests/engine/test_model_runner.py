@@ -1,0 +1,204 @@
+"""Step inputs and their forward against the plain loop: the same bits row by row, the same numbers in any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsa_engine import Change, Confidence, Fixed, PerChunk
+from dsa_engine.config import RolloutConfig
+from dsa_engine.engine.chunk_plan import Row
+from dsa_engine.engine.engine import Engine
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.sampling.policy import Policy, Rule
+
+SIZE, CHUNKS, FRAMES = 4, 5, 2
+
+
+class Half(Policy):
+    """One of a user's own, which a device cannot ask: it stops at the second step that is surer than the first."""
+
+    reads = "confidence"
+
+    def start(self, limit):
+        self.first = None
+        return super().start(limit)
+
+    def check(self, limit):
+        pass
+
+    def done(self, chunk, step, values, limit):
+        self.first = min(values) if step == 1 else self.first
+        return step == limit or (step > 1 and min(values) > self.first)
+
+
+POLICIES = {
+    "a policy of the user's": [Half(), Half(), Confidence(0.5)],
+    "every count": [PerChunk([1, 2, 3, 4, 1]), PerChunk([4, 3, 2, 1, 2]), PerChunk([2, 4, 1, 3, 3])],
+    "one count": [Fixed(3)] * 3,
+    "confidence": [Confidence(0.5), Confidence(0.5, min_steps=2), Confidence(0.5, max_steps=3)],
+    "the mean, the surest": [Confidence(0.5, frame_reduce="mean"), Confidence(0.55, frame_reduce="max"), Fixed(2)],
+    "one never stops": [Confidence(1.0), Confidence(0.0), Confidence(0.5)],
+    "change": [Change(0.5), Change(2.0, min_steps=2), Fixed(1)],
+}
+
+
+@pytest.fixture
+def head(tiny_config):
+    """Confidences on both sides of one half."""
+    head = ConfidenceHead(tiny_config).requires_grad_(False)
+    torch.nn.init.normal_(head.mlp[2].weight, std=1.0)
+    return head
+
+
+def rollouts(dit, head, policies, seeds, deterministic=False, **options):
+    """One rollout of a row for each policy, all in one pool, as sessions are."""
+    config = RolloutConfig(chunk_frames=FRAMES, shift=3.0, **options)
+    engine = Engine(dit, head, None, None, config, len(policies), deterministic)
+    shape = engine._pool_shape(SIZE, SIZE, CHUNKS * FRAMES, config)
+    inputs = engine._pool(shape, len(policies))
+    inputs.cache.k.fill_(float("nan"))
+    inputs.cache.v.fill_(float("nan"))
+    made = []
+    for row, (policy, seed) in enumerate(zip(policies, seeds)):
+        embeds = torch.randn(1, 5 + row, 40, generator=torch.Generator().manual_seed(seed))
+        roll = engine.rollout(
+            embeds, height=SIZE, width=SIZE, frames=CHUNKS * FRAMES, policy=policy, seeds=[seed], config=config
+        )
+        roll.inputs, roll.cache, roll.slot = inputs, inputs.cache, inputs.cache.acquire(1)
+        roll.slots = roll.slot.tolist()
+        made.append(roll)
+    return made
+
+
+def plain(roll):
+    return roll.denoise(on_step=lambda step: None)
+
+
+def same(a, b):
+    return a.latents.equal(b.latents) and a.steps == b.steps and a.confidence.equal(b.confidence)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("window, sink, commit", [(None, 0, "clean"), (6, 0, "clean"), (7, 3, "exit_step")])
+def test_row_by_row_the_bits_are_those_of_the_plain_loop(tiny_dit, head, name, window, sink, commit):
+    """Three sessions in one pool, whose prompts differ in length, each with its own policy."""
+    options = dict(window=window, sink=sink, commit=commit)
+    ours = rollouts(tiny_dit, head, POLICIES[name], [1, 2, 3], deterministic=True, **options)
+    theirs = rollouts(tiny_dit, head, POLICIES[name], [1, 2, 3], **options)
+    taken = set()
+    for _ in range(CHUNKS):
+        for a, b in zip(ours, theirs):
+            made, expected = a.denoise(), plain(b)
+            assert same(made, expected)
+            taken.update(made.steps)
+            a.accept(made.latents)
+            b.accept(expected.latents)
+    assert name in ("one count", "change") or len(taken) > 1  # else nothing was decided
+
+
+@pytest.mark.parametrize("window", [None, 5, 6])
+def test_a_commit_that_rides_along_changes_nothing_but_rounding(tiny_dit, head, close, window):
+    ours = rollouts(tiny_dit, head, [PerChunk([2, 1, 3, 1, 2])], [4], window=window)[0]
+    theirs = rollouts(tiny_dit, head, [PerChunk([2, 1, 3, 1, 2])], [4], window=window)[0]
+    sizes, forward = [], ours.inputs.forward
+    ours.inputs.forward = lambda rows: sizes.append(len(rows)) or forward(rows)
+    for _ in range(CHUNKS):
+        made, expected = ours.denoise(), plain(theirs)
+        close(made.latents, expected.latents, 1e-5)
+        close(made.confidence, expected.confidence, 1e-4)
+        ours.accept(expected.latents)
+        theirs.accept(expected.latents)
+    assert sizes == [1, 1, 2, 2, 1, 1, 2, 2, 1]  # one row more where a chunk begins, and no forward more than steps
+
+
+def test_sessions_at_different_steps_and_positions_share_a_forward(tiny_dit, head, close):
+    """Three sessions a chunk apart, driven by hand through common forwards, against each alone."""
+    policies = [PerChunk([2, 3]), PerChunk([3, 2]), PerChunk([4, 1])]
+    together, alone = (rollouts(tiny_dit, head, policies, [5, 6, 7], window=6) for _ in range(2))
+    for late, (a, b) in enumerate(zip(together, alone)):
+        for _ in range(late):
+            made = b.denoise()
+            b.accept(made.latents)
+            a.denoise()
+            a.accept(made.latents)
+    inputs, plans = together[0].inputs, [list(roll.begin()) for roll in together]
+    while any(plans):
+        nodes = [(roll, plan.pop(0)) for roll, plan in zip(together, plans) if plan]
+        commits = [Row(roll.slots[0], commit=True) for roll, node in nodes if node.commit]
+        inputs.forward(commits + [Row(roll.slots[0], ahead=node.commit) for roll, node in nodes])
+        for roll, node in nodes:
+            roll.took(node, roll.slots)
+    for a, b in zip(together, alone):
+        made, expected = a.denoised(), b.denoise()
+        assert made.steps == expected.steps
+        close(made.latents, expected.latents, 1e-5)
+
+
+def test_in_deterministic_mode_company_does_not_change_a_bit(tiny_dit, head):
+    policies = [Confidence(0.5)] * 3
+    crowd = rollouts(tiny_dit, head, policies, [1, 2, 3], deterministic=True, window=6)
+    single = rollouts(tiny_dit, head, policies[:1], [1], deterministic=True, window=6)[0]
+    inputs = crowd[0].inputs
+    for _ in range(CHUNKS):
+        for roll in crowd:
+            roll.begin()
+        for step in range(4):
+            commits = [Row(r.slots[0], commit=True) for r in crowd if step == 0 and r.index]
+            inputs.forward(commits + [Row(r.slots[0], ahead=step == 0 and r.index > 0) for r in crowd])
+        expected = single.denoise()
+        index = crowd[0].slot
+        assert inputs.x0[index].equal(expected.latents) and inputs.step[index].tolist() == expected.steps
+        single.accept(expected.latents)
+        for roll in crowd:
+            roll.accept(inputs.x0[roll.slot].clone())
+
+
+def test_a_row_that_has_stopped_stays_as_it_is(tiny_dit, head):
+    """What a device-side loop relies on: it runs on until its last row has stopped, past the last level if it must."""
+    roll = rollouts(tiny_dit, head, [Fixed(2)], [1])[0]
+    made, inputs, slot = roll.denoise(), roll.inputs, roll.slot
+    before = [t[slot].clone() for t in (inputs.x, inputs.x0, inputs.state, inputs.step)]
+    with torch.inference_mode():
+        for _ in range(4):
+            inputs.forward([Row(roll.slots[0])])
+    assert all(t[slot].equal(b) for t, b in zip((inputs.x, inputs.x0, inputs.state, inputs.step), before))
+    assert inputs.x0[slot].equal(made.latents)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.509, 1 / 3, 1.0, 0.0])
+def test_the_devices_comparison_is_the_hosts(tiny_dit, threshold):
+    """At the float32 numbers next to the threshold, `>=` says what Python's says of the float64 threshold."""
+    inputs = rollouts(tiny_dit, None, [Fixed(1)], [1])[0].inputs
+    inputs.begin(torch.tensor([0]), torch.zeros(1, 1, FRAMES, 16, SIZE, SIZE), [1.0], [Rule(1, 4, "min", threshold)])
+    near = torch.tensor(threshold, dtype=torch.float32)
+    for value in (torch.nextafter(near, torch.tensor(-1.0)), near, torch.nextafter(near, torch.tensor(2.0))):
+        assert bool(value >= inputs.threshold[0]) == (value.item() >= threshold)
+
+
+def test_a_chunk_begins_with_one_copy_of_what_the_host_knows(tiny_dit, monkeypatch):
+    """Every field of every row, over what an earlier chunk left there; the other slots keep theirs."""
+    inputs = rollouts(tiny_dit, None, [Fixed(1)] * 4, [1, 2, 3, 4])[0].inputs
+    inputs.told.fill_(-1)
+    sent, send = [], inputs._sent
+    monkeypatch.setattr(inputs, "_sent", lambda host: sent.append(host) or send(host))
+    rules = [Rule(1, 4, "mean", 0.3), Rule(2, 3, "max", 1.0), Rule(3, 3)]
+    noise = torch.randn(3, 4, FRAMES, 16, SIZE, SIZE)
+    inputs.begin(torch.tensor([3, 0, 2]), noise, [0.9, 0.5, 0.1], rules)
+    assert len(sent) == 1
+    levels = torch.tensor([0.9, 0.5, 0.1, 0.0, 0.0])  # nothing comes after the last
+    for slot, rule, own in zip((3, 0, 2), rules, noise):
+        assert inputs.sigmas[slot].equal(levels) and inputs.threshold[slot] == torch.tensor(rule.threshold)
+        counts = inputs.least[slot], inputs.most[slot], inputs.reduce[slot]
+        assert [c.tolist() for c in counts] == [rule.least, rule.most, ["min", "mean", "max"].index(rule.reduce)]
+        assert inputs.noise[slot].equal(own) and inputs.x[slot].equal(own[0]) and inputs.step[slot] == 0
+    assert inputs.least.dtype == inputs.most.dtype == inputs.reduce.dtype == torch.int32
+    assert inputs.told[[1, 4]].eq(-1).all()
+
+
+def test_the_bytes_of_a_pool_are_counted(tiny_dit):
+    inputs = rollouts(tiny_dit, None, [Fixed(1)] * 2, [1, 2], window=6)[0].inputs
+    latents = FRAMES * 16 * SIZE * SIZE * 4
+    text = 3 * 2 * 12 * 96 * 4 + 8 + 4
+    counters = 5 * 4 + 8 + (FRAMES + 1) * 4 + 3 * 4 + 4
+    assert inputs.nbytes == 3 * ((2 + 4) * latents + text + counters)

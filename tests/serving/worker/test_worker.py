@@ -1,0 +1,431 @@
+"""The worker, turn by turn under a clock of the test's, and once in its thread."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsa_engine import Pipeline
+from dsa_engine.serving.limits import Limits
+from dsa_engine.serving.types import Applied, Closed, Made, Opened, Order, Queued, Refused
+from dsa_engine.serving.worker.worker import Worker
+
+PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
+FRAMES = 12  # four chunks
+
+
+@pytest.fixture(scope="module")
+def pipe(untrained) -> Pipeline:
+    return Pipeline.from_pretrained(untrained, device="cpu", deterministic=True, max_sessions=4)
+
+
+@pytest.fixture
+def open_bench(pipe):
+    """Every test's own; whatever it leaves open is closed, so that a failure stays where it is."""
+    made = []
+
+    def make(**limits) -> Bench:
+        made.append(Bench(pipe, **limits))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.worker.call(one.worker._stop)
+        one.worker.call(one.worker._abort)
+        one.turn()
+    assert not made or made[0].slots == 0
+
+
+class Bench:
+    """A worker without its thread: `turn` is called by hand, and time passes only when the test says so."""
+
+    def __init__(self, pipe, **limits):
+        self.now, self.took = 0.0, 0.0
+        self.worker = Worker(
+            pipe, Limits(**{"sessions": 2, "jobs": 2, "waiting": 1} | limits), lambda: self.now, overlap=False
+        )
+        self.events: dict[str, list] = {}
+        self.pipe = pipe
+
+    def open(self, i=0, **order):
+        events = []
+        options = {"prompt": PROMPTS[i % 3], "seed": i, "num_frames": FRAMES, "live": False, "steps": "fixed:2"}
+        task = self.worker.open(Order(**options | order), events.append)
+        self.events[task.id] = events
+        return task
+
+    def turn(self):
+        self.now += self.took
+        return self.worker.turn()
+
+    def run(self, *tasks, turns=400):
+        """Until they are closed; every chunk is taken at once, and time goes to when something is to be done."""
+        for _ in range(turns):
+            wait = self.turn()
+            for task in tasks:
+                if self.events[task.id] and isinstance(self.events[task.id][-1], Made):
+                    task.taken()
+            if all(self.of(task, Closed) for task in tasks):
+                return
+            self.now += wait or 0.0
+        raise AssertionError(f"not closed after {turns} turns")
+
+    def of(self, task, kind) -> list:
+        return [event for event in self.events[task.id] if isinstance(event, kind)]
+
+    @property
+    def slots(self) -> int:
+        return sum(pool.cache.in_use for pool in self.pipe.engine._pools.values())
+
+
+def frames_of(pipe, i=0, switch=None, prompt=None, **options):
+    with pipe.session(PROMPTS[i % 3], seed=i, num_frames=FRAMES, **{"step_policy": "fixed:2"} | options) as session:
+        made = []
+        for index in range(4):
+            if index == switch:
+                session.update(prompt)
+            made.append(session.next_chunk().frames)
+    return np.concatenate(made)
+
+
+def shown(events) -> np.ndarray:
+    return np.concatenate([event.chunk.frames for event in events])
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_streams_together_are_each_the_one_alone(pipe, open_bench, live):
+    bench = open_bench()
+    tasks = [bench.open(i, live=live) for i in range(2)] + [bench.open(2)] * live
+    bench.run(*tasks)
+    for i, task in enumerate(tasks):
+        kinds = [type(event) for event in bench.events[task.id]]
+        assert kinds == [Opened, Made, Made, Made, Made, Closed]
+        assert bench.events[task.id][-1] == Closed("done")
+        assert np.array_equal(shown(bench.of(task, Made)), frames_of(pipe, i))
+    assert bench.slots == 0
+
+
+def test_a_live_stream_is_at_most_a_chunk_ahead_of_its_player(pipe, open_bench):
+    bench = open_bench()
+    task, times = bench.open(live=True, num_frames=None), []
+    task.listener = lambda e: isinstance(e, Made) and (times.append(bench.now), task.taken())
+    while bench.now < 3.0:
+        wait = bench.turn() or 0.0
+        bench.now += wait
+    frames, fps = 3, pipe.fps
+    shown_by = [frames * i / fps for i in range(len(times))]  # the player's time, from the first chunk on
+    assert times[0] == 0.0
+    assert all(time >= begin - frames / fps - 1e-9 for time, begin in zip(times, shown_by))
+    assert len(times) == pytest.approx(3.0 * fps / frames + 1, abs=1)
+    task.close()
+    bench.turn()
+    assert bench.slots == 0
+
+
+def test_who_does_not_take_a_chunk_gets_no_other_and_holds_nobody_up(pipe, open_bench):
+    bench = open_bench()
+    slow, quick = bench.open(0), bench.open(1)
+    bench.run(quick)
+    assert len(bench.of(slow, Made)) == 1 and len(bench.of(quick, Made)) == 4
+    slow.taken()
+    bench.run(slow)
+    assert np.array_equal(shown(bench.of(slow, Made)), frames_of(pipe, 0))
+
+
+def test_places_queue_and_positions(pipe, open_bench):
+    bench = open_bench(waiting=2)
+    tasks = [bench.open(i, live=True, num_frames=None) for i in range(5)]
+    bench.turn()
+    opened = [bool(bench.of(task, Opened)) for task in tasks]
+    assert opened == [True, True, False, False, False]
+    assert [bench.events[task.id] for task in tasks[2:4]] == [[Queued(1)], [Queued(2)]]
+    (closed,) = bench.events[tasks[4].id]
+    assert closed.reason == "busy" and "2 places" in closed.error
+    tasks[0].close()
+    bench.turn()
+    assert bench.of(tasks[2], Opened) and bench.events[tasks[3].id] == [Queued(2), Queued(1)]
+    tasks[3].close()  # also who waits can leave
+    bench.turn()
+    assert bench.events[tasks[3].id][-1] == Closed("closed")
+    for task in tasks:
+        task.close()
+    bench.turn()
+    assert bench.slots == 0 and bench.worker.stats()["waiting"] == 0
+
+
+def test_jobs_have_places_of_their_own(pipe, open_bench):
+    bench = open_bench()
+    live = [bench.open(i, live=True) for i in range(3)]
+    job = bench.open(0)
+    bench.turn()
+    assert bench.of(job, Opened) and not bench.of(live[2], Opened)
+    for task in (*live, job):
+        task.close()
+    bench.turn()
+
+
+def test_a_prompt_is_in_force_from_the_chunk_that_it_says(pipe, open_bench):
+    bench = open_bench()
+    task = bench.open()
+    while len(bench.of(task, Made)) < 2:
+        bench.turn()
+        if len(bench.of(task, Made)) == 1:
+            task.taken()
+    task.tell("no such thing", "e1")
+    task.tell(PROMPTS[1], "e2")
+    task.taken()
+    bench.run(task)
+    (refused,), (applied,) = bench.of(task, Refused), bench.of(task, Applied)
+    assert refused.event_id == "e1" and "nearest" in refused.error
+    assert applied == Applied("e2", PROMPTS[1], 2)
+    assert [event.chunk.prompt for event in bench.of(task, Made)] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert np.array_equal(shown(bench.of(task, Made)), frames_of(pipe, switch=2, prompt=PROMPTS[1]))
+
+
+def test_who_leaves_in_the_middle_of_a_chunk_changes_nothing_for_others(pipe, open_bench):
+    bench = open_bench()
+    leaver, stayer = bench.open(0), bench.open(1)
+    bench.turn()  # one forward of two: both chunks are half made
+    assert leaver.runner is not None and bench.slots == 2
+    leaver.close()
+    bench.turn()
+    assert bench.events[leaver.id][-1] == Closed("closed") and bench.slots == 1
+    bench.run(stayer)
+    assert np.array_equal(shown(bench.of(stayer, Made)), frames_of(pipe, 1))
+
+
+@pytest.mark.parametrize(
+    "order, words",
+    [
+        ({"prompt": "rubbish"}, "must read"),
+        ({"prompt": " "}, "not empty"),
+        ({"seed": -1}, "seed"),
+        ({"num_frames": 7}, "nearest is"),
+        ({"steps": "fixed:9"}, "nearest is 4"),
+        ({"steps": "best"}, "must be one of"),
+        ({"threshold": float("nan"), "steps": "budget"}, "within"),
+        ({"steps": "budget", "min_steps": 9}, "nearest"),
+        ({"steps": "budget", "min_steps": 0}, "nearest is 1"),
+        ({"height": 65}, "nearest"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_a_place_is_given(pipe, open_bench, order, words):
+    bench = open_bench()
+    task, checked = bench.open(**order), bench.worker.check(Order(**{"prompt": PROMPTS[0]} | order))
+    bench.turn()
+    (closed,) = bench.events[task.id]
+    assert closed.reason == "refused" and words in closed.error
+    with pytest.raises(ValueError, match=words):
+        checked.result(0)
+    assert bench.slots == 0
+
+
+def test_a_fault_of_one_stream_is_not_the_others(pipe, open_bench, monkeypatch):
+    bench = open_bench()
+    bad, good = bench.open(0), bench.open(1)
+    bench.turn()
+    monkeypatch.setattr(bad.session, "hand_over", lambda: lambda: 1 / 0)
+    bench.run(bad, good)
+    assert bench.events[bad.id][-1].reason == "failed" and bench.events[good.id][-1] == Closed("done")
+    assert np.array_equal(shown(bench.of(good, Made)), frames_of(pipe, 1))
+    assert bench.slots == 0
+
+
+def test_a_forward_that_fails_is_tried_again_once(pipe, open_bench, monkeypatch):
+    bench = open_bench()
+    task = bench.open()
+    bench.turn()
+    run, faults = task.session.rollout.inputs.run, []
+
+    def fails(*args):
+        if len(faults) < count:
+            faults.append(1)
+            raise RuntimeError("out of memory")
+        run(*args)
+
+    monkeypatch.setattr(task.session.rollout.inputs, "run", fails)
+    count = 1
+    bench.run(task)
+    assert faults and np.array_equal(shown(bench.of(task, Made)), frames_of(pipe))
+    faults, count, again = [], 2, bench.open()
+    bench.run(again)
+    assert bench.events[again.id][-1] == Closed("failed", "out of memory") and bench.slots == 0
+    after = bench.open()
+    bench.run(after)
+    assert np.array_equal(shown(bench.of(after, Made)), frames_of(pipe))
+
+
+def test_a_listener_that_fails_does_not_stop_the_worker(pipe, open_bench):
+    bench = open_bench()
+    rude, good = bench.open(0), bench.open(1)
+    rude.listener = lambda event: 1 / 0
+    bench.run(good)
+    assert bench.events[good.id][-1] == Closed("done")
+    rude.close()
+    bench.turn()
+    assert bench.slots == 0
+
+
+def test_idle_and_lifetime(pipe, open_bench):
+    bench = open_bench(idle=5.0, lifetime=20.0)
+    silent, alive, waits = (bench.open(i, live=True, num_frames=None) for i in range(3))
+    alive.listener = lambda e: (bench.events[alive.id].append(e), isinstance(e, Made) and alive.taken())
+    while bench.now < 30.0:
+        wait = bench.turn()
+        bench.now += 0.05 if wait is None else min(wait, 0.05)
+        if bench.now < 12:
+            waits.touch()
+    assert bench.events[silent.id][-1].reason == "idle"
+    assert bench.events[alive.id][-1].reason == "lifetime"
+    assert bench.of(waits, Opened) and bench.events[waits.id][-1].reason == "idle"
+    assert bench.slots == 0
+
+
+def test_a_stop_finishes_the_chunks_that_are_being_made(pipe, open_bench):
+    bench = open_bench()
+    running, slow = bench.open(0), bench.open(1)
+    while not bench.of(slow, Made):
+        bench.turn()
+    running.taken()
+    bench.turn()  # running is in the middle of its second chunk, slow has not taken its first
+    assert running.runner is not None
+    bench.worker.call(bench.worker._stop)
+    late = bench.open(2)
+    bench.turn()
+    bench.turn()
+    assert [type(e) for e in bench.events[running.id]] == [Opened, Made, Made, Closed]
+    assert [bench.events[task.id][-1].reason for task in (running, slow, late)] == ["shutdown"] * 3
+    assert bench.slots == 0
+
+
+def test_under_load_budget_takes_fewer_steps_and_sure_chunks_go_first(pipe, open_bench):
+    bench = open_bench()
+    tasks = [bench.open(i, live=True, num_frames=None, steps="budget", threshold=1.0) for i in range(2)]
+    for task in tasks:
+        events = bench.events[task.id]
+        task.listener = lambda e, t=task, events=events: (events.append(e), isinstance(e, Made) and t.taken())
+    bench.took = 0.12  # a forward: four a chunk of 0.25 s are too many
+    while bench.now < 30:
+        wait = bench.turn() or 0.0
+        bench.now += wait
+    made = [event for task in tasks for event in bench.of(task, Made)]
+    early, late = ([e for e in made if (e.chunk.index < 2) == first] for first in (True, False))
+    assert np.mean([e.chunk.steps for e in early]) == 4 > 2.6 > np.mean([e.chunk.steps for e in late])
+    assert 0 < bench.worker.governor.pressure <= 1
+    for event in late:  # one rule for all: who stopped early had reached the threshold
+        assert event.chunk.steps == 4 or min(event.chunk.confidence) >= event.threshold
+    tasks[0].close()
+    bench.turn()
+    assert bench.worker.governor.pressure > 0
+    tasks[1].close()
+    bench.turn()
+    assert bench.worker.governor.pressure == 0  # whoever comes next finds no load
+
+
+def test_a_stream_goes_on_from_a_snapshot(pipe, open_bench):
+    bench = open_bench()
+    first = bench.open(snapshot_every=1)
+    while not bench.of(first, Made):
+        bench.turn()
+    snapshot = bench.of(first, Made)[0].snapshot
+    first.close()
+    again = bench.open(snapshot=snapshot)
+    bench.run(again)
+    assert bench.of(again, Opened)[0].index == 1
+    assert np.array_equal(shown(bench.of(again, Made)), frames_of(pipe)[len(snapshot_frames(pipe)) :])
+
+
+def snapshot_frames(pipe):
+    with pipe.session(PROMPTS[0], seed=0, num_frames=FRAMES, step_policy="fixed:2") as session:
+        return session.next_chunk().frames
+
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["open", "live", "turn", "turn", "take", "tell", "close", "wait"]), st.integers(0, 5)),
+    max_size=40,
+)
+
+
+@settings(max_examples=25)
+@given(ACTIONS)
+def test_whatever_happens_every_stream_closes_once_and_every_place_is_free(pipe, actions):
+    bench, tasks = Bench(pipe), []
+    for action, i in actions:
+        if action in ("open", "live"):
+            tasks.append(bench.open(i, live=action == "live", steps="budget"))
+        elif action == "turn":
+            bench.turn()
+        elif action == "wait":
+            bench.now += i
+        elif tasks:
+            task = tasks[i % len(tasks)]
+            {"take": task.taken, "tell": partial(task.tell, PROMPTS[i % 3]), "close": task.close}[action]()
+    bench.worker.call(bench.worker._stop)
+    bench.worker.call(bench.worker._abort)
+    bench.turn()
+    for task in tasks:
+        assert [isinstance(event, Closed) for event in bench.events[task.id]].count(True) == 1
+        assert isinstance(bench.events[task.id][-1], Closed)
+        chunks = [event.chunk.index for event in bench.of(task, Made)]
+        assert chunks == list(range(len(chunks)))
+    assert bench.slots == 0 and not bench.worker._tasks()
+
+
+def test_in_its_thread(pipe):
+    worker, events, closed = Worker(pipe, Limits(sessions=2, jobs=2)), [], threading.Event()
+    worker.start()
+    with pytest.raises(RuntimeError, match="runs already"):
+        worker.start()
+
+    def listener(event):
+        events.append(event)
+        if isinstance(event, Made):
+            assert threading.current_thread().name == "dsa-engine-worker"
+            task.taken()
+        if isinstance(event, Closed):
+            closed.set()
+
+    task = worker.open(Order(PROMPTS[0], num_frames=FRAMES, live=False, steps="fixed:2"), listener)
+    assert closed.wait(30)
+    assert np.array_equal(shown([e for e in events if isinstance(e, Made)]), frames_of(pipe))
+    worker.stop()
+    late = []
+    worker.open(Order(PROMPTS[0]), late.append)  # the thread has gone; who asks is told at once all the same
+    assert late[0].reason == "shutdown"
+
+
+@pytest.mark.parametrize("wrong", [{"sessions": 0}, {"jobs": -1}, {"rows": True}, {"idle": 0.0}, {"lifetime": -1.0}])
+def test_limits_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Limits(**wrong)
+
+
+def test_a_pipeline_with_too_few_places_is_refused(pipe):
+    with pytest.raises(ValueError, match="make it with 9"):
+        Worker(pipe, Limits(sessions=5, jobs=4))
+
+
+def test_the_thread_that_decodes_warms_up_before_anybody_is_served(pipe, monkeypatch):
+    """What cuDNN chooses is each thread's own: the pipeline's warm-up in another thread does not serve it."""
+    decoded, decode = [], pipe.engine.decoder.decode
+
+    def seen(x, state):
+        decoded.append((threading.current_thread().name, tuple(x.shape)))
+        return decode(x, state)
+
+    monkeypatch.setattr(pipe.engine.decoder, "decode", seen)
+    worker = Worker(pipe, Limits(sessions=1, jobs=0))
+    worker.start()
+    assert not decoded  # there is nothing to choose on a CPU
+    worker.stop()
+    monkeypatch.setattr(Pipeline, "device", torch.device("cuda", 1))
+    worker = Worker(pipe, Limits(sessions=1, jobs=0))
+    worker.start()
+    worker.stop()
+    assert decoded == [("dsa-engine-decoder_0", (1, 3, 16, 8, 8))] * 2  # a clip's first chunk and the next

@@ -1,0 +1,221 @@
+"""Two hundred clients, most of them hostile, and a server that is as it was when they are gone (`tests/stress/soak.py`).
+
+DSA_SOAK_SECONDS makes the storm longer than it is here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from random import Random
+
+import pytest
+from websockets.exceptions import ProtocolError
+from websockets.frames import Frame, Opcode
+from websockets.streams import StreamReader
+
+from dsa_engine import Pipeline
+from tests.stress import attacks, soak
+from tests.stress.attacks import Witness, framed, keep_at
+from tests.stress.soak import Told, honest, settled, tracebacks, unequal
+
+PROMPT, OTHER = "a red circle rests on black", "a blue cross jumps on navy"
+CLIENTS, SECONDS = 200, float(os.environ.get("DSA_SOAK_SECONDS", 20))
+GROWTH = 48.0  # MiB: what an allocator keeps of the large bodies
+
+
+@pytest.mark.slow
+def test_a_storm_leaves_nothing_behind(untrained):
+    found = soak.soak(str(untrained), CLIENTS, SECONDS, GROWTH)
+    assert found["failed"] == [], {
+        name: found[name] for name in ("failed", "faults", "honest", "left", "process", "log")
+    }
+    assert set(found["visits"]) == {attack.__name__ for attack in attacks.ATTACKS}
+    assert found["honest"]["ended"]["done"] >= 20 and found["honest"]["switches"] > 0
+    assert found["honest"]["chunks_compared"] >= 60 and len(found["honest"]["steps"]) > 1
+    assert {"rest 200", "rest 413", "rest 422", "upgrade 101", "upgrade 400"} <= set(found["statuses"])
+    assert {"huge 1009", "garbage 1002", "garbage 1007"} <= set(found["closes"])
+
+
+# The judge: it must notice.
+
+
+@pytest.fixture(scope="module")
+def alone(untrained):
+    return Pipeline.from_pretrained(untrained, device="cpu", max_sessions=1, deterministic=True)
+
+
+def told(pipe, steps, prompt_at=2, thresholds=None):
+    """A stream as a client would have been told of it."""
+    one = Told({"seed": 7, "step_policy": steps, "num_frames": 12, "format": "rgb24"}, PROMPT, {prompt_at: [OTHER]})
+    policy = soak.Budget(pipe.fps) if steps == "budget" else steps
+    with pipe.session(PROMPT, seed=7, num_frames=12, step_policy=policy) as session:
+        for index in range(4):
+            if index == prompt_at:
+                session.update(OTHER)
+            threshold = None if thresholds is None else thresholds[index]
+            if thresholds is not None:
+                session.rollout.policies[0].threshold = threshold
+            chunk = session.next_chunk()
+            one.digests.append(soak.sha256(chunk.frames.tobytes()).hexdigest())
+            one.steps.append(chunk.steps)
+            one.thresholds.append(threshold)
+    return one
+
+
+@pytest.mark.parametrize("steps, thresholds", [("fixed", None), ("dsa", None), ("budget", [0.9, 0.0, 1.0, 0.3])])
+def test_a_stream_told_rightly_is_equal(alone, steps, thresholds):
+    assert unequal(alone, told(alone, steps, thresholds=thresholds)) is None
+
+
+@pytest.mark.parametrize("change", ["seed", "switch late", "switch lost", "chunk lost", "steps", "bit", "threshold"])
+def test_a_stream_told_wrongly_is_not(alone, change):
+    one = told(alone, "budget", thresholds=[0.0, 1.0, 0.0, 1.0])
+    assert len(set(one.steps)) > 1
+    if change == "seed":
+        one.start["seed"] = 8
+    elif change == "switch late":
+        one.changes = {3: [OTHER]}
+    elif change == "switch lost":
+        one.changes = {}
+    elif change == "chunk lost":
+        one.digests.pop()
+    elif change == "steps":
+        one.start["step_policy"] = "fixed"
+    elif change == "bit":
+        one.digests[3] = one.digests[2]
+    else:
+        one.thresholds[1] = 0.0
+    assert unequal(alone, one) is not None
+
+
+def test_an_honest_client_keeps_what_it_is_told():
+    class Said:
+        def __init__(self, *messages):
+            self.messages = iter(messages)
+
+        def __aiter__(self):
+            return self
+
+        async def __anext__(self):
+            try:
+                return next(self.messages)
+            except StopIteration:
+                raise StopAsyncIteration from None
+
+    one = Told({}, PROMPT)
+    asyncio.run(
+        soak._listen(
+            Said(
+                '{"type": "video.chunk_metadata", "threshold": 0.25, "steps": 3}',
+                b"frames",
+                '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "x"}',
+                '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "y"}',
+                '{"type": "error", "code": "failed"}',
+                '{"type": "session.done", "reason": "done"}',
+            ),
+            one,
+        )
+    )
+    assert one.changes == {1: ["x", "y"]} and one.thresholds == [0.25] and one.steps == [3]
+    assert one.digests == [soak.sha256(b"frames").hexdigest()] and one.ended == "failed"
+
+
+def test_an_honest_client_that_cannot_connect_says_so():
+    streams: list[Told] = []
+
+    async def go():
+        await honest("http://127.0.0.1:9", Random(0), asyncio.get_running_loop().time() + 0.01, 3, streams)
+
+    asyncio.run(go())
+    assert len(streams) == 1 and streams[0].ended not in ("", "done", "busy")
+
+
+def test_tracebacks_but_for_the_one_that_is_right():
+    right = 'Traceback (most recent call last):\n  File "x/uvicorn/protocols/y.py"\n    data\nUnicodeDecodeError: bad\n'
+    wrong = 'Traceback (most recent call last):\n  File "x/serving/app.py"\n    data\nKeyError: 3\n'
+    assert tracebacks(f"a line\n{right}another\n{wrong}INFO\n{right}") == [wrong.rstrip("\n")]
+
+
+def test_what_is_left_is_waited_for_and_then_told(monkeypatch):
+    class Server:
+        def __init__(self, *left):
+            self.left, self.looks = list(left), 0
+
+        def metrics(self):
+            sessions = self.left.pop(0) if len(self.left) > 1 else self.left[0]
+            jobs = {f'dsa_jobs{{state="{state}"}}': 0.0 for state in ("queued", "in_progress")}
+            return {
+                "dsa_sessions": sessions,
+                "dsa_queue_depth": 0.0,
+                "dsa_jobs_running": 0.0,
+                "dsa_forwards": 5.0,
+                **jobs,
+            }
+
+        def get(self, path):
+            return 200, ""
+
+        def facts(self):
+            self.looks += 1
+            return soak.Facts(1, 2, 3, 4.0)
+
+    monkeypatch.setattr(soak, "SETTLE", 1.0)
+    monkeypatch.setattr(soak, "QUIET", 0.0)
+    assert settled(Server(2.0, 1.0, 0.0), soak.Facts(0, 2, 3, 0.0))[0] == {}
+    assert settled(Server(2.0), None)[0] == {"dsa_sessions": 2.0}
+    for before, enough in (((2, 3), True), ((1, 3), False), ((2, 2), False)):  # threads and files
+        server = Server(0.0)
+        settled(server, soak.Facts(0, *before, 0.0))
+        assert (server.looks == 1) is enough  # else it waited, in vain
+
+
+# The attacks are what they say they are.
+
+
+def parsed(data):
+    """What another implementation of the protocol reads in the bytes of a frame."""
+    reader = StreamReader()
+    reader.feed_data(data)
+    reader.feed_eof()
+    steps = Frame.parse(reader.read_exact, mask=True)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536])
+@pytest.mark.parametrize("opcode", [attacks.TEXT, attacks.BINARY])
+def test_frames(size, opcode):
+    data = Random(size).randbytes(size)
+    frame = parsed(framed(data, opcode))
+    assert (frame.opcode, frame.data, frame.fin) == (Opcode(opcode), data, True)
+    assert parsed(framed(data, fin=False)).fin is False
+
+
+def test_frames_that_lie():
+    with pytest.raises(EOFError):
+        parsed(framed(b"{", said=1000))
+    with pytest.raises(ProtocolError, match="mask"):
+        parsed(framed(b"{", mask=False))
+
+
+def test_an_attack_is_repeated_until_the_end_and_noted():
+    """Against nobody: every connection is refused, which no attack may fall over."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        witness = Witness(f"http://127.0.0.1:{free.getsockname()[1]}")
+
+    async def go():
+        until = asyncio.get_running_loop().time() + 0.2
+        await asyncio.gather(*(keep_at(attack, witness, Random(1), until, 0.02) for attack in attacks.ATTACKS))
+
+    asyncio.run(go())
+    assert set(witness.visits) == {attack.__name__ for attack in attacks.ATTACKS} and not witness.statuses
+    assert all(visits > 1 for visits in witness.visits.values())
+
+
+def test_the_shares_of_the_attacks():
+    assert sum(attacks.ATTACKS.values()) == 100

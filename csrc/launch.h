@@ -1,6 +1,6 @@
 // Checked launches: an error of CUDA becomes a std::runtime_error that names the op, its shape and CUDA's own words, a
 // value that breaks a rule a std::invalid_argument. Python sees RuntimeError and ValueError.
-// With DSA_EMULATE the same launchers run on the host (tests/csrc/emulator.h).
+// With DSA_EMULATE the same launchers run on the host (tests/support/csrc/emulator.h).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -36,7 +36,7 @@ class Simulated:
             def __init__(self, enable_timing):
                 assert enable_timing
 
-            def environment(self):
+            def record(self):
                 self.at = gpu.now
 
             def synchronize(self):

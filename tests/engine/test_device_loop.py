@@ -135,7 +135,7 @@ def condition(tmp_path_factory):
         pytest.skip("needs g++ and CUDA's headers")
     folder = tmp_path_factory.mktemp("condition")
     (folder / "graphs.cpp").write_text(EMULATED)
-    includes = [headers, CSRC, CSRC.parent / "tests" / "csrc"]
+    includes = [headers, CSRC, CSRC.parent / "tests" / "support" / "csrc"]
     command = ["g++", "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-DDSA_EMULATE", "-shared", "-fPIC"]
     command += [*(f"-I{path}" for path in includes), str(folder / "graphs.cpp"), "-o", str(folder / "graphs.so")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -88,7 +88,7 @@ def test_an_fp8_cache_is_one_of_rounded_numbers(tiny_dit, monkeypatch, window, s
     sigmas = Schedule(shift=3.0).sigmas
     full = naive(tiny_dit, noise, embeds, COUNTS, given, sigmas, window, sink, commit)
     Rounded.scales = cache_scales(tiny_dit, [0.0, *(1000 * s for s in sigmas)])
-    monkeypatch.setattr("test_rollout.Everything", Rounded)
+    monkeypatch.setattr("tests.engine.test_rollout.Everything", Rounded)
     rounded = naive(tiny_dit, noise, embeds, COUNTS, given, sigmas, window, sink, commit)
     assert apart(ours, rounded) < 0.1 * apart(full, rounded)
 

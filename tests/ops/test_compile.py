@@ -20,7 +20,7 @@ CASES = all_cases()
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
     """Compiled in a process of its own, since in this one the kernels may belong to the interpreter."""
-    program = Path(__file__).parents[1] / "triton_compile.py"
+    program = Path(__file__).parents[1] / "support" / "triton_compile.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, program, "--json", "--suite"], env=environment, capture_output=True, text=True

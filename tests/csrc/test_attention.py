@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.support.csrc import emulated
-from tests.support.csrc.emulated import cuda_headers
+from tests.support.csrc.emulated import HERE, cuda_headers
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -33,8 +32,8 @@ def compile_emulated(folder: Path, csrc: Path = CSRC, optimise: str = "-O2") -> 
         pytest.skip("needs g++ and the CUDA headers")
     library = folder / "attention.so"
     flags = ["-std=c++17", optimise, "-U_FORTIFY_SOURCE", "-DDSA_EMULATE", "-shared", "-fPIC", "-Wno-psabi"]
-    include = [f"-I{path}" for path in (csrc, emulated.HERE, headers)]
-    source = emulated.HERE / "attention_emulated.cpp"
+    include = [f"-I{path}" for path in (csrc, HERE, headers)]
+    source = HERE / "attention_emulated.cpp"
     subprocess.run([compiler, *flags, *include, str(source), "-o", str(library)], check=True)
     return Emulated(library)
 

@@ -57,7 +57,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
 from benchmarks import targets
-from benchmarks.common.environment import aligned, commit, machine, save, versions
+from benchmarks.common.cli import first_line, format_table, positive_int
+from benchmarks.common.environment import commit, machine, save, versions
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
 from benchmarks.e2e import protocol
 from benchmarks.e2e.breakdown import Work, by_op, decision_us, decode_ms, memory, product
@@ -66,8 +67,6 @@ from benchmarks.e2e.eager_baseline import Baseline, difference, fidelity
 from benchmarks.e2e.protocol import HISTOGRAM, VAES, Bench, Contestant, Regime, Rounds, clip_chunks, interleaved
 from benchmarks.e2e.timeline import columns, draw, figures, play, ratio
 from benchmarks.micro.backends import refuse_others
-from benchmarks.micro.measure import brief
-from benchmarks.quality import count
 from dsa_engine import Fixed, Pipeline, pipeline_inputs
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.media.mp4 import check_target
@@ -137,7 +136,7 @@ def warmed(
         except RuntimeError as error:
             if name != "compile":
                 raise
-            failed[name] = brief(error)
+            failed[name] = first_line(error)
             del contestants[name]
         seconds[name] = time.perf_counter() - start
     return seconds, failed
@@ -335,7 +334,7 @@ def report(result: dict) -> list[str]:
         rows = {result["policy"]: part} | {f"fixed:{n}": row for n, row in part["fixed"].items()}
         plain = {name: row for name, row in part["baseline"].items() if "skipped" not in row}
         body = [line(name, row) for name, row in (rows | {f"baseline {n}": row for n, row in plain.items()}).items()]
-        lines += [*aligned([[f"{title}: fps", *HEADER[1:]], *body]), ""]
+        lines += [*format_table([[f"{title}: fps", *HEADER[1:]], *body]), ""]
         for name, row in plain.items():
             for whose, r in row["ratio"].items():
                 busy = f", {r['processor']:.2f} by processor time" if r["processor"] else ""
@@ -378,17 +377,23 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         "histogram:STEPS=SHARE,...: drawn, not decided (default with --random-weights)",
     )
     add("--baseline", nargs="*", choices=BASELINES, help="default: eager, on a GPU compile too")
-    add("--clips", type=count, help="default 5")
-    add("--counts", type=count, nargs="+", metavar="STEPS", help="fixed counts to run (default: all; the most always)")
-    add("--rounds", type=count, default=1, help="how often all clips are made; the median counts")
-    add("--steady-chunks", type=count, help="default 40")
-    add("--steady-clips", type=count, help="default 1 on a GPU, else 3")
+    add("--clips", type=positive_int, help="default 5")
+    add(
+        "--counts",
+        type=positive_int,
+        nargs="+",
+        metavar="STEPS",
+        help="fixed counts to run (default: all; the most always)",
+    )
+    add("--rounds", type=positive_int, default=1, help="how often all clips are made; the median counts")
+    add("--steady-chunks", type=positive_int, help="default 40")
+    add("--steady-clips", type=positive_int, help="default 1 on a GPU, else 3")
     for name in ("--height", "--width", "--frames"):
-        add(name, type=count, help="pixels" if name != "--frames" else "pixel frames of a clip")
+        add(name, type=positive_int, help="pixels" if name != "--frames" else "pixel frames of a clip")
     add("--quantization", choices=QUANTIZATIONS, help="as for generate")
-    add("--sessions", type=count, help="also so many streams at a time (default: none)")
+    add("--sessions", type=positive_int, help="also so many streams at a time (default: none)")
     add("--device", help="cpu, cuda (default: cuda where there is one)")
-    add("--threads", type=count, help="of a CPU (default: 1 for a small model, else torch's own count)")
+    add("--threads", type=positive_int, help="of a CPU (default: 1 for a small model, else torch's own count)")
     add("--quick", action="store_true", help="1 clip, 8 steady chunks, a warm-up of 2 chunks, no fresh process")
     add("--cold", action=argparse.BooleanOptionalAction, help="time the first frame of a fresh process")
     add("--cold-child", action="store_true", help="be that process")

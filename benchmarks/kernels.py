@@ -49,8 +49,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
 from benchmarks import vae_work
-from benchmarks.common.environment import aligned, commit, machine, save
-from benchmarks.common.isolation import Lost, Worker
+from benchmarks.common.cli import format_table
+from benchmarks.common.environment import commit, machine, save
+from benchmarks.common.isolation import Worker, WorkerDied
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
 from benchmarks.micro import roofline
 from benchmarks.micro.backends import BACKENDS, DISPATCHED, refuse_others
@@ -119,7 +120,7 @@ def report_plan(found: dict) -> list[str]:
         + ["/".join(str(n) for n in r["calls"].values())]
         for r in found["plan"]
     ]
-    lines = aligned([[*head, "calls " + "/".join(PRECISIONS)], *body])
+    lines = format_table([[*head, "calls " + "/".join(PRECISIONS)], *body])
     for name in GPUS:
         head = [f"one forward, {name}", "KV", "TFLOP", "elementwise GB", "floor ms", "expect ms"]
         head += [f"chunk n={n}" for n in STEPS]
@@ -129,7 +130,7 @@ def report_plan(found: dict) -> list[str]:
             + [f"{f['chunk_floor_ms'][str(n)][name]:.0f}..{f['chunk_expect_ms'][str(n)][name]:.0f}" for n in STEPS]
             for f in found["forward"]
         ]
-        lines += ["", *aligned([head, *body])]
+        lines += ["", *format_table([head, *body])]
     one = found["forward"][0]
     now, then = one["elementwise_gb"], one["elementwise_gb_in_epilogues"]
     more = "with GELU, gate and residual in the epilogues of the products"
@@ -139,7 +140,7 @@ def report_plan(found: dict) -> list[str]:
         share = found["vae"]["assumed_of_bandwidth"]
         lines += [
             "",
-            *aligned(vae_work.report(found["vae"])),
+            *format_table(vae_work.report(found["vae"])),
             f"assumed: TF/s of {rates}; {share:.1%} of the bandwidth",
         ]
     return lines
@@ -188,7 +189,7 @@ def run(
         seconds = min(PATIENCE, limit.left())
         try:
             return worker.call(function, *args, seconds=seconds) if worker else function(*args)
-        except Lost as reason:
+        except WorkerDied as reason:
             cut = limit.over()
             return {"status": "skipped" if cut else "failed", "why": WHY if cut else str(reason)}
 
@@ -304,20 +305,22 @@ def report(rows: Sequence[Row], found: dict) -> list[str]:
         best = fastest(mine)
         body += [line(row, r, r is best, found["ceilings"]) for r in mine]
     head = ["op", "backend", "us", "again", "TF/s", "GB/s", "of limit", "error", "allowed", ""]
-    lines = [*aligned([head, *body]), "", *(f"no {b}: {'; '.join(why)}" for b, why in found["absent"].items())]
+    lines = [*format_table([head, *body]), "", *(f"no {b}: {'; '.join(why)}" for b, why in found["absent"].items())]
     for capability, table in found["choice"].items():
         body = [
             [op, c["backend"], f"{c['us']:.1f}", f"{c['lead']:.2f}" if c["lead"] else "-"] for op, c in table.items()
         ]
-        lines += ["", *aligned([[f"choice on {capability}", "backend", "us", "times ahead"], *body])] if body else []
+        lines += (
+            ["", *format_table([[f"choice on {capability}", "backend", "us", "times ahead"], *body])] if body else []
+        )
     for which, forwards in found["measured_forward"].items():
         kinds = ("ms", "products", "attention", "cross_attention", "elementwise")
         body = [[f["precision"], str(f["kv"]), *(f"{f[k]:.2f}" for k in kinds)] for f in forwards]
-        lines += ["", *aligned([[f"one forward, {which}", "KV", *kinds], *body])] if body else []
+        lines += ["", *format_table([[f"one forward, {which}", "KV", *kinds], *body])] if body else []
     for which, pairs in found["twins"].items():
         body = [[n, p["fp8"], p["bf16"], f"{p['times']:.2f}", "yes" if p["goal"] else "NO"] for n, p in pairs.items()]
         head = [f"FP8 beside bfloat16, {which}", "fp8", "bf16", "times as fast", f"{GOAL} reached"]
-        lines += ["", *aligned([head, *body])] if body else []
+        lines += ["", *format_table([head, *body])] if body else []
     if found["ceilings"]:
         lines += ["", f"ceilings: {json.dumps(rounded(found['ceilings']))}"]
     return lines

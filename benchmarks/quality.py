@@ -54,7 +54,8 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.environment import aligned, commit, machine, save
+from benchmarks.common.cli import format_table, positive_int
+from benchmarks.common.environment import commit, machine, save
 from benchmarks.likeness import likeness
 from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, pipeline_inputs
 from dsa_engine.checkpoints.load import shipped
@@ -286,14 +287,16 @@ def report(result: dict) -> list[str]:
     """The tables that go to stdout."""
     columns = (*COLUMNS, "quarters") if result["chunks"] > 4 else COLUMNS
     rows = dict(labelled(result))
-    lines = aligned([["policy", *columns], *([name, *(cell(c, r[c]) for c in columns)] for name, r in rows.items())])
+    lines = format_table(
+        [["policy", *columns], *([name, *(cell(c, r[c]) for c in columns)] for name, r in rows.items())]
+    )
 
     def gain(value: dict | None) -> str:
         return "-" if value is None else f"{value['difference']:+.3f} {cell('ci', value['ci'])}"
 
     lines += ["", "valid, confidence minus others, paired by clip; minus curves at equal mean steps"]
     body = [[name, *map(gain, r["versus"].values())] for name, r in rows.items() if "versus" in r]
-    lines += aligned([["policy", *result["confidence"][0]["versus"]], *body])
+    lines += format_table([["policy", *result["confidence"][0]["versus"]], *body])
     if result["compare"]:
         lines += ["", f"{result['compare']['label']} minus {result['model']}, paired by clip"]
         body = [
@@ -301,7 +304,7 @@ def report(result: dict) -> list[str]:
             + [" / ".join(f"{v:.3f}" for v in reversed(r["valid_of"])), "yes" if r["inside"] else "NO"]
             for name, r in result["compare"]["rows"].items()
         ]
-        lines += aligned([["policy", "mean steps", "valid", "valid_hard", "valid of both", "inside"], *body])
+        lines += format_table([["policy", "mean steps", "valid", "valid_hard", "valid of both", "inside"], *body])
         lines += [f"psnr, {way}: {row}" for way, row in (result["compare"]["psnr"] or {}).items()]
     lines += ["", *(f"{name}: {result[name]}" for name in FIGURES)]
     lines += [""]
@@ -514,10 +517,10 @@ def main() -> None:
         action="store_true",
         help="only fixed counts, presets and the model compared: no baselines, no teacher",
     )
-    add("--clips", type=count, default=512)
-    add("--chunks", type=count, default=4, help="chunks a clip (4 is the training length)")
+    add("--clips", type=positive_int, default=512)
+    add("--chunks", type=positive_int, default=4, help="chunks a clip (4 is the training length)")
     add("--seed", type=int, default=0, help="of the noise; the prompts are always the same")
-    add("--jobs", type=count, default=1, help="worker processes, each with one thread")
+    add("--jobs", type=positive_int, default=1, help="worker processes, each with one thread")
     add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
     add("--plot", type=Path, metavar="PNG", help="draw quality over mean steps")
     add("--json", action="store_true", help="the last line of stdout is one JSON object")
@@ -534,13 +537,6 @@ def main() -> None:
         draw(result, args.plot)
     if args.json:
         sys.stdout.write(json.dumps(result) + "\n")
-
-
-def count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least 1, the nearest legal value")
-    return number
 
 
 if __name__ == "__main__":

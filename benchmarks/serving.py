@@ -45,7 +45,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.environment import aligned, commit, machine, save
+from benchmarks.common.cli import format_table
+from benchmarks.common.environment import commit, machine, save
 from benchmarks.loadgen.client import figures, percentiles, scripts, watch
 from benchmarks.loadgen.plot import draw
 from benchmarks.loadgen.server_process import Server, Site
@@ -291,7 +292,7 @@ def report(result: dict) -> list[str]:
     rows += [[f"overload: {name}", *cells(found)] for name, found in result["overload"].items()]
     rows += [[f"beyond: {name}", *cells(found)] for name, found in result["beyond"].items()]
     return [
-        *aligned([["", *HEADER], *rows]),
+        *format_table([["", *HEADER], *rows]),
         f"a chunk plays {result['deadline_ms']:.0f} ms; verdict: {json.dumps(rounded(result['verdict']))}",
     ]
 

@@ -34,11 +34,11 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
+from benchmarks.common.cli import first_line
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.e2e import protocol
 from benchmarks.micro import inputs
 from benchmarks.micro.backends import refuse_others
-from benchmarks.micro.measure import brief
 from dsa_engine import Confidence, Fixed, Pipeline, pipeline_inputs
 from dsa_engine.config import PRESETS
 from dsa_engine.engine import device_loop
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Absent as reason:
         found = {"status": "absent", "why": str(reason)}
     except Exception as error:  # whatever a backend does, it is to be in the file
-        found = {"status": "failed", "why": brief(error)}
+        found = {"status": "failed", "why": first_line(error)}
         sys.excepthook(*sys.exc_info())
     front = {"benchmark": "smoke", "model": args.model, "size": [args.height, args.width], "commit": commit()}
     result = front | {"machine": machine(), "parts": {}}

@@ -28,12 +28,12 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
 from benchmarks import plain_vae
-from benchmarks.common.environment import aligned, commit, machine, save
+from benchmarks.common.cli import first_line, format_table
+from benchmarks.common.environment import commit, machine, save
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
 from benchmarks.common.timing import clock, measure
 from benchmarks.micro import inputs
 from benchmarks.micro.backends import refuse_others
-from benchmarks.micro.measure import brief
 from dsa_engine.engine.graphed_decoder import ChunkDecoder
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.media.mp4 import check_target
@@ -69,7 +69,7 @@ def judge(
                 if found["status"] == "ok" and seconds is not None:
                     found |= asdict(measure([call], clock(device, capture=False), seconds))
             except RuntimeError as error:  # the other ways are still to be timed
-                found |= {"status": "failed", "why": brief(error)}
+                found |= {"status": "failed", "why": first_line(error)}
             yield found
 
 
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         for r in result["results"]
     ]
-    sys.stdout.write("\n".join(aligned([head, *body])) + "\n" + json.dumps(result, separators=(",", ":")) + "\n")
+    sys.stdout.write("\n".join(format_table([head, *body])) + "\n" + json.dumps(result, separators=(",", ":")) + "\n")
     if any(r["status"] in ("wrong", "failed") for r in result["results"]):
         return 1
     return UNFINISHED if result["unfinished"] else 0

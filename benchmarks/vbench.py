@@ -50,8 +50,8 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.environment import aligned, commit, machine  # noqa: E402
-from benchmarks.quality import count  # noqa: E402
+from benchmarks.common.cli import format_table, positive_int
+from benchmarks.common.environment import commit, machine
 from dsa_engine import (
     Pipeline,
     pipeline_inputs,  # noqa: E402
@@ -447,7 +447,7 @@ def report(result: dict, unscored: str | None) -> list[str]:
     """The table that goes to stdout, and what one should know of it."""
     rows = {name: r | (r["scores"] or {}) for name, r in result["policies"].items()} | result["papers"]
     body = [[name, *("" if r.get(c) is None else f"{r[c]:.2f}" for c in COLUMNS)] for name, r in rows.items()]
-    text = aligned([["", "steps", *COLUMNS[1:]], *body])
+    text = format_table([["", "steps", *COLUMNS[1:]], *body])
     if result["prompts"] < result["suite"]:
         text += ["", f"{result['prompts']} of the {result['suite']} prompts: no figures to set beside a paper's"]
     return text + (["", unscored] if unscored else [])
@@ -461,13 +461,13 @@ def main() -> None:
     add("--policy", action="append", required=True, help="fixed:4, confidence:0.5, a preset, ...; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="VBench_full_info.json, or text (default: the vbench package's)")
     add("--extended", type=Path, metavar="FILE", help="the longer texts that the model is given")
-    add("--samples", type=count, default=5, help="videos a prompt; VBench scores the first 5")
-    add("--static-samples", type=count, default=25, help=f"videos a prompt of {FLICKERING}")
+    add("--samples", type=positive_int, default=5, help="videos a prompt; VBench scores the first 5")
+    add("--static-samples", type=positive_int, default=25, help=f"videos a prompt of {FLICKERING}")
     add("--dimensions", nargs="+", metavar="DIMENSION", help="only prompts and scores of these")
-    add("--limit", type=count, metavar="N", help="only the first N prompts")
+    add("--limit", type=positive_int, metavar="N", help="only the first N prompts")
     add("--seed", type=int, default=0)
-    add("--frames", type=count, help="pixel frames a video (default: the model's own)")
-    add("--scale", type=count, default=1, help="each pixel becomes SCALE x SCALE pixels")
+    add("--frames", type=positive_int, help="pixel frames a video (default: the model's own)")
+    add("--scale", type=positive_int, default=1, help="each pixel becomes SCALE x SCALE pixels")
     add("--no-evaluate", action="store_true", help="make the videos, score nothing")
     add("--vbench-python", default=sys.executable, metavar="PYTHON", help="one that has vbench (default: this one)")
     add("--json", action="store_true", help="the last line of stdout is one JSON object")

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -121,9 +120,3 @@ def save(result: dict, path: Path) -> None:
     """The file appears when it is whole; its folder is created."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table: the first column to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    return ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]

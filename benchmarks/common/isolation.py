@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 
-class Lost(RuntimeError):
+class WorkerDied(RuntimeError):
     """The function did not come back."""
 
 
@@ -26,7 +26,7 @@ class Worker:
         self.end()
 
     def call(self, function: Callable, *args, seconds: float):
-        """function(*args), pickled there and back. Raises Lost after `seconds`, or where the process ends."""
+        """function(*args), pickled there and back. Raises WorkerDied after `seconds`, or where the process ends."""
         if self._process is None:
             spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
             self._pipe, theirs = spawn.Pipe()
@@ -42,7 +42,7 @@ class Worker:
             self._process.join(5)
             reason = f"its process ended with code {self._process.exitcode}"
         self.end()
-        raise Lost(reason)
+        raise WorkerDied(reason)
 
     def end(self) -> None:
         """Stop the process, whatever it does; the next call starts another."""

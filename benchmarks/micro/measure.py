@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from benchmarks.common import environment
+from benchmarks.common.cli import first_line
 from benchmarks.common.timing import Timing, clock, measure
 from benchmarks.micro import inputs
 from benchmarks.micro.backends import DISPATCHED, Unavailable, contender, scaled_mm
@@ -39,7 +40,7 @@ def judge(job: Job) -> dict:
     except Unavailable as reason:
         return {"status": "absent", "why": str(reason)}
     except Exception as error:  # whatever a backend does, the others are still to be timed
-        return {"status": "failed", "why": brief(error), "broken": broken(job.device)}
+        return {"status": "failed", "why": first_line(error), "broken": broken(job.device)}
 
 
 def _judge(job: Job) -> dict:
@@ -80,7 +81,7 @@ def time(job: Job, call) -> tuple[Timing, str | None]:
         if torch.device(job.device).type == "cpu":
             raise
         torch.cuda.synchronize()  # raises where the error was not one of the capture
-        return measure(calls, clock(job.device, capture=False), job.seconds), f"not captured: {brief(error)}"
+        return measure(calls, clock(job.device, capture=False), job.seconds), f"not captured: {first_line(error)}"
 
 
 def sets(row: Row, device: str) -> int:
@@ -88,11 +89,6 @@ def sets(row: Row, device: str) -> int:
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return min(MOST_SETS, 1 + math.ceil(CACHES * cache / row.bytes))
-
-
-def brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def broken(device: str) -> bool:
@@ -144,5 +140,5 @@ def fp8_ceiling(draw: inputs.Draw, side: int, device: str, seconds: float) -> di
     try:
         timing = measure([lambda: scaled_mm(x, weight, None, torch.bfloat16)], clock(device), seconds)
     except RuntimeError as error:
-        return {"fp8_why": brief(error)}
+        return {"fp8_why": first_line(error)}
     return {"fp8_tflops": 2 * side**3 / timing.us / 1e6}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import kernels
-from benchmarks.common.isolation import Lost
+from benchmarks.common.isolation import WorkerDied
 from benchmarks.common.limit import UNFINISHED, Limit, age
 from benchmarks.micro import backends, inputs, measure, roofline
 from dsa_engine import ops
@@ -333,7 +333,7 @@ def test_what_is_cut_off_by_the_limit_is_not_a_failure_of_the_backend():
     class Slow:
         def call(self, *_, seconds):
             time.sleep(seconds)
-            raise Lost("no answer")
+            raise WorkerDied("no answer")
 
     known = kernels.Known()
     kernels.run(
@@ -519,7 +519,7 @@ def test_a_run_survives_a_lost_worker(monkeypatch):
 
         def call(self, function, job, seconds):
             if job.backend == "cuda":
-                raise Lost("no answer in 90 s")
+                raise WorkerDied("no answer in 90 s")
             return function(job) | {"broken": True}
 
         def end(self):

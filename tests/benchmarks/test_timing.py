@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks.common import environment, timing
-from benchmarks.common.isolation import Lost, Worker
+from benchmarks.common.cli import format_table
+from benchmarks.common.isolation import Worker, WorkerDied
 
 
 class Simulated:
@@ -101,9 +102,9 @@ def test_the_cpu_clock_counts_calls():
 def test_a_lost_worker_is_replaced():
     with Worker() as worker:
         assert worker.call(operator.add, 2, 3, seconds=60) == 5
-        with pytest.raises(Lost, match="no answer in 0 s"):
+        with pytest.raises(WorkerDied, match="no answer in 0 s"):
             worker.call(time.sleep, 3600, seconds=0.2)
-        with pytest.raises(Lost, match="ended with code 7"):
+        with pytest.raises(WorkerDied, match="ended with code 7"):
             worker.call(os._exit, 7, seconds=60)
         assert worker.call(operator.add, 2, 4, seconds=60) == 6
 
@@ -128,4 +129,4 @@ def test_records(tmp_path):
     assert {"cpu", "threads", "python", "torch", "cuda", "cudnn", "triton", "gpu"} == about.keys()
     environment.save({"a": [1, None]}, tmp_path / "new" / "r.json")
     assert json.loads((tmp_path / "new" / "r.json").read_text()) == {"a": [1, None]}
-    assert environment.aligned([["a", "b"], ["long", "100"]]) == ["a       b", "long  100"]
+    assert format_table([["a", "b"], ["long", "100"]]) == ["a       b", "long  100"]

@@ -393,9 +393,9 @@ def test_the_ops_without_a_kernel_are_those_that_have_none():
     assert missing == set(backends.LEFT_TO_CUBLAS)
 
 
-def dispatching(monkeypatch, **backends):
+def dispatching(monkeypatch, **others):
     """ops.dispatch as if it ran Triton but for these ops."""
-    usual = dict.fromkeys(backends.LEFT_TO_CUBLAS, "torch") | backends
+    usual = dict.fromkeys(backends.LEFT_TO_CUBLAS, "torch") | others
     monkeypatch.setattr(
         dispatch, "choice", lambda op, device="cuda": dispatch.Choice(usual.get(op, "triton"), "the reason")
     )

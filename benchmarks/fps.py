@@ -30,7 +30,7 @@ against that of a large product in this process and dtype. ops: where a steady c
 whose own cost is in it; kernels are told apart by name. missed: chunks that took longer than they play.
 first_frame_ms: from the prompt's embeddings, the text being encoded, to the first chunk's frames on the host. cold: the
 same in a fresh process, with nothing warmed up. same: the engine's latents against the baseline's from the same noise;
-fidelity: against plain PyTorch in float32. targets: what this is to reach (`targets.py`), and whether it did.
+fidelity: against plain PyTorch in float32.
 --quantization is the engine's; a baseline has the weights as they are. concurrent: --sessions streams at a time
 (`streams.py`).
 
@@ -56,7 +56,6 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import targets
 from benchmarks.common.cli import first_line, format_table, positive_int
 from benchmarks.common.environment import commit, machine, save, versions
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
@@ -292,7 +291,7 @@ def evaluate(
         else:
             add(**{name: made()})
     add(timeline=standings.timeline(), machine=machine())
-    add(targets=targets.judged(result), unfinished=not whole)
+    add(unfinished=not whole)
     return result
 
 
@@ -355,7 +354,7 @@ def report(result: dict) -> list[str]:
     lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("concurrent",) if result.get(name)]
     lines += [f"latents against {n}: {json.dumps(rounded(b['same']))}" for n, b in plain.items() if "same" in b]
     fidelity = result.get("fidelity", "not measured")
-    lines += [f"latents against float32: {json.dumps(rounded(fidelity))}", *targets.lines(result["targets"])]
+    lines += [f"latents against float32: {json.dumps(rounded(fidelity))}"]
     last = ("ops", "product", "memory", "warmup_s")
     lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in last if name in result]
     return lines + ["unfinished: --limit left something out"] * result["unfinished"]

@@ -13,7 +13,7 @@
 #
 #   gpu-suite.txt      the sources, and how each part went; --resume reads it
 #   gpu-suite.log      what the parts said
-#   gpu-smoke.json gpu-kernels.json gpu-fps.json gpu-vae.json gpu-NOTES.md
+#   gpu-smoke.json gpu-kernels.json gpu-fps.json gpu-vae.json
 #   all.tgz            all of these, packed after each part
 #
 # Eight files at most, for machines that give back no more. The table is printed last; the exit code is 1 if any part
@@ -33,7 +33,6 @@ if [ -n "${DSA_FAKE_CUDA:-}" ]; then # sizes that a CPU computes; a sanitizer ha
   KERNELS_ARGS=${KERNELS_ARGS-"--quick --inline --model shapes --ops modulate pool_frames --backends torch"}
   FPS_ARGS=${FPS_ARGS-"--model shapes --random-weights --quick --frames 6 --steady-chunks 2 --counts 2"}
   VAE_ARGS=${VAE_ARGS-"--height 16 --width 24 --dim 32 --seconds 0.001"}
-  NOTES_ARGS=${NOTES_ARGS-}
   TESTS_ARGS=${TESTS_ARGS-"--collect-only tests/ops tests/engine"}
   CHECK_ARGS=${CHECK_ARGS-"--model shapes --ops modulate"}
   SANITIZER=${SANITIZER-}
@@ -44,10 +43,9 @@ BUILD_ARGS=${BUILD_ARGS-}
 SMOKE_ARGS=${SMOKE_ARGS-}
 SMOKE_PARTS=${SMOKE_PARTS-"torch triton loop cuda"} # csrc last: the likeliest to hang
 KERNELS_ARGS=${KERNELS_ARGS-"--quick"}
-# Two clips of 7 chunks: the least in which 2.5 steps on average come out even. The notes want 2 and 4 steps.
+# Two clips of 7 chunks: the least in which 2.5 steps on average come out even.
 FPS_ARGS=${FPS_ARGS-"--model wan2.1-t2v-1.3b --random-weights --quick --clips 2 --steady-chunks 8 --counts 2 4"}
 VAE_ARGS=${VAE_ARGS-"--seconds 1"}
-NOTES_ARGS=${NOTES_ARGS-"--kernels $OUT/gpu-kernels.json --fps $OUT/gpu-fps.json"}
 TESTS_ARGS=${TESTS_ARGS-"tests/ops tests/engine"}
 # A chunk of 72 tokens of the real width: tiles that are not full.
 CHECK_ARGS=${CHECK_ARGS-"--height 64 --width 96"}
@@ -56,17 +54,16 @@ ABSENT=77      # exit code of a part whose tool is not there
 UNFINISHED=75  # of one that left something out because its time was over
 WITHOUT=78     # of a build without the CUDA kernels
 
-PARTS=(build smoke kernels fps vae notes tests memcheck racecheck)
+PARTS=(build smoke kernels fps vae tests memcheck racecheck)
 declare -A LIMIT=(
-  [build]=75 [smoke]=75 [kernels]=80 [fps]=160 [vae]=40 [notes]=5 [tests]=55 [memcheck]=25 [racecheck]=20
+  [build]=75 [smoke]=75 [kernels]=80 [fps]=160 [vae]=40 [tests]=55 [memcheck]=25 [racecheck]=20
 )
 declare -A ABOUT=(
   [build]="the package with its CUDA kernels, from this machine's nvcc; without them where that fails"
   [smoke]="benchmarks/smoke.py: two chunks of the 1.3B by torch, Triton and csrc agree; one loop on the device"
   [kernels]="benchmarks/kernels.py: every op, every backend"
-  [fps]="benchmarks/fps.py: whole chunks, and the targets"
+  [fps]="benchmarks/fps.py: whole chunks"
   [vae]="benchmarks/vae_decode.py: a chunk's decode, three ways"
-  [notes]="benchmarks/notes.py: floors, predictions and what was measured, part by part"
   [tests]="pytest -m gpu on tests/ops and tests/engine"
   [memcheck]="compute-sanitizer on small shapes: accesses out of bounds"
   [racecheck]="compute-sanitizer on small shapes: races in shared memory"
@@ -121,8 +118,6 @@ part_kernels() {
 part_fps() { $PYTHON benchmarks/fps.py $FPS_ARGS --limit "$1" --save "$OUT/gpu-fps.json"; }
 
 part_vae() { $PYTHON benchmarks/vae_decode.py $VAE_ARGS --limit "$1" --save "$OUT/gpu-vae.json"; }
-
-part_notes() { $PYTHON benchmarks/notes.py $NOTES_ARGS --to "$OUT/gpu-NOTES.md"; }
 
 part_tests() {
   $PYTHON -m pytest -q -m gpu -x --durations=10 -p no:cacheprovider --limit "$1" $TESTS_ARGS
@@ -209,12 +204,12 @@ read_state() {
   fi
   [ -e "$STATE" ] && [ -n "$RESUME" ] && echo "nothing to resume: $STATE is of other sources, all parts run"
   RESUME=""
-  rm -f "$STATE" "$LOG" "$OUT"/gpu-{smoke,kernels,fps,vae}.json "$OUT/gpu-NOTES.md" "$OUT/all.tgz"
+  rm -f "$STATE" "$LOG" "$OUT"/gpu-{smoke,kernels,fps,vae}.json "$OUT/all.tgz"
 }
 
 archive() {
   rm -f "$OUT"/.gpu-*.part
-  (cd "$OUT" && tar czf .all.tgz.part gpu-suite.txt gpu-suite.log $(ls gpu-{smoke,kernels,fps,vae}.json gpu-NOTES.md 2>/dev/null) &&
+  (cd "$OUT" && tar czf .all.tgz.part gpu-suite.txt gpu-suite.log $(ls gpu-{smoke,kernels,fps,vae}.json 2>/dev/null) &&
     mv .all.tgz.part all.tgz)
 }
 
@@ -226,14 +221,14 @@ finish() { # part, its begin, verdict
 
 # Runs one part in a shell of its own, which `timeout` can end with all that it started. By its own clock a part ends a
 # tenth of the limit and two seconds before that. Even when resumed the build is made (what is compiled is not compiled
-# again, and another machine has nothing) and so are the notes, of what is there by then.
+# again, and another machine has nothing).
 run_part() {
   local part=$1 start=$SECONDS limit=${LIMIT[$1]} code before own
   own=$((limit - limit / 10 - 2))
   RUNNING=$part BEGUN=$start
   case ${STATUS[$part]-} in
     *" ok" | *" ok, but"*) 
-      [ -n "$RESUME" ] && [ "$part" != build ] && [ "$part" != notes ] && echo "== $part: done before" && return
+      [ -n "$RESUME" ] && [ "$part" != build ] && echo "== $part: done before" && return
       ;;
   esac
   echo "== $part: ${ABOUT[$part]}"
@@ -275,7 +270,7 @@ main() {
   CHILD="" RUNNING=""
   read_state
   export PYTHONUNBUFFERED=1 OUT RESUME PYTHON SANITIZER
-  export SMOKE_PARTS BUILD_ARGS SMOKE_ARGS KERNELS_ARGS FPS_ARGS VAE_ARGS NOTES_ARGS TESTS_ARGS CHECK_ARGS
+  export SMOKE_PARTS BUILD_ARGS SMOKE_ARGS KERNELS_ARGS FPS_ARGS VAE_ARGS TESTS_ARGS CHECK_ARGS
   trap stopped TERM INT HUP
   for part in "${chosen[@]}"; do
     run_part "$part"

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import fps, targets
+from benchmarks import fps
 from benchmarks.common.limit import UNFINISHED, Limit
 from benchmarks.e2e import breakdown, concurrency, protocol, timeline
 from benchmarks.e2e.eager_baseline import Baseline, BaselineStream, ShiftedCache, apart, difference, fidelity
@@ -86,59 +86,6 @@ def test_apart():
     assert (found["max_abs"], found["relative"]) == (1.0, 0.25)
     assert found["psnr_db"] == pytest.approx(10 * np.log10(16 / 0.5))
     assert apart(torch.ones(2), torch.ones(2))["psnr_db"] is None
-
-
-def row_of(fps: float, first: float, p50: float, p99: float) -> dict:
-    return {"fps": {"decode": fps}, "first_frame_ms": first, "chunk_ms": {"p50": p50, "p99": p99}}
-
-
-def reached(**changes) -> dict:
-    """Figures that reach every target exactly."""
-    eager = {"ratio": {"policy": {"median": 1.8}, "fixed": {"median": 1.8}}}
-    found = row_of(39.0, 140.0, 1.0, 9.0) | {"mean_steps": 2.5, "baseline": {"eager": eager}}
-    found |= {"fixed": {"2": row_of(39.0, 9.0, 1.0, 9.0), "4": row_of(31.0, 140.0, 1.0, 9.0)}}
-    found |= {"steady": {"fixed": {"4": row_of(24.0, 9.0, 10.0, 11.0)}}}
-    found |= {"fidelity": {"psnr_db": 45.0, "max_abs": 0.1}, "machine": {"gpu": {"capability": "9.0"}}}
-    return found | {"model": "wan2.1-t2v-1.3b", "size": [480, 832], "vae": "WanVAE"} | changes
-
-
-def failing(result: dict) -> list[str]:
-    return [row["target"] for row in targets.judged(result)["list"] if not row["holds"]]
-
-
-def test_targets_hold_at_their_bounds_and_not_beyond():
-    assert failing(reached()) == [] and targets.judged(reached())["there"]
-    assert failing(reached(fixed={"2": row_of(38.9, 9, 1, 1), "4": row_of(30.9, 141, 1, 1)})) == [
-        "fps, clip mean, fixed 4",
-        "fps, clip mean, fixed 2",
-        "first frame after the text, fixed 4, ms",
-    ]
-    assert failing(reached(steady={"fixed": {"4": row_of(23.9, 9, 10, 11.1)}})) == [
-        "fps, full window, fixed 4",
-        "p99 / p50 of a chunk, full window, fixed 4",
-    ]
-    assert failing(reached(mean_steps=2.3)) == ["fps, clip mean, a policy of 2.5 steps"]  # it was not that policy
-    assert failing(reached(baseline={"eager": {"skipped": "why"}})) == [
-        "times eager, fixed 4",
-        "times eager, the policy",
-    ]
-    assert failing(reached(fidelity={"psnr_db": 44.9, "max_abs": 0.1})) == ["latents against float32, PSNR dB"]
-    assert failing(reached(fidelity={"psnr_db": None, "max_abs": 0.0})) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"machine": {"gpu": None}},
-        {"machine": {"gpu": {"capability": "8.0"}}},
-        {"size": [64, 64]},
-        {"vae": "TinyVAE"},
-        {"model": "shapes"},
-    ],
-)
-def test_targets_elsewhere_say_so(changes):
-    found = targets.judged(reached(**changes))
-    assert not found["there"] and "so nothing follows from it" in targets.lines(found)[0]
 
 
 @pytest.mark.parametrize("window", [9, -1])
@@ -366,7 +313,7 @@ def output(capsys) -> dict:
 
 FIELDS = """model device quantization vae policy regime fps first_frame_ms chunk_ms mean_steps steps_histogram
     decision_us fixed steady baseline ops memory machine versions commit threshold rate cold warmup_s timeline missed
-    real_time product histogram fidelity targets""".split()
+    real_time product histogram fidelity""".split()
 
 
 def check_row(row: dict) -> None:
@@ -400,8 +347,7 @@ def test_the_benchmark_says_everything(untrained, tmp_path, capsys):
     assert eager["ratio"].keys() == steady["baseline"]["eager"]["ratio"].keys() == {"policy", "fixed"}
     assert result["decision_us"] > 0 and result["first_frame_ms"] > 0 and result["cold"] is None
     assert result["histogram"] is None and result["fidelity"]["chunks"] == 2 and result["fidelity"]["psnr_db"] > 90
-    assert result["warmup_s"]["capture"] == 0 and not result["targets"]["there"]
-    assert all(row["measured"] > 0 for row in result["targets"]["list"] if "2.5" not in row["target"])
+    assert result["warmup_s"]["capture"] == 0
     assert result["timeline"]["clip"]["policy"]["kv_frames"] == [3, 6, 9, 9]
     assert result["timeline"]["steady"]["eager"]["kv_frames"] == [9] * 4 and steady["kv_frames"] == 9
     assert set(result["ops"]) == {"attention", "products", "elementwise", "vae"} and min(result["ops"].values()) > 0
@@ -457,8 +403,7 @@ def test_random_weights_and_a_histogram(capsys, monkeypatch):
     result = json.loads(out.splitlines()[-1])
     assert result["policy"] == "histogram:1=0.2,2=0.3,3=0.3,4=0.2" and result["threshold"] is None
     assert result["steps_histogram"] == {"1": 2, "2": 3, "3": 3, "4": 2} and result["mean_steps"] == 2.5
-    assert result["histogram"] == [0.2, 0.3, 0.3, 0.2] and all(row["measured"] for row in result["targets"]["list"])
-    assert "targets of wan2.1-t2v-1.3b" in out and "so nothing follows from it" in out
+    assert result["histogram"] == [0.2, 0.3, 0.3, 0.2]
     assert (result["weights"], result["prompts"]) == ("random", "random")
     assert result["baseline"]["compile"] == {"skipped": "RuntimeError: no compiler here"}
     assert "no baseline compile: RuntimeError: no compiler here" in out

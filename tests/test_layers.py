@@ -25,7 +25,6 @@ ROWS = (
     ("pipeline",),
     ("evaluation",),
     ("serving", "training"),
-    ("doctor",),
     ("cli",),
     ("__init__", "__main__"),
 )

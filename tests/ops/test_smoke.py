@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from dsa_engine import doctor
+from dsa_engine.cli import doctor
 from dsa_engine.ops import cuda_backend as ops_cuda
 from dsa_engine.ops import dispatch, reference, smoke
 from dsa_engine.ops.smoke import Verdict

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dsa_engine.checkpoints import load
+from dsa_engine.cli.options import Result, table
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.media import mp4
@@ -37,7 +38,11 @@ EXTRAS = {  # which extra of pyproject.toml brings an optional package
 }
 
 
-def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No flags but --json."""
+
+
+def run(args: argparse.Namespace) -> Result:
     """What is installed, what is missing, and whether the engine and the video encoder do run."""
     cuda = torch.cuda.is_available()
     cudnn = torch.backends.cudnn.version() if cuda else None
@@ -61,7 +66,7 @@ def doctor(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
         "ok": not fails,
         "versions": {"python": platform.python_version()} | required,
         "device": device_facts() | {"cudnn": cudnn},
-        "fp8": unavailable("cuda" if cuda else "cpu") or ("in hardware" if cuda else "only its numbers, on a CPU"),
+        "fp8": unavailable("cuda" if cuda else "cpu") or ("in hardware" if cuda else "only its values, on a CPU"),
         "ops": backends("cuda" if cuda else "cpu"),
         **({"attention": attention()} if cuda else {}),
         "optional": optional,
@@ -155,17 +160,3 @@ def try_engine() -> str:
 def try_model(name: str) -> str:
     with Pipeline.from_pretrained(name) as pipe:
         return f"loads: {sum(p.numel() for p in pipe.engine.dit.parameters()):,} parameters in its generator"
-
-
-def table(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """Lines for people: a name and a value each, nested ones indented."""
-    lines = []
-    for name, value in facts.items():
-        if isinstance(value, dict) and value:
-            lines += [f"{indent}{name}", *table(value, indent + "  ")]
-            continue
-        values = value if isinstance(value, (list, tuple)) else [] if value in (None, {}) else [value]
-        text = ", ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in values)
-        label = name.replace("_", " ")
-        lines.append(f"{indent}{label:<{max(22 - len(indent), len(label) + 1)}}{text or 'none'}")
-    return lines

@@ -148,7 +148,7 @@ __device__ __forceinline__ void load(float (&x)[WIDE], const void* data, int dty
 }
 
 // To nearest even; beyond the largest number the largest number, not NaN. Devices before 8.9 have no instruction for
-// it, and later ones than 9.0 run what was compiled for 8.0: `ops/cuda.py` refuses on both.
+// it, and later ones than 9.0 run what was compiled for 8.0: `ops/cuda_backend.py` refuses on both.
 __device__ __forceinline__ void store_e4m3(void* data, int64_t offset, const float (&x)[WIDE]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
     __trap();

@@ -141,7 +141,7 @@ def test_without_the_compiler_the_package_is_pure_and_one_line_says_so(tmp_path,
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in (done.stdout + done.stderr).splitlines() if "dsa_engine.csrc" in line]
     assert reason in line and "pure Python" in line
-    assert (tmp_path / "lib" / "dsa_engine" / "ops" / "cuda.py").exists() and extensions(tmp_path) == []
+    assert (tmp_path / "lib" / "dsa_engine" / "ops" / "cuda_backend.py").exists() and extensions(tmp_path) == []
 
 
 def test_a_build_that_was_asked_for_fails_without_the_compiler(tmp_path):

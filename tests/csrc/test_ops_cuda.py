@@ -121,7 +121,7 @@ def test_a_missing_extension_is_named_where_it_was_looked_for():
     """As in a pure installation: importing the module is no error."""
     script = (
         "import sys; sys.modules['dsa_engine.csrc'] = None\n"
-        "from dsa_engine.ops import cuda; sys.stdout.write(cuda.unavailable('modulate'))"
+        "from dsa_engine.ops import cuda_backend; sys.stdout.write(cuda_backend.unavailable('modulate'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -68,7 +68,7 @@ from benchmarks.e2e.timeline import columns, draw, figures, play, ratio
 from benchmarks.micro.backends import refuse_others
 from dsa_engine import Fixed, Pipeline, pipeline_inputs
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.media.mp4 import check_target
+from dsa_engine.files import check_output_path
 from dsa_engine.models.fp8 import QUANTIZATIONS, quantise_linears, quantization
 
 BASELINES = ("eager", "compile")
@@ -410,7 +410,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
             setattr(args, name, value)
     for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
         if path is not None:
-            check_target(path, suffix)  # before the work, not after it
+            check_output_path(path, suffix)  # before the work, not after it
     return args
 
 

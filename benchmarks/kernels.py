@@ -59,7 +59,7 @@ from benchmarks.micro.measure import Job, ceilings, judge
 from benchmarks.micro.roofline import GPUS, PRACTICAL, PRECISIONS, STEPS, Row, Sizes
 from dsa_engine.config import PRESETS, ModelConfig
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.media.mp4 import check_target
+from dsa_engine.files import check_output_path
 
 WAN = "wan2.1-t2v-1.3b"
 SMALL = 1000  # tokens of a chunk, up to which a CPU times it
@@ -421,7 +421,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.ops and not set(args.ops) <= set(known):
         parser.error(f"--ops {' '.join(args.ops)}: must be of {', '.join(known)}")
     if args.save:
-        check_target(args.save, ".json")  # before the work, not after it
+        check_output_path(args.save, ".json")  # before the work, not after it
     return args
 
 

@@ -73,7 +73,7 @@ from dsa_engine.evaluation.rollouts import (
 )
 from dsa_engine.evaluation.statistics import mean_interval, spread
 from dsa_engine.evaluation.summary import KINDS, compare, figures, head_figures, per_clip, rounded, versus
-from dsa_engine.media.mp4 import check_target, replacing
+from dsa_engine.files import atomic_write, check_output_path
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import QUANTIZATIONS
@@ -381,7 +381,7 @@ def draw(result: dict, path: Path) -> None:
         f"{100 * result['mix']['hard']:.0f} % of them hard",
         size=11,
     )
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
@@ -527,7 +527,7 @@ def main() -> None:
     args = parser.parse_args()
     for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
         if path is not None:
-            check_target(path, suffix)  # before the work, not after it
+            check_output_path(path, suffix)  # before the work, not after it
     torch.set_num_threads(1)  # a small model's products are over before a second thread has woken up
     result = evaluate(args)
     if args.save:

@@ -51,7 +51,7 @@ from benchmarks.loadgen.client import figures, percentiles, scripts, watch
 from benchmarks.loadgen.plot import draw
 from benchmarks.loadgen.server_process import Server, Site
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.media.mp4 import check_target
+from dsa_engine.files import check_output_path
 from dsa_engine.media.stream_encoders import FORMATS
 
 POLICIES = {"fixed": "fixed", "confidence": "dsa", "budget": "budget"}  # as `session.start` calls them
@@ -325,7 +325,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, value)
     for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
         if path is not None:
-            check_target(path, suffix)  # before the work, not after it
+            check_output_path(path, suffix)  # before the work, not after it
     return args
 
 

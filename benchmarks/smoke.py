@@ -43,7 +43,7 @@ from dsa_engine import Confidence, Fixed, Pipeline, pipeline_inputs
 from dsa_engine.config import PRESETS
 from dsa_engine.engine import device_loop
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.media.mp4 import check_target
+from dsa_engine.files import check_output_path
 
 CHUNKS, STEPS = 2, 2
 ABSENT = 77  # exit code
@@ -157,7 +157,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     side = (64, 64) if args.model == "shapes" else (480, 832)
     args.height, args.width = args.height or side[0], args.width or side[1]
     if args.save:
-        check_target(args.save, ".json")  # before the work, not after it
+        check_output_path(args.save, ".json")  # before the work, not after it
     return args
 
 

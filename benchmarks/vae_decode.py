@@ -36,7 +36,7 @@ from benchmarks.micro import inputs
 from benchmarks.micro.backends import refuse_others
 from dsa_engine.engine.graphed_decoder import ChunkDecoder
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.media.mp4 import check_target
+from dsa_engine.files import check_output_path
 from dsa_engine.models.wan_vae import WanVAE
 
 ROW = "vae_decode"
@@ -105,7 +105,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
     args = parser.parse_args(argv)
     if args.save:
-        check_target(args.save, ".json")  # before the work, not after it
+        check_output_path(args.save, ".json")  # before the work, not after it
     return args
 
 

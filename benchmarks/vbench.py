@@ -57,7 +57,8 @@ from dsa_engine import (
     pipeline_inputs,  # noqa: E402
 )
 from dsa_engine.evaluation.summary import rounded  # noqa: E402
-from dsa_engine.media.mp4 import Mp4Writer, replacing  # noqa: E402
+from dsa_engine.files import atomic_write  # noqa: E402
+from dsa_engine.media.mp4 import Mp4Writer  # noqa: E402
 
 # dimension: (low, high, weight), the ends of its scale and its share, as of VBench 0.1.5, scripts/constant.py
 QUALITY = {
@@ -241,7 +242,7 @@ def read_manifest(path: Path) -> dict[str, dict]:
         return {}
     *whole, rest = path.read_text(encoding="utf-8").split("\n")
     if rest:
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
     return {record["file"]: record for record in map(json.loads, whole)}
 
@@ -393,7 +394,7 @@ def score(job: Job, policy: str) -> dict:
     out.mkdir(exist_ok=True)
     suite, entries = out / "prompts.json", json.dumps(job.entries, indent=1)
     if not suite.exists() or suite.read_text() != entries:  # only then: what was scored before it is out of date
-        with replacing(suite) as temporary:
+        with atomic_write(suite) as temporary:
             temporary.write_text(entries)
     inputs = [suite, *(videos / clip.file for clip in job.clips)]
     found, failed = {}, {}

@@ -175,7 +175,7 @@ def clip(
     if engine.decoder is None:
         raise ValueError(f"{name}: this pipeline has no VAE to encode it with; load it with vae=...")
     stride = engine.decoder.spatial_stride
-    frames = preprocess.pixels(name, frames, batch, (size[0] * stride, size[1] * stride))
+    frames = preprocess.to_video_tensor(name, frames, batch, (size[0] * stride, size[1] * stride))
     count = frames.shape[1]
     if strength is not None:
         Schedule(engine.config.steps, engine.config.shift, strength)

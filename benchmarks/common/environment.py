@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dsa_engine.media.mp4 import replacing
+from dsa_engine.files import atomic_write
 
 # nvidia-smi's field: our name
 SMI = {
@@ -118,5 +118,5 @@ def machine() -> dict:
 
 def save(result: dict, path: Path) -> None:
     """The file appears when it is whole; its folder is created."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.common.timing import mark
 from dsa_engine.engine import session as session_module
 from dsa_engine.engine.session import Session, to_uint8
-from dsa_engine.media.mp4 import replacing
+from dsa_engine.files import atomic_write
 
 RATES = (16, 24, 30)  # frames a second that are usual for video
 
@@ -283,5 +283,5 @@ def draw(result: dict, path: Path) -> None:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=7, fontsize=8)
     fps = f"{result['fps']['decode']:.1f} frames a second"
     figure.suptitle(f"{result['model']} on {result['device']}, {result['policy']}: {fps}", size=11)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsa_engine.media.mp4 import replacing
+from dsa_engine.files import atomic_write
 
 COLORS = {"fixed": "#a03030", "confidence": "#1f5fbf", "budget": "#3b8f5a"}
 ALONE = "#8a8a8a"
@@ -25,7 +25,7 @@ def draw(result: dict, path: Path) -> None:
         figure.legend(*axes.get_legend_handles_labels(), loc=place, ncol=4, fontsize=8)
     held = ", ".join(f"{label} {part['held']}" for part, _, label in standings(result))
     figure.suptitle(f"{result['model']}: live streams held at their pace: {held}", size=11)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

@@ -25,7 +25,7 @@ from dsa_engine.checkpoints.lora import Lora
 from dsa_engine.checkpoints.tensor_io import INDEX, SUFFIXES, find_weights, open_tensors, read_json, write_tensors
 from dsa_engine.checkpoints.wan import build_dit, fill, load_strict, open_dit, read_tensors
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.media.mp4 import check_target, replacing
+from dsa_engine.files import atomic_write, check_output_path
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
@@ -293,7 +293,7 @@ def save(
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON object for people to read, renamed into place; its folder is created."""
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -319,7 +319,7 @@ def save_head(
 ) -> None:
     """Write a head as one `.safetensors` file for `load_head`: its weights as they are, the threshold and presets of
     `rollout` and the calibration in the header. Renamed into place. ValueError for another ending."""
-    path = check_target(path, ".safetensors")
+    path = check_output_path(path, ".safetensors")
     about = {
         "dim": config.dim,
         "threshold": rollout.threshold,
@@ -337,7 +337,7 @@ def load_head(
 
     Raises FileNotFoundError, or ValueError for a file that is no head, not whole, or made for a model of another width.
     """
-    path = check_target(path, ".safetensors")
+    path = check_output_path(path, ".safetensors")
     tensors, about = read_tensors(path), read_metadata(path)
     if about.get("format") != HEAD_FORMAT:
         raise ValueError(

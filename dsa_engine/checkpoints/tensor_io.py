@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsa_engine.media.mp4 import replacing
+from dsa_engine.files import atomic_write
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".sft")
 SAFETENSORS = (".safetensors", ".sft")
@@ -156,7 +156,7 @@ def write_tensors(
         about[name] = {"dtype": CODES[kept[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(about, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             plain = tensors[name].detach().to("cpu", kept[name]).contiguous().reshape(-1)

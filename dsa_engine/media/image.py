@@ -1,4 +1,4 @@
-"""A picture that a stranger sends: decoded within limits, and made as large as the video."""
+"""An uploaded image: decoded within limits, scaled and cropped to the size of the video."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ PIXELS = 4096 * 4096  # more are not unpacked, whatever a small file claims to h
 
 
 def decode(data: bytes, height: int, width: int) -> np.ndarray:
-    """A picture file -> uint8 [height, width, 3], scaled until it covers them and cut at the centre.
+    """An image file -> uint8 [height, width, 3], scaled until it covers them and cut at the centre.
 
-    Raises ValueError for what is no such picture, or is too large.
+    Raises ValueError for another file, or one that is too large.
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            w, h = picture.size
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            w, h = image.size
             if w * h > PIXELS:
                 raise Image.DecompressionBombError
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"input_reference: has more than {PIXELS} pixels, the most there may be") from error
     except Exception as error:  # the decoders of broken files raise everything that there is
-        raise ValueError(f"input_reference: is no picture that can be read; send {', '.join(FORMATS)}") from error
-    covered = preprocess.pixels("input_reference", pixels, 1, (height, width))[0, 0]
+        raise ValueError(f"input_reference: is no image that can be read; send {', '.join(FORMATS)}") from error
+    covered = preprocess.to_video_tensor("input_reference", pixels, 1, (height, width))[0, 0]
     return (255 * covered).round().byte().movedim(0, -1).contiguous().numpy()
 
 
@@ -43,6 +43,6 @@ def from_text(text: str) -> bytes:
         return base64.b64decode(text[match.end() :] if match else text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(
-            "input_reference: must be a picture as a data URL (data:image/png;base64,...), as base64, or as a file of "
+            "input_reference: must be an image as a data URL (data:image/png;base64,...), as base64, or as a file of "
             "multipart/form-data"
         ) from error

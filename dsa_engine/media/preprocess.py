@@ -1,4 +1,4 @@
-"""Pictures and videos that a user gives, in any of the usual forms, as one tensor of the size that is wanted."""
+"""Images and videos that a user gives, in any of the usual forms, as one tensor of the size that is wanted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 FORMS = (
     "a PIL image, an array [H, W, 3] or a tensor [3, H, W], uint8 or float in [0, 1]; several (a list, or one axis "
-    "more in front) are a video's frames, or one picture for each prompt"
+    "more in front) are a video's frames, or one image for each prompt"
 )
 
 
-def pixels(name: str, given: Any, batch: int, size: tuple[int, int]) -> Tensor:
+def to_video_tensor(name: str, given: Any, batch: int, size: tuple[int, int]) -> Tensor:
     """An `image` or a `video` as float32 [batch, T, 3, H, W] in [0, 1], T = 1 for an image.
 
     One serves all prompts; with an axis more there is one for each. Other sizes than (H, W) are scaled until they cover
@@ -24,7 +24,7 @@ def pixels(name: str, given: Any, batch: int, size: tuple[int, int]) -> Tensor:
     frames = _tensor(name, given)
     if frames.ndim == 3:
         frames = frames[None]
-    if name == "image":  # one picture a clip
+    if name == "image":  # one image a clip
         frames = frames.unsqueeze(1) if frames.ndim == 4 else frames
     elif frames.ndim == 4:
         frames = frames[None]
@@ -32,10 +32,10 @@ def pixels(name: str, given: Any, batch: int, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"{name} of shape {list(frames.shape)}: must be {FORMS}")
     if len(frames) not in (1, batch):
         raise ValueError(f"{name}: {len(frames)} for {batch} prompts; give one for all or one for each")
-    return cover(frames, *size).expand(batch, -1, -1, -1, -1)
+    return resize_and_crop(frames, *size).expand(batch, -1, -1, -1, -1)
 
 
-def cover(frames: Tensor, height: int, width: int) -> Tensor:
+def resize_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
     """frames [B, T, 3, H, W], scaled until they cover height x width, and cut to it at the centre."""
     batch, _, _, h, w = frames.shape
     scale = max(height / h, width / w)

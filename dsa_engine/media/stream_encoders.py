@@ -1,19 +1,18 @@
-"""A live stream's frames as bytes, a payload for each chunk: fragmented MP4, JPEG pictures, or raw."""
+"""A live stream's frames as bytes, a payload for each chunk: fragmented MP4, JPEG images, or raw."""
 
 from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-from dsa_engine.media.mp4 import BT709, LIMITED_RANGE, check_frames
+from dsa_engine.media import h264
 
 CRF = 18  # x264's quality: what a viewer cannot tell from the original
 QUALITY = 90  # of JPEG
-GROUP = 2.0  # seconds between pictures that can be decoded alone: as far as a player goes back when it seeks
+KEYFRAME_SECONDS = 2.0  # a player that seeks goes back to a keyframe
 INIT = (b"ftyp", b"moov")  # boxes that say what the fragments hold
 
 
@@ -30,13 +29,11 @@ class Encoder(ABC):
     content_type: str
 
     def __init__(self, fps: float, width: int, height: int):
-        if not 0 < fps <= 1000:
-            raise ValueError(f"fps={fps!r}: must be a number above 0 and at most 1000, e.g. 16")
-        self.fps, self.width, self.height = Fraction(fps).limit_denominator(1001), width, height
+        self.fps, self.width, self.height = h264.frame_rate(fps), width, height
 
     def encode(self, frames: np.ndarray) -> Payload:
         """The next chunk, whole. Raises ValueError for other arrays or another size."""
-        if check_frames(frames).shape[1:3] != (self.height, self.width):
+        if h264.check_frames(frames).shape[1:3] != (self.height, self.width):
             height, width = frames.shape[1:3]
             raise ValueError(f"frames of {height}x{width}: this stream's are {self.height}x{self.width}")
         return self._encode(frames)
@@ -64,23 +61,17 @@ class Mp4Encoder(Encoder):
             raise ValueError(f"frames of {height}x{width}: m4s needs even sides; use the format jpeg or rgb24")
         # a container that gets no packets: it owns the encoder, and its stream is the pattern of the chunks' streams
         self._owner = av.open(io.BytesIO(), "w", format="mp4")
-        self._stream = self._owner.add_stream("libx264", rate=self.fps, options=self._options())
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        context = self._stream.codec_context
-        context.time_base, context.thread_count = 1 / self.fps, 1
-        context.color_primaries = context.color_trc = context.colorspace = BT709
-        context.color_range = LIMITED_RANGE
+        options = {"preset": "veryfast", "tune": "zerolatency", "crf": str(CRF), "forced-idr": "1"}
+        self._stream = h264.add_stream(self._owner, self.fps, height, width, options, threads=1)
+        self._stream.codec_context.time_base = 1 / self.fps
         self._owner.start_encoding()  # opens the encoder, whose header the pattern then has
         self._frames, self._chunks = 0, 0
         self._next_key = 0
 
-    def _options(self) -> dict[str, str]:
-        return {"preset": "veryfast", "tune": "zerolatency", "crf": str(CRF), "forced-idr": "1"}
-
     def _encode(self, frames: np.ndarray) -> Payload:
         packets = [packet for array in frames for packet in self._packets(array)]
         if len(packets) != len(frames):
-            raise RuntimeError(f"the H.264 encoder gave {len(packets)} pictures for {len(frames)} frames")
+            raise RuntimeError(f"the H.264 encoder gave {len(packets)} packets for {len(frames)} frames")
         data = self._fragment(packets)
         self._chunks += 1
         return Payload(data)
@@ -88,12 +79,11 @@ class Mp4Encoder(Encoder):
     def _packets(self, array: np.ndarray) -> list:
         import av
 
-        frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        frame = h264.to_yuv(array)
         frame.pts, frame.time_base = self._frames, 1 / self.fps
         if self._frames >= self._next_key:
             frame.pict_type = av.video.frame.PictureType.I
-            self._next_key = self._frames + max(1, round(GROUP * self.fps))
+            self._next_key = self._frames + max(1, round(KEYFRAME_SECONDS * self.fps))
         self._frames += 1
         return self._stream.codec_context.encode(frame)
 
@@ -114,19 +104,19 @@ class Mp4Encoder(Encoder):
 
 
 class JpegEncoder(Encoder):
-    """Each frame a JPEG picture of its own, one after another."""
+    """Each frame a JPEG image of its own, one after another."""
 
     content_type = "image/jpeg"
 
     def _encode(self, frames: np.ndarray) -> Payload:
         from PIL import Image
 
-        pictures = []
+        images = []
         for array in frames:
             file = io.BytesIO()
             Image.fromarray(array).save(file, "JPEG", quality=QUALITY, subsampling=0)
-            pictures.append(file.getvalue())
-        return Payload(b"".join(pictures), [len(picture) for picture in pictures])
+            images.append(file.getvalue())
+        return Payload(b"".join(images), [len(image) for image in images])
 
 
 class RawEncoder(Encoder):

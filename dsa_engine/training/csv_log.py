@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsa_engine.media.mp4 import replacing
+from dsa_engine.files import atomic_write
 
 FIRST = ("step", "seconds")  # columns that are not curves
 
@@ -30,7 +30,7 @@ class Log:
         with self.csv.open(newline="") as f:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f) if None not in row.values()]
         self.rows = [{**row, "step": int(row["step"])} for row in rows if row["step"] <= until]
-        with replacing(self.csv) as part, part.open("w", newline="") as f:
+        with atomic_write(self.csv) as part, part.open("w", newline="") as f:
             if self.rows:
                 writer = csv.DictWriter(f, self.rows[0])
                 writer.writeheader()
@@ -70,5 +70,5 @@ class Log:
             if min(values) > 0 and max(values) > 5 * min(values):
                 axes.set_yscale("log")
             axes.grid(alpha=0.3)
-        with replacing(self.png) as part:
+        with atomic_write(self.png) as part:
             figure.savefig(part, format="png")

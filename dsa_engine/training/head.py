@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from dsa_engine.checkpoints.load import save_head
 from dsa_engine.evaluation.statistics import spearman
-from dsa_engine.media.mp4 import replacing
+from dsa_engine.files import atomic_write
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.training import calibrate
@@ -166,7 +166,7 @@ def train_head(
     }
     report = _short(report)
     save_head(out / "head.safetensors", pipe.engine.head, pipe.engine.dit.config, pipe.config, pipe.calibration)
-    with replacing(out / "head.json") as part:
+    with atomic_write(out / "head.json") as part:
         part.write_text(json.dumps(report, indent=2) + "\n")
     draw_head(out / "head.png", table, by_step, pipe.config.presets)
     return report
@@ -252,5 +252,5 @@ def draw_head(
     room = 1.35 * right.get_ylim()[1]  # for the legend above the bars
     right.set(xlabel="denoising steps", ylabel="share of the chunks", xticks=steps, ylim=(0, room))
     right.legend(frameon=False, fontsize=8)
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png")

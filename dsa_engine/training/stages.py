@@ -25,7 +25,8 @@ from dsa_engine.checkpoints import load
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.evaluation.rollouts import TOGETHER, Rolled, held_out, roll, roll_teacher
-from dsa_engine.media.mp4 import replacing, write_sheet
+from dsa_engine.files import atomic_write
+from dsa_engine.media.report import write_sheet
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.pipeline import Pipeline
@@ -79,7 +80,7 @@ class Job:
 
 def save_tensors(path: Path, module: nn.Module) -> None:
     """A module's weights as safetensors, renamed into place."""
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         save_file({name: value.contiguous() for name, value in module.state_dict().items()}, part)
 
 

@@ -1,4 +1,4 @@
-"""Pictures and videos that are given: every form of them, their scaling, and what the shipped model makes of them."""
+"""Images and videos that are given: every form of them, their scaling, and what the shipped model makes of them."""
 
 from __future__ import annotations
 
@@ -40,23 +40,25 @@ def forms(array):
         yield list(array)
 
 
-def test_every_form_of_a_picture_and_of_a_video_is_the_same_tensor():
+def test_every_form_of_an_image_and_of_a_video_is_the_same_tensor():
     frames = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
     expected = torch.from_numpy(frames).movedim(-1, -3).float() / 255
     for given in forms(frames[0]):
-        torch.testing.assert_close(preprocess.pixels("image", given, 1, (6, 8)), expected[None, :1])
+        torch.testing.assert_close(preprocess.to_video_tensor("image", given, 1, (6, 8)), expected[None, :1])
     for given in forms(frames):
-        torch.testing.assert_close(preprocess.pixels("video", given, 1, (6, 8)), expected[None])
-        torch.testing.assert_close(preprocess.pixels("image", given, 5, (6, 8)), expected[:, None])  # one a prompt
-    both = preprocess.pixels("video", np.stack((frames, frames[::-1])), 2, (6, 8))
+        torch.testing.assert_close(preprocess.to_video_tensor("video", given, 1, (6, 8)), expected[None])
+        torch.testing.assert_close(
+            preprocess.to_video_tensor("image", given, 5, (6, 8)), expected[:, None]
+        )  # one a prompt
+    both = preprocess.to_video_tensor("video", np.stack((frames, frames[::-1])), 2, (6, 8))
     torch.testing.assert_close(both, torch.stack((expected, expected.flip(0))))
 
 
 def test_another_size_is_scaled_to_cover_and_cut_at_the_centre():
     ramp = np.tile(np.linspace(0, 1, 40, dtype=np.float32)[None, :, None], (10, 1, 3))  # brightness is the column
-    wide = preprocess.pixels("image", ramp, 1, (10, 20))[0, 0, 0]
+    wide = preprocess.to_video_tensor("image", ramp, 1, (10, 20))[0, 0, 0]
     torch.testing.assert_close(wide, torch.linspace(10 / 39, 29 / 39, 20).expand(10, -1))  # the middle half, untouched
-    half = preprocess.pixels("image", ramp, 1, (5, 20))[0, 0, 0]
+    half = preprocess.to_video_tensor("image", ramp, 1, (5, 20))[0, 0, 0]
     inner = torch.linspace(0.5 / 39, 38.5 / 39, 20)[2:-2]  # every column the mean of two; cubic at the ends
     torch.testing.assert_close(half[:, 2:-2], inner.expand(5, -1), atol=1e-3, rtol=0)
 
@@ -75,14 +77,14 @@ def test_another_size_is_scaled_to_cover_and_cut_at_the_centre():
         ("video", np.zeros((0, 6, 8, 3), np.uint8), ["[1, 0, 3, 6, 8]"]),
     ],
 )
-def test_what_is_no_picture_is_told_what_one_is(name, given, messages):
+def test_what_is_no_image_is_told_what_one_is(name, given, messages):
     with pytest.raises(ValueError, match=name) as error:
-        preprocess.pixels(name, given, 2, (6, 8))
+        preprocess.to_video_tensor(name, given, 2, (6, 8))
     assert [m for m in messages if m not in str(error.value)] == [], error.value
 
 
-def test_a_picture_begins_the_clip(shapes, clip):
-    """Its first frame is the codec's copy of the picture, and the shape goes on from where it stood."""
+def test_an_image_begins_the_clip(shapes, clip):
+    """Its first frame is the codec's copy of the image, and the shape goes on from where it stood."""
     made = shapes("a red circle moves up and down on black", image=clip[6], num_frames=13, seed=4)
     frames = made.frames[0]
     assert frames.shape == (13, 64, 64, 3) and len(made.steps_per_chunk[0]) == 4
@@ -139,10 +141,10 @@ def iter_chunks(session):
         yield session.next_chunk()
 
 
-def test_one_picture_for_each_prompt(shapes, clip):
-    pictures = np.stack((clip[0], clip[6]))
-    both = shapes([PROMPT, PROMPT], image=pictures, num_frames=4, seed=1).frames
-    alone = [shapes(PROMPT, image=p, num_frames=4, seed=1 + i).frames[0] for i, p in enumerate(pictures)]
+def test_one_image_for_each_prompt(shapes, clip):
+    images = np.stack((clip[0], clip[6]))
+    both = shapes([PROMPT, PROMPT], image=images, num_frames=4, seed=1).frames
+    alone = [shapes(PROMPT, image=p, num_frames=4, seed=1 + i).frames[0] for i, p in enumerate(images)]
     np.testing.assert_allclose(both, np.stack(alone), atol=1e-3)
 
 

@@ -133,7 +133,7 @@ def test_m4s_can_be_entered_every_two_seconds_at_a_chunk():
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_jpeg_pictures_lie_one_after_another(lengths):
+def test_jpeg_images_lie_one_after_another(lengths):
     frames = clip(sum(lengths), 40, 72)
     make = encoder("jpeg", 12.0, 72, 40)
     for chunk in chunks_of(frames, lengths):

@@ -26,7 +26,7 @@ from sqlalchemy.orm import registry
 from sqlalchemy.pool import StaticPool
 from sqlmodel import Field, Session, SQLModel, select
 
-from dsa_engine.media.mp4 import replacing
+from dsa_engine.files import atomic_write
 
 ID = r"^video_[0-9a-f]{32}$"
 STATES = ("queued", "in_progress", "completed", "failed")
@@ -73,7 +73,7 @@ class Store:
         try:
             for path in (self.videos, self.pictures):
                 path.mkdir(parents=True, exist_ok=True)
-                with replacing(path / "test"):  # now, and not when the first job is done
+                with atomic_write(path / "test"):  # now, and not when the first job is done
                     pass
                 (path / "test").unlink()
         except OSError as error:
@@ -149,7 +149,7 @@ class Store:
             from PIL import Image
 
             try:
-                with replacing(self._picture(job.id)) as temporary:
+                with atomic_write(self._picture(job.id)) as temporary:
                     Image.fromarray(picture).save(temporary, "PNG")
             except OSError as error:
                 raise Unstorable(f"{self.pictures}: {error.strerror or error}") from error

@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 from dsa_engine.engine.session import Chunk
 from dsa_engine.media import image
 from dsa_engine.media.mp4 import read_mp4, write_mp4
-from dsa_engine.media.preprocess import pixels
+from dsa_engine.media.preprocess import to_video_tensor
 from dsa_engine.serving.http import app as module
 from dsa_engine.serving.http.app import create_app
 from dsa_engine.serving.http.schemas import CreateVideo
@@ -187,7 +187,7 @@ def test_a_picture_of_another_size_is_scaled_and_cut(kind, size):
     array = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     data = png(array, kind)
     decoded = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    expected = pixels("x", decoded, 1, (32, 48))[0, 0].movedim(0, -1).numpy()
+    expected = to_video_tensor("x", decoded, 1, (32, 48))[0, 0].movedim(0, -1).numpy()
     got = image.decode(data, 32, 48)
     assert got.dtype == np.uint8 and got.shape == (32, 48, 3)
     assert np.abs(got / 255 - expected).max() <= 0.5 / 255 + 1e-6
@@ -290,8 +290,8 @@ WRONG = [
     ({"min_steps": 0}, 422, "min_steps"),
     ({"num_inference_steps": 0}, 422, "num_inference_steps"),
     ({"input_reference": "not base64!"}, 400, "data URL"),
-    ({"input_reference": "data:image/png;base64,AAAA"}, 400, "no picture that can be read"),
-    ({"input_reference": ""}, 400, "no picture that can be read"),
+    ({"input_reference": "data:image/png;base64,AAAA"}, 400, "no image that can be read"),
+    ({"input_reference": ""}, 400, "no image that can be read"),
     ({"image": "x"}, 422, "image"),
     ({"__proto__": {}}, 422, "__proto__"),
 ]
@@ -374,7 +374,7 @@ def test_broken_multipart_is_refused(client, kind, body, status):
         ([("prompt", (None, "a")), ("seed", (None, ""))], 422, "seed"),
         ([("prompt", (None, "a")), ("num_frames", (None, "-3"))], 422, "num_frames"),
         ([("prompt", (None, "a")), ("num_frames", (None, "7"))], 400, "nearest is 6"),
-        ([("prompt", (None, "a")), ("input_reference", ("x", b""))], 400, "no picture"),
+        ([("prompt", (None, "a")), ("input_reference", ("x", b""))], 400, "no image"),
         ([("prompt", (None, "a"))] + [("input_reference", ("x", png(PICTURE)))] * 2, 400, "files"),
         ([(f"f{i}", (None, "1")) for i in range(80)], 400, "fields"),
     ],

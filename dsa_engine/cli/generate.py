@@ -20,7 +20,8 @@ from dsa_engine import pipeline_inputs
 from dsa_engine.cli.options import LOADING, Result, add_loading, warm_up
 from dsa_engine.config import COMMIT_MODES, ROPE_MODES
 from dsa_engine.engine.session import Chunk
-from dsa_engine.media import mp4
+from dsa_engine.files import check_output_path
+from dsa_engine.media import mp4, report
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import POLICY_FORMS
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> Result:
         args.output = "out.mp4"
     for path, suffix in ((args.output, ".mp4"), (args.report, ".png")):
         if path is not None:
-            mp4.check_target(path, suffix)
+            check_output_path(path, suffix)
     parts = {name: getattr(args, name) for name in LOADING}
     with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=1, **parts) as pipe:
         options = {name: getattr(args, name) for name in SESSION_OPTIONS}
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> Result:
     )
     if args.report is not None:
         threshold = reported_threshold(pipe, policy)
-        mp4.write_report(args.report, chunks, threshold=threshold, max_steps=pipe.max_steps, title=title)
+        report.write_report(args.report, chunks, threshold=threshold, max_steps=pipe.max_steps, title=title)
     lines = [
         title,
         f"{facts['seconds']:g} s of {facts['size']} at {pipe.fps:g} fps from {args.model}, seed {args.seed}",

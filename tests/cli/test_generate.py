@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dsa_engine.cli import generate
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.session import Session
-from dsa_engine.media import mp4
+from dsa_engine.media import mp4, report
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.pipeline import Pipeline
 from tests.support.command_line import OTHER, PROMPT, THIRD, by_hand, decoded, min_confidences
@@ -156,13 +156,13 @@ def test_json_alone_writes_no_file(facts, tmp_path):
 
 
 def test_the_report_gets_the_clips_data(run, monkeypatch, model, tmp_path):
-    seen, figure = {}, mp4.report_figure
+    seen, figure = {}, report.report_figure
 
     def spy(chunks, **options):
         seen.update(options, chunks=chunks)
         return figure(chunks, **options)
 
-    monkeypatch.setattr(mp4, "report_figure", spy)
+    monkeypatch.setattr(report, "report_figure", spy)
     code, _, err = run("generate", PROMPT, "--report", "r.png", "--at", "9f", OTHER)
     assert code == 0 and os.listdir(tmp_path) == ["r.png"], err
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Rowwise(NamedTuple):
+class RowwiseFP8(NamedTuple):
     """Input or weight of a product, one scale a row: value = scale * values.
 
     values [..., C] e4m3; scale [..., 1] float32.
@@ -33,7 +33,7 @@ class CacheScales(NamedTuple):
 REDUCE = ("min", "mean", "max")  # `StopRule.reduce` holds the index
 
 
-class Projection(NamedTuple):
+class FinalLayer(NamedTuple):
     """The DiT's last layer: LayerNorm, modulation and product. shift, scale [B, F, C]; weight [P, C], bias [P], where
     P = p * p * c holds a patch of p x p latent pixels with c channels each, channels innermost."""
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_engine.kernel_types import Epilogue, HeadWeights, Projection, StopRule
+from dsa_engine.kernel_types import Epilogue, FinalLayer, HeadWeights, StopRule
 from dsa_engine.triton_kernels.fp8_linear import load_row
 from dsa_engine.triton_kernels.modulate import by_frame, of_frame
 from dsa_engine.triton_kernels.pooling import (
@@ -196,7 +196,7 @@ def epilogue(
     noise: Tensor,
     sigma: Tensor,
     next_sigma: Tensor,
-    final: Projection,
+    final: FinalLayer,
     head: HeadWeights | None,
     rule: StopRule,
     eps: float,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_engine.kernel_types import Rowwise
+from dsa_engine.kernel_types import RowwiseFP8
 
 E4M3_MAX = tl.constexpr(448.0)
 LEAST_TOP = tl.constexpr(1.5e-36)  # 448 divided by it is still finite, and 0 * inf would be NaN
@@ -32,10 +32,10 @@ def row_split(*rows: Tensor) -> tuple[int, int, int, int]:
     return head, triton.next_power_of_2(max(1, channels - head)), 16 // widest, max(1, min(16, padded // 2048))
 
 
-def empty_rowwise(x: Tensor) -> Rowwise:
+def empty_rowwise(x: Tensor) -> RowwiseFP8:
     """Room for x [..., C] in FP8."""
     scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    return Rowwise(torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device), scale)
+    return RowwiseFP8(torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device), scale)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def quantise_kernel(x, values, scale, C: tl.constexpr, HEAD: tl.constexpr, TAIL:
     store_quantised(values + row * C, scale + row, head, tail, load_row(x, head, C), load_row(x, tail, C), C)
 
 
-def quantise(x: Tensor) -> Rowwise:
+def quantise(x: Tensor) -> RowwiseFP8:
     x = x.contiguous()
     out, channels = empty_rowwise(x), x.shape[-1]
     if x.numel():
@@ -83,7 +83,7 @@ def quantise(x: Tensor) -> Rowwise:
     return out
 
 
-def fp8_linear(x: Rowwise, weight: Rowwise, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def fp8_linear(x: RowwiseFP8, weight: RowwiseFP8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     outputs, inputs = weight.values.shape
     if inputs % 16 or outputs % 16:
         near = [max(16, round(n / 16) * 16) for n in (outputs, inputs)]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsa_engine.kernel_types import Rowwise
+from dsa_engine.kernel_types import RowwiseFP8
 from dsa_engine.triton_kernels.fp8_linear import (
     empty_rowwise,
     load_row,
@@ -137,13 +137,13 @@ def gelu_bias_kernel(
         store_quantised(out, out_scale + row, head, tail, a, b, C)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | Rowwise:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | RowwiseFP8:
     return _modulate(x, None, None, shift, scale, eps, fp8)[1]
 
 
 def residual_modulate(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False
-) -> tuple[Tensor, Tensor | Rowwise]:
+) -> tuple[Tensor, Tensor | RowwiseFP8]:
     return _modulate(x, y.contiguous(), gate, shift, scale, eps, fp8)
 
 
@@ -160,7 +160,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return out
 
 
-def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
+def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | RowwiseFP8:
     x, channels = x.contiguous(), x.shape[-1]
     out = empty_rowwise(x) if fp8 else torch.empty_like(x)
     values, scales = out if fp8 else (out, None)

@@ -21,13 +21,13 @@ from dsa_engine.config import PRESETS, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.shapes.world import sample_captions
 
 HISTOGRAM = (0.2, 0.3, 0.3, 0.2)  # shares of chunks with 1, 2, ... steps: 2.5 on average
-VAES = {"wan": WanVAE, "taehv": TinyVAE}
+VAES = {"wan": WanVAE, "taehv": TAEHV}
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def own(name: str, op: str) -> Callable:
     return getattr(found, op)
 
 
-def scaled_mm(x: ops.Rowwise, weight: ops.Rowwise, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled_mm(x: ops.RowwiseFP8, weight: ops.RowwiseFP8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     flat = x.values.flatten(0, -2)
     scales = x.scale.flatten(0, -2).contiguous(), weight.scale.T.contiguous()
     y = torch._scaled_mm(flat, weight.values.T, *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)

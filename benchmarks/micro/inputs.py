@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.micro.roofline import KEY_FRAMES, VAE_LEVELS, Row, Sizes
-from dsa_engine.ops import CacheScales, HeadWeights, Projection, Rowwise, StopRule, reference
+from dsa_engine.ops import CacheScales, FinalLayer, HeadWeights, RowwiseFP8, StopRule, reference
 
 EPS = 1e-6
 E4M3 = torch.float8_e4m3fn
@@ -37,8 +37,8 @@ class Draw:
         """The largest magnitudes are near 448, as after a scale that was chosen so."""
         return reference.to_e4m3(self.normal(*shape, dtype=torch.float32, std=100.0))
 
-    def rowwise(self, *shape: int) -> Rowwise:
-        return Rowwise(self.e4m3(*shape), self.between(0.005, 0.02, *shape[:-1], 1))
+    def rowwise(self, *shape: int) -> RowwiseFP8:
+        return RowwiseFP8(self.e4m3(*shape), self.between(0.005, 0.02, *shape[:-1], 1))
 
     def whole(self, values: Sequence, dtype=torch.long) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -122,7 +122,7 @@ def epilogue(d: Draw, row: Row, s: Sizes) -> tuple:
     latent = (1, s.F, s.config.in_dim, *s.latent)
     hidden = d.normal(1, s.T, s.C)
     time, x, noise = d.normal(1, s.F, s.C), d.normal(*latent), d.normal(*latent)
-    final = Projection(*_vectors(d, s, 2), d.normal(s.patch, s.C, std=s.C**-0.5), d.normal(s.patch))
+    final = FinalLayer(*_vectors(d, s, 2), d.normal(s.patch, s.C, std=s.C**-0.5), d.normal(s.patch))
     wide = s.C // 2
     head = HeadWeights(d.normal(wide, 3 * s.C, std=s.C**-0.5), d.normal(wide), d.normal(1, wide, std=0.05), d.normal(1))
     counts = (d.whole([n], torch.int32) for n in (2, 1, 4, 0))
@@ -213,7 +213,7 @@ def outputs(row: Row, args: tuple, result) -> list[Tensor]:
             k = k * scales.k[:, None, None, :, None] + scales.shift[:, None, None]
             v = v * scales.v[:, None, None, :, None]
         return [result.float(), k, v]
-    if isinstance(result, Rowwise):
+    if isinstance(result, RowwiseFP8):
         return [result.values.float() * result.scale]
     if isinstance(result, Tensor):
         return [result.float()]

@@ -30,7 +30,7 @@ from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.offload import Offloaded
-from dsa_engine.models.taehv import load_tiny_vae
+from dsa_engine.models.taehv import load_taehv
 from dsa_engine.models.umt5 import UMT5, load_text
 from dsa_engine.models.wan_vae import load_vae
 from dsa_engine.shapes.codec import PixelCodec
@@ -177,7 +177,7 @@ def load_decoder(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
             f"{path}: LightTAE, whose latents have Wan's mean and deviation in them, which is not done here; expected "
             f"is TAEHV's taew2_1.pth, or the Wan VAE"
         )
-    return (load_tiny_vae if kind == key_maps.vae_names.TINY else load_vae)(path, device, dtype)
+    return (load_taehv if kind == key_maps.vae_names.TINY else load_vae)(path, device, dtype)
 
 
 def place(

@@ -21,7 +21,7 @@ KINDS = (
     (r"(^|\.)blocks\.0\.(self_attn\.q|attn1\.to_q)\.weight$", "a DiT"),
     (r"(^|\.)(token_embedding|shared)\.weight$", "a text encoder"),
 )
-LOADERS = {WAN: "load_vae", DIFFUSERS: "load_vae", TINY: "load_tiny_vae", "a DiT": "load_dit"}
+LOADERS = {WAN: "load_vae", DIFFUSERS: "load_vae", TINY: "load_taehv", "a DiT": "load_dit"}
 
 # Wan's module -> diffusers' module: where a layer is ...
 PLACES = {

@@ -23,16 +23,15 @@ from dsa_engine.engine.session import Session, to_uint8
 from dsa_engine.kernel_types import CacheScales
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import E4M3, cache_scales
-from dsa_engine.models.interfaces import VideoCodec
+from dsa_engine.models.interfaces import TextEncoder, TextKV, VideoCodec
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
-from dsa_engine.shapes.text_encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from dsa_engine.engine.chunk_plan import Row
 from dsa_engine.engine.device import read
 from dsa_engine.kernel_types import REDUCE, StopRule
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.interfaces import TextKV
 from dsa_engine.sampling.kv_cache import CacheRows, KVCache
 from dsa_engine.sampling.policy import Rule
 from dsa_engine.sampling.schedule import TIMESTEPS
@@ -140,7 +141,7 @@ class StepInputs:
         step = self.step[slot] - stopped.long()  # one that has takes its last step again, and writes the same keys
         level = torch.where(commit, 0.0, self.sigmas[slot, step])[:, None].expand(-1, self.frames)
         x = torch.where(commit[:, None, None, None, None], self.x0[slot], self.x[slot])
-        tokens, time = self.dit.trunk(x, TIMESTEPS * level, memory.frames, self._text(slot, longest), memory)
+        tokens, time = self.dit.forward_features(x, TIMESTEPS * level, memory.frames, self._text(slot, longest), memory)
         if not steps:
             return
         levels = self.noise.shape[1]  # nothing follows the last step, whose next level is 0
@@ -153,7 +154,7 @@ class StepInputs:
             noise,
             level,
             after,
-            self.dit.head.projection(time),
+            self.dit.head.final_layer(time),
             None if self.head is None else self.head.weights,
             self._rule(slot, step),
             self.dit.config.eps,

@@ -14,7 +14,8 @@ from dsa_engine.engine.chunk_plan import Node, chunk_plan, execute
 from dsa_engine.engine.device import Moment, on_device
 from dsa_engine.engine.model_runner import StepInputs
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.interfaces import TextKV
 from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk, read
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import Noise

@@ -18,8 +18,7 @@ from torch.nn.functional import pad
 from dsa_engine.engine.chunk_plan import Node
 from dsa_engine.engine.device import Moment, copied, follow, on_device, stream_of
 from dsa_engine.engine.rollout import Rollout
-from dsa_engine.models.dit import TextKV
-from dsa_engine.models.interfaces import VideoCodec
+from dsa_engine.models.interfaces import TextKV, VideoCodec
 from dsa_engine.sampling.denoise import Denoised, Step
 
 

@@ -1,4 +1,4 @@
-"""The causal diffusion transformer: Wan 2.1's maths on one chunk of frames, with the past behind a `Memory`.
+"""The causal diffusion transformer: Wan 2.1's maths on one chunk of frames, with the past behind a `KVMemory`.
 
 Modules own weights only. Timesteps, positions, the prompt's keys and values and the memory come in as arguments, so one
 forward serves a denoising step, a KV commit and a teacher-forced training pass. Parameter names are Wan 2.1's own.
@@ -7,8 +7,7 @@ Source: Wan 2.1 `wan/modules/model.py`; per-frame modulation as in Self-Forcing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,46 +15,13 @@ from torch import Tensor, nn
 
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
-from dsa_engine.kernel_types import Projection, Rowwise
-from dsa_engine.models.linear import Fp8Linear
+from dsa_engine.kernel_types import FinalLayer, RowwiseFP8
+from dsa_engine.models.interfaces import KVMemory, TextKV
+from dsa_engine.models.linear import fused_linear
 from dsa_engine.models.rope import rope_table
 
 
-class Memory(Protocol):
-    """Owns the keys and values of the past: a ring cache at inference, the neighbouring chunks in training."""
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gains: tuple[Tensor, Tensor],
-        rope: tuple[Tensor, Tensor],
-        eps: float,
-    ) -> Tensor:
-        """Raw q, k, v [B, T, C] of this chunk -> attention output [B, T, C] over the past and the chunk.
-
-        They may be views of one [B, T, 3 C]: only their last dim is contiguous.
-        """
-
-
-class TextKV(NamedTuple):
-    """Keys and values of all cross-attentions for B prompts: kv [layers, 2, B, L, H, D].
-
-    used, repeat: [B], as `ops.cross_attention` takes them; None where every key counts once.
-    """
-
-    kv: Tensor
-    used: Tensor | None = None
-    repeat: Tensor | None = None
-
-    def select(self, rows: Tensor) -> TextKV:
-        """Those of some of the rows."""
-        return TextKV(self.kv[:, :, rows], *(None if x is None else x[rows] for x in (self.used, self.repeat)))
-
-
-class Vectors(NamedTuple):
+class BlockModulation(NamedTuple):
     """What modulates one block, float32 [B, F, dim] each: shift, scale and gate of the self-attention, then of the
     feed-forward; shift3 and scale3 [1, 1, dim], norm3's bias and its weight minus one, for the cross-attention."""
 
@@ -85,52 +51,6 @@ def timestep_features(t: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
-def joint(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
-    """Every layer's output for one x [..., in], on a GPU by a single product.
-
-    On a CPU that is no faster. Where the weights are to be trained, and under torch.compile, which knows no addresses,
-    each layer is a product of its own as well.
-    """
-    trained = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
-    device = x.values.device if isinstance(x, Rowwise) else x.device
-    if device.type != "cuda" or trained or torch.compiler.is_compiling():
-        return [layer(x) for layer in layers]
-    return one_product(x, layers)
-
-
-def one_product(x: Tensor | Rowwise, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
-    """Every layer's output for one x [..., in]: views of one tensor [..., sum of their widths]."""
-    weight, bias = (side_by_side([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-    if isinstance(x, Rowwise):
-        scale = side_by_side([layer.scale for layer in layers])
-        y = ops.fp8_linear(x, Rowwise(weight, scale), bias, bias.dtype)
-    else:
-        y = F.linear(x, weight, bias)
-    return y.split([layer.out_features for layer in layers], dim=-1)
-
-
-def side_by_side(parts: Sequence[nn.Parameter]) -> Tensor:
-    """Parameters [n, ...] as one tensor [sum of n, ...], whose memory is theirs.
-
-    They are moved together when they are first asked for, and again after whatever parts them: `Module.to`, a copy, a
-    checkpoint. So nothing else has to know of it: each stays a parameter of its own, with its name.
-    """
-    first, end = parts[0], parts[0].data_ptr()
-    for part in parts:
-        if part.data_ptr() != end or not part.is_contiguous():
-            break
-        end += part.nbytes
-    else:
-        storage = first.untyped_storage()  # neighbours may still be allocations of their own
-        if end <= storage.data_ptr() + storage.nbytes():
-            return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-    with torch.inference_mode(False), torch.no_grad():  # trained later, they must not be inference tensors
-        whole = torch.cat([part.detach() for part in parts])
-        for part, place in zip(parts, whole.split([len(part) for part in parts])):
-            part.data = place
-    return whole
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -153,19 +73,19 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def forward(self, x: Tensor | Rowwise, layer: int, memory: Memory, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor | RowwiseFP8, layer: int, memory: KVMemory, rope: tuple[Tensor, Tensor]) -> Tensor:
         gains = (self.norm_q.weight, self.norm_k.weight)
-        q, k, v = joint(x, (self.q, self.k, self.v))
+        q, k, v = fused_linear(x, (self.q, self.k, self.v))
         return self.o(memory.attend(layer, q, k, v, gains, rope, self.norm_q.eps))
 
 
 class CrossAttention(Attention):
     def keys_values(self, text: Tensor) -> Tensor:
         """text [B, L, dim] -> [2, B, L, H, D]: this layer's keys and values of a prompt, computed once per prompt."""
-        k, v = joint(text, (self.k, self.v))
+        k, v = fused_linear(text, (self.k, self.v))
         return torch.stack((self.norm_k(k), v)).unflatten(-1, self.heads)
 
-    def forward(self, x: Tensor | Rowwise, layer: int, text: TextKV) -> Tensor:
+    def forward(self, x: Tensor | RowwiseFP8, layer: int, text: TextKV) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
         return self.o(ops.cross_attention(q, *text.kv[layer], text.used, text.repeat).flatten(2))
 
@@ -186,18 +106,18 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor | Rowwise,
-        mod: Vectors,
-        then: Vectors | None,
+        y: Tensor | RowwiseFP8,
+        mod: BlockModulation,
+        next_mod: BlockModulation | None,
         layer: int,
         rope,
         text: TextKV,
-        memory: Memory,
-    ) -> tuple[Tensor, Tensor | Rowwise | None]:
+        memory: KVMemory,
+    ) -> tuple[Tensor, Tensor | RowwiseFP8 | None]:
         """x [B, T, dim], the stream, and y, its norm modulated for this block -> the same for the next block.
 
         The end of each sub-layer and the norm of the next are one op, which reads and writes the stream once; so are
-        this block's end and the norm of the next, modulated by `then`. After the last block there is no y.
+        this block's end and the norm of the next, modulated by `next_mod`. After the last block there is no y.
         """
         y = self.self_attn(y, layer, memory, rope)
         x, y = ops.residual_modulate(x, y, mod.gate1, mod.shift3, mod.scale3, self.eps, self.fp8)
@@ -205,9 +125,9 @@ class Block(nn.Module):
         x, y = ops.residual_modulate(x, y, None, mod.shift2, mod.scale2, self.eps, self.fp8)
         up, _, down = self.ffn
         y = down(up.gelu(y) if self.fp8 else ops.linear_gelu(y, up.weight, up.bias))
-        if then is None:
+        if next_mod is None:
             return ops.gate_residual(x, y, mod.gate2), None
-        return ops.residual_modulate(x, y, mod.gate2, then.shift1, then.scale1, self.eps, self.fp8)
+        return ops.residual_modulate(x, y, mod.gate2, next_mod.shift1, next_mod.scale1, self.eps, self.fp8)
 
 
 class Head(nn.Module):
@@ -217,13 +137,13 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self.head = nn.Linear(config.dim, config.patch_size[1] * config.patch_size[2] * config.out_dim)
 
-    def projection(self, time: Tensor) -> Projection:
+    def final_layer(self, time: Tensor) -> FinalLayer:
         """Everything `ops.epilogue` needs of this layer, for the timestep embeddings [B, F, dim]."""
         shift, scale = (self.modulation.float() + time.float()[:, :, None]).unbind(2)
-        return Projection(shift, scale, self.head.weight, self.head.bias)
+        return FinalLayer(shift, scale, self.head.weight, self.head.bias)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale, weight, bias = self.projection(time)
+        shift, scale, weight, bias = self.final_layer(time)
         return F.linear(ops.modulate(x, shift, scale, self.eps), weight, bias)
 
 
@@ -276,7 +196,7 @@ class CausalDiT(nn.Module):
         text = self.text_embedding(embeds)
         return TextKV(torch.stack([block.cross_attn.keys_values(text) for block in self.blocks]), used, repeat)
 
-    def forward(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: Memory) -> DiTOutput:
+    def forward(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: KVMemory) -> DiTOutput:
         """One forward over a chunk.
 
         x [B, F, C, H, W] noisy latents; t [B, F] timesteps in [0, 1000] (1000 sigma); frames [B, F] absolute positions;
@@ -284,13 +204,15 @@ class CausalDiT(nn.Module):
         """
         batch, count, _, height, width = x.shape
         p = self.config.patch_size[1]
-        tokens, time = self.trunk(x, t, frames, text_kv, memory)
+        tokens, time = self.forward_features(x, t, frames, text_kv, memory)
         out = self.head(tokens, time)
         out = out.view(batch, count, height // p, width // p, p, p, self.config.out_dim)
         velocity = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, count, self.config.out_dim, height, width)
         return DiTOutput(velocity, tokens, time)
 
-    def trunk(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: Memory) -> tuple[Tensor, Tensor]:
+    def forward_features(
+        self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: KVMemory
+    ) -> tuple[Tensor, Tensor]:
         """`forward` without its last layer: tokens [B, T, dim] of the last block and the time embedding [B, F, dim]."""
         _, _, _, height, width = x.shape
         self.config.tokens_per_frame(height, width)  # raises for a size off the patch grid
@@ -305,12 +227,12 @@ class CausalDiT(nn.Module):
             tokens, y = block(tokens, y, *vectors[layer : layer + 2], layer, rope, text_kv, memory)
         return tokens, time
 
-    def _vectors(self, mod: Tensor) -> list[Vectors]:
+    def _vectors(self, mod: Tensor) -> list[BlockModulation]:
         """Every block's, from the projected timesteps [B, F, 6, dim]: made at once, not in small ops block by block."""
         levels = torch.stack([block.modulation for block in self.blocks]).float()[:, :, None] + mod
         norms = ([getattr(block.norm3, name) for block in self.blocks] for name in ("bias", "weight"))
         shift3, scale3 = (torch.stack(vectors).float()[:, None, None] for vectors in norms)
-        return [Vectors(*own.unbind(2), *plain) for own, *plain in zip(levels, shift3, scale3 - 1)]
+        return [BlockModulation(*own.unbind(2), *plain) for own, *plain in zip(levels, shift3, scale3 - 1)]
 
     def _patchify(self, x: Tensor) -> Tensor:
         """The strided convolution as one matrix product: [B, F, C, H, W] -> [B, F * H/p * W/p, dim]."""

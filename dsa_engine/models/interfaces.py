@@ -1,8 +1,9 @@
-"""What the engine asks of a video codec: the small model's `PixelCodec`, and the video VAEs of real models."""
+"""What the engine asks of a model's parts: the video codec, the text encoder, and the memory behind self-attention."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,3 +30,46 @@ class VideoCodec(Protocol):
 
     def latent_frames_of(self, frames: int) -> int:
         """Latent frames of a clip of `frames` pixel frames. Raises ValueError for a length that no clip has."""
+
+
+class TextEncoder(Protocol):
+    """text_dim: the width of its embeddings."""
+
+    text_dim: int
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> [B, L, text_dim]. Raises ValueError for a prompt that it cannot represent."""
+
+
+class KVMemory(Protocol):
+    """Owns the keys and values of the past: a ring cache at inference, the neighbouring chunks in training."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gains: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
+        eps: float,
+    ) -> Tensor:
+        """Raw q, k, v [B, T, C] of this chunk -> attention output [B, T, C] over the past and the chunk.
+
+        They may be views of one [B, T, 3 C]: only their last dim is contiguous.
+        """
+
+
+class TextKV(NamedTuple):
+    """Keys and values of all cross-attentions for B prompts: kv [layers, 2, B, L, H, D].
+
+    used, repeat: [B], as `ops.cross_attention` takes them; None where every key counts once.
+    """
+
+    kv: Tensor
+    used: Tensor | None = None
+    repeat: Tensor | None = None
+
+    def select(self, rows: Tensor) -> TextKV:
+        """Those of some of the rows."""
+        return TextKV(self.kv[:, :, rows], *(None if x is None else x[rows] for x in (self.used, self.repeat)))

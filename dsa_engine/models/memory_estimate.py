@@ -22,7 +22,7 @@ from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.streaming_vae import StreamingVAE
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from dsa_engine.shapes.codec import PixelCodec
 
@@ -59,9 +59,9 @@ class TextSize:
     block: int
 
 
-WAN_VAE = Codec("the Wan VAE", 126_892_531, state=2365.0, work=435.0)
-TAEHV = Codec("TAEHV", 11_315_539, state=84.0, work=140.0)
-PIXELS = Codec("the pixel codec", 151_100, work=8.25, streams=False)
+WAN_VAE_FOOTPRINT = Codec("the Wan VAE", 126_892_531, state=2365.0, work=435.0)
+TAEHV_FOOTPRINT = Codec("TAEHV", 11_315_539, state=84.0, work=140.0)
+PIXEL_CODEC_FOOTPRINT = Codec("the pixel codec", 151_100, work=8.25, streams=False)
 UMT5_XXL = TextSize("umT5-XXL", 5_680_910_336, 192_948_224)
 
 
@@ -104,7 +104,7 @@ def predict(
     rollout: RolloutConfig,
     load: Workload,
     *,
-    codec: Codec | None = WAN_VAE,
+    codec: Codec | None = WAN_VAE_FOOTPRINT,
     text: TextSize | None = UMT5_XXL,
     weights: Mapping[str, int] | None = None,
     offload: Sequence[str] = (),
@@ -221,7 +221,7 @@ def report(model: ModelConfig, rollout: RolloutConfig, load: Workload, **sizes: 
     sessions fit the big ones, with nothing offloaded."""
     peaks = {name: predict(model, rollout, load, offload=name, **sizes).peak for name in PLACEMENTS}
     whole = predict(model, rollout, load, **sizes)
-    codec, text = sizes.get("codec", WAN_VAE), sizes.get("text", UMT5_XXL)
+    codec, text = sizes.get("codec", WAN_VAE_FOOTPRINT), sizes.get("text", UMT5_XXL)
     window = rollout.window or max(load.frames, rollout.sink + rollout.chunk_frames)
     parts = [part.name for part in (codec, text) if part]
     about = [f"latents of {load.width}x{load.height}", f"a window of {window} latent frames"]
@@ -266,7 +266,11 @@ def codec_of(decoder: nn.Module | None) -> Codec | None:
         return None
     inner = decoder.codec if isinstance(decoder, Offloaded) else decoder
     parameters = sum(p.numel() for p in inner.parameters())
-    for kind, codec, full in ((WanVAE, WAN_VAE, 96), (TinyVAE, TAEHV, 64), (PixelCodec, PIXELS, 32)):
+    for kind, codec, full in (
+        (WanVAE, WAN_VAE_FOOTPRINT, 96),
+        (TAEHV, TAEHV_FOOTPRINT, 64),
+        (PixelCodec, PIXEL_CODEC_FOOTPRINT, 32),
+    ):
         if isinstance(inner, kind):
             first = next(layer for layer in inner.encoder.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d)))
             share = first.out_channels / full

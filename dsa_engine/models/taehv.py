@@ -89,7 +89,7 @@ def _decoder(widths: tuple[int, ...], inputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3))
 
 
-class TinyVAE(StreamingVAE):
+class TAEHV(StreamingVAE):
     """A `VideoCodec`: frames [B, T, 3, H, W] in [0, 1] <-> latents [B, F, 16, H / 8, W / 8] as the DiT has them, with
     no mean and deviation to undo. 128 tensors, 11.3 M parameters at the default sizes.
 
@@ -138,7 +138,7 @@ def _apply(layers: nn.Sequential, x: Tensor, stream: Stream) -> Tensor:
     return x.unflatten(0, (batch, -1))
 
 
-def last_frames(vae: TinyVAE, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def last_frames(vae: TAEHV, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, with the decoder's TGrow weights cut to the frames that `vae` makes: the last ones.
 
     A file may hold a stage that makes two frames of one where the model makes one; the later frame is the one to keep.
@@ -151,7 +151,7 @@ def last_frames(vae: TinyVAE, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return tensors
 
 
-def load_tiny_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TinyVAE:
+def load_taehv(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TAEHV:
     """TAEHV from `taew2_1.pth` or the same tensors as safetensors.
 
     Not for `lighttaew2_1.pth`: the same names and shapes, but latents with Wan's mean and deviation in them. Nothing in
@@ -161,6 +161,6 @@ def load_tiny_vae(path: str | Path, device: torch.device | str = "cpu", dtype: t
     tensors = read_tensors(path)
     expect(tensors, (TINY,), path)
     with torch.device("meta"):
-        vae = TinyVAE()
+        vae = TAEHV()
     load_strict(vae, last_frames(vae, tensors), path)
     return vae.to(device=device, dtype=dtype).requires_grad_(False).eval()

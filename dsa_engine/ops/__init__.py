@@ -1,6 +1,6 @@
 """One public function an op: formula, shapes, checks, and dispatch to the best implementation of the machine."""
 
-from dsa_engine.kernel_types import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
+from dsa_engine.kernel_types import CacheScales, Epilogue, FinalLayer, HeadWeights, RowwiseFP8, StopRule
 from dsa_engine.ops.attention import attention, cross_attention
 from dsa_engine.ops.epilogue import epilogue, renoise, velocity_to_x0
 from dsa_engine.ops.fp8_linear import fp8_linear, quantise
@@ -14,8 +14,8 @@ __all__ = [
     "CacheScales",
     "Epilogue",
     "HeadWeights",
-    "Projection",
-    "Rowwise",
+    "FinalLayer",
+    "RowwiseFP8",
     "StopRule",
     "attention",
     "bias_residual",

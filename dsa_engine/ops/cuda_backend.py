@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsa_engine.kernel_types import CacheScales, Epilogue, HeadWeights, Projection, Rowwise, StopRule
+from dsa_engine.kernel_types import CacheScales, Epilogue, FinalLayer, HeadWeights, RowwiseFP8, StopRule
 from dsa_engine.ops import launch_args
 from dsa_engine.ops.support import E4M3, Call, Kind, Limits, Reason
 
@@ -179,7 +179,7 @@ def _cache(op: str, cache: Tensor, head_dim: int):
 # ---- modulate -------------------------------------------------------------------------------------------------------
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | Rowwise:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | RowwiseFP8:
     return _modulate("modulate", x, None, None, shift, scale, eps, fp8)[1]
 
 
@@ -187,11 +187,11 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return _modulate("gate_residual", x, y, gate, None, None, 0.0, False)[0]
 
 
-def residual_modulate(x, y, gate, shift, scale, eps, fp8=False) -> tuple[Tensor, Tensor | Rowwise]:
+def residual_modulate(x, y, gate, shift, scale, eps, fp8=False) -> tuple[Tensor, Tensor | RowwiseFP8]:
     return _modulate("residual_modulate", x, y, gate, shift, scale, eps, fp8)
 
 
-def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
+def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | RowwiseFP8:
     op, rows = "gelu_bias", launch_args.flat(x)
     result, out, row_scale = _result(op, x, fp8)
     csrc.gelu_bias(
@@ -231,12 +231,12 @@ def _modulate(op: str, x: Tensor, y: Tensor | None, gate, shift, scale, eps: flo
 
 
 def _result(op: str, x: Tensor, fp8: bool):
-    """A new tensor like x, or a new `Rowwise`; its rows; the address of its scales."""
+    """A new tensor like x, or a new `RowwiseFP8`; its rows; the address of its scales."""
     if not fp8:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         return out, launch_args.rows(op, "out", launch_args.flat(out)), 0
     _check_e4m3(op, x)
-    out = Rowwise(
+    out = RowwiseFP8(
         torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
         torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device),
     )
@@ -253,7 +253,7 @@ def epilogue(
     noise: Tensor,
     sigma: Tensor,
     next_sigma: Tensor,
-    final: Projection,
+    final: FinalLayer,
     head: HeadWeights | None,
     rule: StopRule,
     eps: float,

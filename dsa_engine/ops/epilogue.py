@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from dsa_engine.kernel_types import Epilogue, HeadWeights, Projection, StopRule
+from dsa_engine.kernel_types import Epilogue, FinalLayer, HeadWeights, StopRule
 from dsa_engine.ops.dispatch import implementation
 
 
@@ -30,7 +30,7 @@ def epilogue(
     noise: Tensor,
     sigma: Tensor,
     next_sigma: Tensor,
-    final: Projection,
+    final: FinalLayer,
     head: HeadWeights | None,
     rule: StopRule,
     eps: float,

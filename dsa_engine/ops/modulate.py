@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa_engine.kernel_types import Rowwise
+from dsa_engine.kernel_types import RowwiseFP8
 from dsa_engine.ops.dispatch import implementation
 from dsa_engine.ops.support import E4M3
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | Rowwise:
-    """LayerNorm(x) * (1 + scale) + shift, no affine. x [B, T, C] -> [B, T, C] in x's dtype; fp8: as `Rowwise`."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | RowwiseFP8:
+    """LayerNorm(x) * (1 + scale) + shift, no affine. x [B, T, C] -> [B, T, C] in x's dtype; fp8: as `RowwiseFP8`."""
     _check("modulate", x, shift, scale)
     return implementation("modulate", x, stored=E4M3 if fp8 else None)(x, shift, scale, eps, fp8)
 
@@ -27,19 +27,19 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def residual_modulate(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False
-) -> tuple[Tensor, Tensor | Rowwise]:
+) -> tuple[Tensor, Tensor | RowwiseFP8]:
     """The end of one sub-layer and the norm of the next, in one pass: r = x + gate * y, and modulate(r, shift, scale).
 
     gate None is 1. Returns r [B, T, C] in x's dtype and the modulated norm of the r that was returned (rounded), in x's
-    dtype; fp8: that one as `Rowwise`.
+    dtype; fp8: that one as `RowwiseFP8`.
     """
     _check("residual_modulate", x, shift, scale, *([] if gate is None else [gate]), like=y)
     return implementation("residual_modulate", x, stored=E4M3 if fp8 else None)(x, y, gate, shift, scale, eps, fp8)
 
 
-def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | Rowwise:
+def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | RowwiseFP8:
     """gelu(x + bias) with the tanh approximation, as in Wan. x [..., C], bias [C] -> x's shape and dtype; fp8: as
-    `Rowwise`."""
+    `RowwiseFP8`."""
     if bias.shape != x.shape[-1:]:
         raise ValueError(f"gelu_bias: bias {list(bias.shape)} must be [{x.shape[-1]}], the last dim of x")
     return implementation("gelu_bias", x, stored=E4M3 if fp8 else None)(x, bias, fp8)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsa_engine.kernel_types import Epilogue, HeadWeights, Rowwise, StopRule
+from dsa_engine.kernel_types import Epilogue, HeadWeights, RowwiseFP8, StopRule
 
 E4M3_MAX = 448.0  # the largest number of e4m3
 FEW_KEYS = 512  # up to here two plain products and their backward beat the fused kernel's in training on a CPU
@@ -167,14 +167,14 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def quantise(x: Tensor) -> Rowwise:
+def quantise(x: Tensor) -> RowwiseFP8:
     top = x.float().abs().amax(dim=-1, keepdim=True)
     scale = top / E4M3_MAX
     scale = torch.where(scale > 0, scale, 1.0)
-    return Rowwise(to_e4m3(x.float() / scale), scale)
+    return RowwiseFP8(to_e4m3(x.float() / scale), scale)
 
 
-def fp8_linear(x: Rowwise, weight: Rowwise, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def fp8_linear(x: RowwiseFP8, weight: RowwiseFP8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     y = (x.values.float() @ weight.values.float().T) * x.scale * weight.scale[:, 0]
     return (y if bias is None else y + bias.float()).to(dtype)
 

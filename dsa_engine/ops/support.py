@@ -16,7 +16,7 @@ E4M3 = torch.float8_e4m3fn
 class Call(NamedTuple):
     """What can decide whether a backend has a kernel for a call. None: not known yet, and so nothing against it.
 
-    dtype: of the first tensor; stored: of the KV cache, or e4m3 where the result is (`Rowwise`); capability and index:
+    dtype: of the first tensor; stored: of the KV cache, or e4m3 where the result is (`RowwiseFP8`); capability and index:
     of the CUDA device; capability None: a CPU.
     """
 

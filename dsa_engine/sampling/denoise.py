@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dsa_engine import ops
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT, TextKV
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.interfaces import TextKV
 from dsa_engine.sampling.kv_cache import CacheRows
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import TIMESTEPS

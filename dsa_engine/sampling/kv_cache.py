@@ -227,7 +227,7 @@ def _of(x: Tensor, slot: Tensor) -> Tensor:
 
 
 class CacheRows:
-    """One forward's view of the cache; the `Memory` of the DiT at inference."""
+    """One forward's view of the cache; the `KVMemory` of the DiT at inference."""
 
     def __init__(self, cache: KVCache, slot: Tensor, write: Tensor, keys: Tensor, frames: Tensor):
         self.cache, self.slot, self.write, self.keys, self.frames = cache, slot, write, keys, frames

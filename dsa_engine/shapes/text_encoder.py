@@ -1,23 +1,13 @@
-"""Text encoders: prompts in, embeddings [B, L, text_dim] out. The small model's reads the grammar's four slots."""
+"""The shapes model's text encoder: a `TextEncoder` of the grammar's four word slots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dsa_engine.shapes.world import NULL_TOKENS, VOCABULARY, Caption
-
-
-class TextEncoder(Protocol):
-    """text_dim: the width of its embeddings."""
-
-    text_dim: int
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> [B, L, text_dim]. Raises ValueError for a prompt that it cannot represent."""
 
 
 class SlotTextEncoder(nn.Module):

@@ -11,7 +11,7 @@ from dsa_engine.ops.reference import sdpa
 
 
 class TeacherForced:
-    """A `Memory` whose rows are (clip, copy, chunk): copy 0 is clean and supplies the keys, copy 1 is noisy.
+    """A `KVMemory` whose rows are (clip, copy, chunk): copy 0 is clean and supplies the keys, copy 1 is noisy.
 
     The query of chunk i, in either copy, sees the clean chunks i - context .. i - 1 and its own chunk. Keys are
     gathered per chunk, not masked out of the full product, so the cost stays linear in the clip's length.

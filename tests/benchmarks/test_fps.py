@@ -154,8 +154,10 @@ def test_a_stream_is_the_session(pipe, embeds, monkeypatch, commit, pixels):
     options = dict(prompt_embeds=embeds, seed=5, step_policy=PerChunk(counts), num_frames=15, commit=commit)
     with pipe.session(**options) as session:
         expected = [session.next_chunk() for _ in counts]
-    rows, trunk = [], pipe.engine.dit.trunk
-    monkeypatch.setattr(pipe.engine.dit, "trunk", lambda x, *args: rows.append(len(x)) or trunk(x, *args))
+    rows, forward_features = [], pipe.engine.dit.forward_features
+    monkeypatch.setattr(
+        pipe.engine.dit, "forward_features", lambda x, *args: rows.append(len(x)) or forward_features(x, *args)
+    )
     bench = Bench(pipe, [embeds], lambda regime, clip: PerChunk(counts), seed=5)
     stream = bench.stream(bench.clip(5, 1), 0, PerChunk(counts), commit, pixels)
     seen = []

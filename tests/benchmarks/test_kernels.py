@@ -24,7 +24,7 @@ from benchmarks.micro import backends, inputs, measure, roofline
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.ops import Rowwise, dispatch, reference
+from dsa_engine.ops import RowwiseFP8, dispatch, reference
 
 WAN, SMALL = ModelConfig.preset("wan2.1-t2v-1.3b"), ModelConfig.preset("shapes")
 WAN_ROWS = roofline.rows(roofline.Sizes(WAN, 480, 832))
@@ -504,7 +504,7 @@ def test_rowwise_outputs_are_judged_as_what_they_stand_for():
     row = row_of("gelu_bias fp8")
     (x, bias, fp8) = inputs.inputs(row, SMALL_SIZES, "cpu", 0)
     right = reference.gelu_bias(x, bias, fp8)
-    wrong = Rowwise(right.values, right.scale * 1.2)
+    wrong = RowwiseFP8(right.values, right.scale * 1.2)
     expected = inputs.truth(row, (x, bias, fp8))
     assert inputs.distance(expected, [F.gelu(x.double() + bias.double(), approximate="tanh")]) < 1e-6  # not rounded
     assert inputs.distance(inputs.outputs(row, (), right), expected) < 0.03

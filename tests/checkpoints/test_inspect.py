@@ -16,7 +16,7 @@ from dsa_engine.checkpoints.inspect import find_vae, inspect
 from dsa_engine.checkpoints.vae_names import to_diffusers
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 
 SMALL = ModelConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=1, text_dim=16, freq_dim=32)  # heads of 128
@@ -196,7 +196,7 @@ def near(tmp_path, weights):
 
 
 WAN_FILES = WanVAE(dim=2).state_dict()
-NAMED = {"wan": (WAN_FILES, to_diffusers(WAN_FILES)), "taehv": (TinyVAE(widths=(4, 4, 4, 4)).state_dict(),)}
+NAMED = {"wan": (WAN_FILES, to_diffusers(WAN_FILES)), "taehv": (TAEHV(widths=(4, 4, 4, 4)).state_dict(),)}
 
 
 @pytest.mark.parametrize(

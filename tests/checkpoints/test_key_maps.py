@@ -16,7 +16,7 @@ from dsa_engine.checkpoints import key_maps
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from dsa_engine.sampling.schedule import Schedule
 
@@ -177,7 +177,7 @@ def files():
         yield key_maps.HEAD, ConfidenceHead(config).state_dict()
         yield key_maps.vae_names.WAN, WanVAE(dim=8).state_dict()
         yield key_maps.vae_names.DIFFUSERS, AutoencoderKLWan(base_dim=8).state_dict()
-        yield key_maps.vae_names.TINY, TinyVAE().state_dict()
+        yield key_maps.vae_names.TINY, TAEHV().state_dict()
         yield key_maps.PROMPTS, {"prompt_embeds": 0}
         yield None, {"visual.transformer.resblocks.0.attn.in_proj_weight": 0}
         yield None, {}

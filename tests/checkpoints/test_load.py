@@ -29,7 +29,7 @@ from dsa_engine.models import memory_estimate, offload
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.offload import Offloaded
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.umt5 import save_prompts
 from dsa_engine.models.wan_vae import WanVAE
 
@@ -224,8 +224,8 @@ def test_parts_can_be_left_out(wan, monkeypatch):
 
 
 def test_the_tiny_vae_is_told_by_its_names(wan, tmp_path):
-    torch.save(TinyVAE().state_dict(), tmp_path / "taew2_1.pth")
-    assert isinstance(load.load(wan, vae=tmp_path / "taew2_1.pth").decoder, TinyVAE)
+    torch.save(TAEHV().state_dict(), tmp_path / "taew2_1.pth")
+    assert isinstance(load.load(wan, vae=tmp_path / "taew2_1.pth").decoder, TAEHV)
 
 
 def test_parts_that_do_not_fit_are_named(wan, tmp_path, untrained):
@@ -278,15 +278,15 @@ def test_a_vae_can_be_asked_for_by_its_name(wan, checkpoint):
         load.load(wan, vae="taehv", text=False)
     (checkpoint.parent / "Wan2.1-T2V-1.3B").mkdir()
     torch.save(WanVAE(dim=8).state_dict(), checkpoint.parent / "Wan2.1-T2V-1.3B" / "Wan2.1_VAE.pth")
-    torch.save(TinyVAE().state_dict(), checkpoint.parent / "taew2_1.pth")
-    for name, kind in (("wan", WanVAE), ("taehv", TinyVAE)):
+    torch.save(TAEHV().state_dict(), checkpoint.parent / "taew2_1.pth")
+    for name, kind in (("wan", WanVAE), ("taehv", TAEHV)):
         with Pipeline.from_pretrained(checkpoint, vae=name, device="cpu") as pipe:
             assert isinstance(pipe.engine.decoder, kind)
     assert load.load(checkpoint).decoder is None  # nothing is taken from elsewhere unasked
 
 
 def test_light_tae_is_refused_for_its_name(wan, tmp_path):
-    torch.save(TinyVAE().state_dict(), tmp_path / "lighttaew2_1.pth")
+    torch.save(TAEHV().state_dict(), tmp_path / "lighttaew2_1.pth")
     with pytest.raises(ValueError, match="lighttaew2_1.pth: LightTAE, whose latents have Wan's mean.*taew2_1.pth"):
         load.load(wan, vae=tmp_path / "lighttaew2_1.pth", text=False)
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from dsa_engine.kernel_types import Epilogue, HeadWeights, Projection, StopRule
+from dsa_engine.kernel_types import Epilogue, FinalLayer, HeadWeights, StopRule
 from dsa_engine.ops import reference
 from tests.support.csrc.emulated import check_error
 
@@ -39,7 +39,7 @@ def inputs(shape, head=True):
     hidden[..., :width] = 5 + per_channel + torch.randn(batch, frames * rows * columns, width)
     x, noise = torch.randn(2, batch, frames, c, rows * patch, columns * patch).to(latent_dtype)
     shift, scale = torch.randn(batch, frames, 2, width).unbind(2)
-    final = Projection(shift, scale, torch.randn(outputs, width).to(dtype) / width**0.5, torch.randn(outputs).to(dtype))
+    final = FinalLayer(shift, scale, torch.randn(outputs, width).to(dtype) / width**0.5, torch.randn(outputs).to(dtype))
     weights = HeadWeights(
         torch.randn(UNITS, 3 * width).to(dtype) / width**0.5,
         torch.randn(UNITS).to(dtype),

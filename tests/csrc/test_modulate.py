@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsa_engine.kernel_types import Rowwise
+from dsa_engine.kernel_types import RowwiseFP8
 from dsa_engine.ops import reference
 from tests.support.csrc.emulated import check_error, error
 
@@ -40,8 +40,8 @@ def floats(*tensors):
 
 
 def check(name, ours, plain, exact):
-    """Plain tensors, or `Rowwise` beside unrounded numbers."""
-    if isinstance(ours, Rowwise):
+    """Plain tensors, or `RowwiseFP8` beside unrounded numbers."""
+    if isinstance(ours, RowwiseFP8):
         assert ours.values.dtype == torch.float8_e4m3fn and ours.scale.dtype == torch.float32
         assert ours.scale.shape == plain.scale.shape
         assert error(ours.scale, plain.scale) <= FLOOR, f"{name}: the scales of the rows"

@@ -18,7 +18,7 @@ from dsa_engine.engine import engine as engine_module
 from dsa_engine.engine import graphed_decoder as module
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.graphed_decoder import ChunkDecoder, Held
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.shapes.codec import PixelCodec
@@ -57,7 +57,7 @@ def small(kind):
             std=(2.0, 1.5, 0.7),
         )
     else:
-        vae = TinyVAE(widths=(4, 4, 4, 4), latent_channels=3)
+        vae = TAEHV(widths=(4, 4, 4, 4), latent_channels=3)
     for parameter in vae.requires_grad_(False).eval().parameters():
         parameter.normal_(std=0.2)
     return vae
@@ -280,7 +280,7 @@ def test_the_room_it_asks_for_is_that_of_its_buffers_and_its_work(monkeypatch):
 def test_replays_on_a_gpu(kind):
     """In bfloat16, at channels that every kernel takes: the eager bits without tuning, with it what rounding leaves."""
     torch.manual_seed(0)
-    codec = WanVAE(dim=32) if kind == "wan" else TinyVAE()
+    codec = WanVAE(dim=32) if kind == "wan" else TAEHV()
     codec = codec.to("cuda", torch.bfloat16).requires_grad_(False).eval()
     chunks = torch.randn(6, 1, 3, 16, 16, 24, device="cuda", dtype=torch.bfloat16)
     plain = ChunkDecoder(codec, chunks[0].shape)

@@ -286,7 +286,7 @@ def test_timings_are_the_devices(pipe, monkeypatch, make):
     queue, steps = Queue(), 3
     monkeypatch.setattr(session_module, "Moment", queue.moment)
     monkeypatch.setattr(rollout_module, "Moment", queue.moment)
-    monkeypatch.setattr(pipe.engine.dit, "trunk", queue.launch(pipe.engine.dit.trunk, 10))
+    monkeypatch.setattr(pipe.engine.dit, "forward_features", queue.launch(pipe.engine.dit.forward_features, 10))
     monkeypatch.setattr(rollout_module, "commit_chunk", queue.launch(rollout_module.commit_chunk, 4))
     monkeypatch.setattr(pipe.engine.decoder, "decode", queue.launch(pipe.engine.decoder.decode, 7))
 

@@ -12,11 +12,11 @@ import torch
 from dsa_engine import Fixed, Pipeline
 from dsa_engine.engine.graphed_decoder import ChunkDecoder
 from dsa_engine.models.offload import Offloaded, lend
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, device
 
-MAKE = {"wan": lambda: WanVAE(dim=16), "taehv": TinyVAE}
+MAKE = {"wan": lambda: WanVAE(dim=16), "taehv": TAEHV}
 
 
 @pytest.fixture(scope="module", params=MAKE)

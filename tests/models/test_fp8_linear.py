@@ -18,9 +18,9 @@ from dsa_engine import Pipeline, ops
 from dsa_engine.config import ModelConfig
 from dsa_engine.models import dit as dit_module
 from dsa_engine.models import memory_estimate
-from dsa_engine.models.dit import CausalDiT, one_product
+from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import E4M3, cache_scales, quantise_linears
-from dsa_engine.models.linear import Fp8Linear
+from dsa_engine.models.linear import Fp8Linear, fused_gemm
 
 
 def rounded(x):
@@ -67,7 +67,7 @@ def test_layers_of_one_input_are_one_product():
     fp8, x = Fp8Linear.of(plains), ops.quantise(torch.randn(2, 7, 48))
     alone = [Fp8Linear.of((plain,))[0] for plain in plains]
     for layers in (fp8, copy.deepcopy(fp8)):
-        for one, other, out in zip(layers, alone, one_product(x, layers)):
+        for one, other, out in zip(layers, alone, fused_gemm(x, layers)):
             assert one.weight.view(torch.uint8).equal(other.weight.view(torch.uint8)) and one.scale.equal(other.scale)
             torch.testing.assert_close(out, other(x), rtol=1e-6, atol=1e-6)
     assert fp8[0].weight.data_ptr() + fp8[0].weight.nbytes == fp8[1].weight.data_ptr()

@@ -14,7 +14,8 @@ from torch import nn
 from dsa_engine.checkpoints.tensor_io import Entry, write_tensors
 from dsa_engine.checkpoints.wan import fill, load_dit
 from dsa_engine.models import dit
-from dsa_engine.models.dit import CausalDiT, joint, one_product, side_by_side
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.linear import fused_gemm, fused_linear, pack_parameters
 
 
 def linears(*widths: int, inner: int = 8) -> nn.ModuleList:
@@ -38,13 +39,13 @@ x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 def test_one_product_is_that_of_each_layer(widths, close):
     layers = linears(*widths)
     for _ in range(2):  # the second time they lie together already
-        outs = one_product(x, layers)
+        outs = fused_gemm(x, layers)
         assert [list(y.shape) for y in outs] == [[2, 5, n] for n in widths]
         assert len({y.untyped_storage().data_ptr() for y in outs}) == 1 and together(layers)
         for y, expected in zip(outs, apart(layers), strict=True):
             close(y, expected, rel=1e-6)
     before = [p.data_ptr() for p in layers.parameters()]
-    one_product(x, layers)
+    fused_gemm(x, layers)
     assert [p.data_ptr() for p in layers.parameters()] == before  # nothing moves again
 
 
@@ -104,18 +105,18 @@ def filled(layers):
 )
 def test_whatever_parts_the_weights(change, close):
     layers = linears(8, 8, 8)
-    one_product(x, layers)
+    fused_gemm(x, layers)
     layers = change(layers)
-    for y, expected in zip(one_product(x, layers), apart(layers), strict=True):
+    for y, expected in zip(fused_gemm(x, layers), apart(layers), strict=True):
         close(y, expected, rel=1e-6)
     assert together(layers)
 
 
 def test_a_copy_leaves_the_original_alone():
     layers = linears(8, 8)
-    one_product(x, layers)
+    fused_gemm(x, layers)
     other = copy.deepcopy(layers)
-    one_product(x, other)
+    fused_gemm(x, other)
     other[0].weight.zero_()
     assert layers[0].weight.abs().sum() > 0
 
@@ -124,31 +125,31 @@ def test_neighbours_in_memory_may_be_allocations_of_their_own():
     room = np.arange(32, dtype=np.float32)
     parts = [nn.Parameter(torch.frombuffer(memoryview(room)[i : i + 16], dtype=torch.float32)) for i in (0, 16)]
     assert parts[1].data_ptr() == parts[0].data_ptr() + parts[0].nbytes
-    assert side_by_side(parts).tolist() == room.tolist()
+    assert pack_parameters(parts).tolist() == room.tolist()
 
 
 def test_half_a_storage_is_not_taken_for_the_whole():
     """The first two of three that lie together, then the last two: of one storage, at different places."""
     layers = linears(8, 8, 8)
-    one_product(x, layers)
+    fused_gemm(x, layers)
     for some in (layers[:2], layers[1:]):
-        assert all(torch.allclose(y, e, atol=1e-6) for y, e in zip(one_product(x, some), apart(some), strict=True))
+        assert all(torch.allclose(y, e, atol=1e-6) for y, e in zip(fused_gemm(x, some), apart(some), strict=True))
 
 
 def test_training_goes_on_with_every_layer_a_parameter_of_its_own(close):
     layers = linears(8, 8, 8)
     with torch.inference_mode():
-        one_product(x, layers)
+        fused_gemm(x, layers)
     layers.requires_grad_(True)
     names = [name for name, _ in layers.named_parameters()]
     optimizer = torch.optim.AdamW(layers.parameters(), lr=0.1)
     before = [y.detach() for y in apart(layers)]
-    sum(y.square().sum() for y in joint(x, layers)).backward()
+    sum(y.square().sum() for y in fused_linear(x, layers)).backward()
     assert names == [f"{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
     assert all(p.grad is not None and p.grad.shape == p.shape and p.grad.abs().sum() > 0 for p in layers.parameters())
     optimizer.step()
     with torch.no_grad():
-        for y, expected, old in zip(one_product(x, layers), apart(layers), before, strict=True):
+        for y, expected, old in zip(fused_gemm(x, layers), apart(layers), before, strict=True):
             close(y, expected, rel=1e-6)
             assert not torch.allclose(y, old)
     assert together(layers)
@@ -162,28 +163,28 @@ class Elsewhere(torch.Tensor):
 
 def test_which_way_is_taken(monkeypatch):
     calls = []
-    monkeypatch.setattr(dit, "one_product", lambda x, layers: calls.append(len(layers)))
+    monkeypatch.setattr(dit, "fused_gemm", lambda x, layers: calls.append(len(layers)))
     layers, there = linears(8, 8), x.as_subclass(Elsewhere)
-    assert len(joint(x, layers)) == 2 and calls == []
-    joint(there, layers)
+    assert len(fused_linear(x, layers)) == 2 and calls == []
+    fused_linear(there, layers)
     assert calls == [2]
     layers[1].bias.requires_grad_(True)
-    assert len(joint(there, layers)) == 2 and calls == [2]
+    assert len(fused_linear(there, layers)) == 2 and calls == [2]
     with torch.no_grad():
-        joint(there, layers)
+        fused_linear(there, layers)
     assert calls == [2, 2]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.no_grad():
-        assert len(joint(there, layers)) == 2 and calls == [2, 2]
+        assert len(fused_linear(there, layers)) == 2 and calls == [2, 2]
 
 
 @pytest.fixture
 def packed(tiny_dit, monkeypatch) -> CausalDiT:
     """A model whose weights have been moved together by a forward over a prompt and a chunk."""
-    monkeypatch.setattr(dit, "joint", one_product)
+    monkeypatch.setattr(dit, "fused_linear", fused_gemm)
     tiny_dit.text_kv(torch.randn(1, 12, 40))
     for block in tiny_dit.blocks:
-        one_product(torch.randn(1, 96), (block.self_attn.q, block.self_attn.k, block.self_attn.v))
+        fused_gemm(torch.randn(1, 96), (block.self_attn.q, block.self_attn.k, block.self_attn.v))
     return tiny_dit
 
 
@@ -191,7 +192,7 @@ def test_a_rollout_is_the_same(tiny_dit, monkeypatch, close):
     from tests.models.test_dit import roll
 
     expected = roll(copy.deepcopy(tiny_dit), 0)
-    monkeypatch.setattr(dit, "joint", one_product)
+    monkeypatch.setattr(dit, "fused_linear", fused_gemm)
     close(roll(tiny_dit, 0), expected, rel=1e-5)
     attn, cross = tiny_dit.blocks[1].self_attn, tiny_dit.blocks[1].cross_attn
     assert together((attn.q, attn.k, attn.v)) and together((cross.k, cross.v))
@@ -202,7 +203,7 @@ def test_files_of_a_packed_model(packed, tmp_path):
     from safetensors.torch import load_file, save_file
 
     state = packed.state_dict()
-    assert not [name for name in state if "qkv" in name or "joint" in name]
+    assert not [name for name in state if "qkv" in name or "fused_linear" in name]
     for path, write in ((tmp_path / "ours.safetensors", write_tensors), (tmp_path / "theirs.safetensors", None)):
         if write is None:
             save_file(state, path)

@@ -26,7 +26,7 @@ from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.memory_estimate import Workload, predict
 from dsa_engine.models.offload import HomeStream, Loan, Offloaded, lend
 from dsa_engine.models.streaming_vae import Stream
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from dsa_engine.ops import reference
 from dsa_engine.sampling.kv_cache import KVCache
@@ -221,7 +221,9 @@ def fused(monkeypatch):
     monkeypatch.setattr(reference, "bias_residual", lambda x, y, bias: torch.empty_like(x))
 
 
-@pytest.mark.parametrize("make, size", [(WanVAE, memory_estimate.WAN_VAE), (TinyVAE, memory_estimate.TAEHV)])
+@pytest.mark.parametrize(
+    "make, size", [(WanVAE, memory_estimate.WAN_VAE_FOOTPRINT), (TAEHV, memory_estimate.TAEHV_FOOTPRINT)]
+)
 def test_a_decode_allocates_what_is_predicted(fused, make, size):
     vae = on_meta(make)
     assert memory_estimate.codec_of(vae) == size
@@ -253,7 +255,7 @@ def test_the_pixel_codec_is_counted_too():
         codec.decode(meta(1, 3, 16, 8, 8))
     size = memory_estimate.codec_of(codec)
     work = predict(PRESETS["shapes"], RolloutConfig(), Workload(8, 8), codec=size).work["decode"]
-    assert size == memory_estimate.PIXELS and live.peak <= work <= 1.1 * live.peak
+    assert size == memory_estimate.PIXEL_CODEC_FOOTPRINT and live.peak <= work <= 1.1 * live.peak
 
 
 def test_a_narrower_vae_takes_as_much_less(fused):
@@ -274,7 +276,10 @@ def test_1_3b_runs_on_a_12_gb_card():
     assert (held["generator"], held["kv_cache"]) == (2 * 1_418_996_800, 2 * 30 * 21 * 1560 * 1536 * 2)
     assert peaks["text", "vae"].peak < SMALL_CARD < peaks["text",].peak
     assert peaks[()].peak - peaks["text",].peak == 2 * 5_680_910_336
-    assert predict(WAN, RolloutConfig(), Workload(), codec=memory_estimate.TAEHV, offload=("text",)).peak < SMALL_CARD
+    assert (
+        predict(WAN, RolloutConfig(), Workload(), codec=memory_estimate.TAEHV_FOOTPRINT, offload=("text",)).peak
+        < SMALL_CARD
+    )
     assert predict(WAN, RolloutConfig(), Workload(sessions=4), offload=("text", "vae")).peak > SMALL_CARD
     fits = memory_estimate.report(WAN, RolloutConfig(), Workload())["fits"]
     assert fits["12 GB"] == "offload text,vae" and fits["8 GB"] is None and fits["80 GB"] == "offload nothing"
@@ -284,7 +289,14 @@ def test_1_3b_runs_on_a_12_gb_card():
     st.sampled_from(memory_estimate.PLACEMENTS),
     st.integers(3, 30),
     st.integers(1, 4),
-    st.sampled_from([memory_estimate.WAN_VAE, memory_estimate.TAEHV, memory_estimate.PIXELS, None]),
+    st.sampled_from(
+        [
+            memory_estimate.WAN_VAE_FOOTPRINT,
+            memory_estimate.TAEHV_FOOTPRINT,
+            memory_estimate.PIXEL_CODEC_FOOTPRINT,
+            None,
+        ]
+    ),
     st.sampled_from([memory_estimate.UMT5_XXL, None]),
 )
 def test_more_takes_more_and_offloading_takes_less(offload, window, sessions, codec, text):
@@ -298,7 +310,7 @@ def test_more_takes_more_and_offloading_takes_less(offload, window, sessions, co
 
 def test_a_report_is_for_json_and_for_people():
     facts = memory_estimate.report(
-        WAN, RolloutConfig(window=12, sink=3), Workload(), codec=memory_estimate.TAEHV, text=None
+        WAN, RolloutConfig(window=12, sink=3), Workload(), codec=memory_estimate.TAEHV_FOOTPRINT, text=None
     )
     assert "12 latent frames, bfloat16, 1 session, TAEHV" in facts["for"] and "text" not in facts["held"]
     assert facts["peak"]["offload nothing"] == sum(facts["held"].values()) + sum(facts["work"].values())
@@ -321,7 +333,10 @@ def test_what_is_measured_is_what_is_there():
         "generator": {"cpu": 9 * 4 + batch_norm},
         "vae": {"unread": memory_estimate.part_bytes(parts["vae"])},
     }
-    assert memory_estimate.part_bytes(parts["vae"]) > 2 * memory_estimate.PIXELS.parameters and "device" not in facts
+    assert (
+        memory_estimate.part_bytes(parts["vae"]) > 2 * memory_estimate.PIXEL_CODEC_FOOTPRINT.parameters
+        and "device" not in facts
+    )
     assert 10**7 < facts["process"] <= facts["process_peak"] < 10**12
 
 
@@ -336,7 +351,7 @@ def test_sizes_are_those_of_the_parts():
     codec, text = PixelCodec(), nn.Linear(2, 3)
     sizes = memory_estimate.sizes_of({"generator": nn.Linear(3, 4), "confidence": None, "vae": codec, "text": text})
     assert sizes == {
-        "codec": memory_estimate.PIXELS,
+        "codec": memory_estimate.PIXEL_CODEC_FOOTPRINT,
         "text": None,
         "weights": {"generator": 64, "confidence": 0, "vae": memory_estimate.part_bytes(codec), "text": 36},
     }
@@ -469,7 +484,7 @@ VAES = {
         mean=(0.5, -1.0, 0.1),
         std=(2.0, 1.5, 0.7),
     ),
-    "taehv": lambda: TinyVAE(widths=(8, 6, 5, 4), latent_channels=3),
+    "taehv": lambda: TAEHV(widths=(8, 6, 5, 4), latent_channels=3),
     "pixels": PixelCodec,
 }
 
@@ -502,7 +517,7 @@ def test_an_offloaded_decoder_gives_the_same_frames(name, close):
 
 
 def test_the_wrapper_is_seen_through():
-    away = Offloaded(TinyVAE(widths=(8, 6, 5, 4)), "cpu")
+    away = Offloaded(TAEHV(widths=(8, 6, 5, 4)), "cpu")
     assert (
         memory_estimate.codec_of(away) == memory_estimate.codec_of(away.codec)
         and memory_estimate.codec_of(away).name == "TAEHV"

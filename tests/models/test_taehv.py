@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dsa_engine.checkpoints.vae_names import to_diffusers
-from dsa_engine.models.taehv import TinyVAE, load_tiny_vae
+from dsa_engine.models.taehv import TAEHV, load_taehv
 from dsa_engine.models.wan_vae import WanVAE
 
 REL = 1e-5
@@ -57,10 +57,10 @@ def plain_encode(w, x):
 
 
 @pytest.fixture(scope="module")
-def vae() -> TinyVAE:
+def vae() -> TAEHV:
     """As few channels as show every kind of layer, weights that keep the pictures within (0, 1)."""
     torch.manual_seed(0)
-    vae = TinyVAE(widths=(8, 6, 5, 4), latent_channels=3).requires_grad_(False).eval()
+    vae = TAEHV(widths=(8, 6, 5, 4), latent_channels=3).requires_grad_(False).eval()
     for parameter in vae.parameters():
         parameter.normal_(std=0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
     vae.decoder[-1].weight *= 0.6
@@ -116,7 +116,7 @@ def test_a_state_is_a_value(vae):
 
 def test_full_size_has_taehv_s_names():
     with torch.device("meta"):
-        vae = TinyVAE()
+        vae = TAEHV()
         frames, state = vae.decode(torch.empty(1, 21, 16, 2, 3))
     convs = {"encoder": {0, 2, 3, 7, 8, 12, 13, 17}, "decoder": {1, 7, 8, 13, 14, 19, 20, 22}}
     memories = {"encoder": (4, 5, 6, 9, 10, 11, 14, 15, 16), "decoder": (3, 4, 5, 9, 10, 11, 15, 16, 17)}
@@ -142,18 +142,18 @@ def test_full_size_has_taehv_s_names():
 
 
 def test_a_file_loads_and_keeps_the_last_frames_of_a_wider_growth(tmp_path):
-    vae = TinyVAE()
+    vae = TAEHV()
     weights = vae.state_dict()
     for at in (7, 13, 19):
         name = f"decoder.{at}.conv.weight"
         weights[name] = torch.cat((torch.randn_like(weights[name]), weights[name]))
     torch.save(weights, tmp_path / "taew2_1.pth")
-    loaded = load_tiny_vae(tmp_path / "taew2_1.pth")
+    loaded = load_taehv(tmp_path / "taew2_1.pth")
     assert all(torch.equal(loaded.get_parameter(name), p) for name, p in vae.named_parameters())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     save_file({k: v for k, v in weights.items() if k != "decoder.7.conv.weight"}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="1 missing: decoder.7.conv.weight"):
-        load_tiny_vae(tmp_path / "x.safetensors")
+        load_taehv(tmp_path / "x.safetensors")
 
 
 def test_a_file_of_another_model_is_named(tmp_path, tiny_dit):
@@ -166,11 +166,11 @@ def test_a_file_of_another_model_is_named(tmp_path, tiny_dit):
     ]:
         save_file(weights, path)
         with pytest.raises(ValueError, match=re.escape(held)) as error:
-            load_tiny_vae(path)
+            load_taehv(path)
         assert str(path) in str(error.value)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_tiny_vae(path)
+        load_taehv(path)
 
 
 def test_what_does_not_fit_is_refused(vae):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from dsa_engine.checkpoints.vae_names import to_diffusers, to_wan
 from dsa_engine.checkpoints.wan import load_strict
 from dsa_engine.models import wan_vae as vae_module
-from dsa_engine.models.taehv import TinyVAE
+from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE, load_vae
 
 REL = 1e-4
@@ -221,7 +221,7 @@ def test_a_file_of_another_model_is_named(tmp_path, tiny_dit):
     for weights, held in [
         (tiny_dit.state_dict(), "holds a DiT, which load_dit reads"),
         ({f"model.{k}": v for k, v in tiny_dit.state_dict().items()}, "holds a DiT"),
-        (TinyVAE(widths=(4, 4, 4, 4)).state_dict(), "holds a tiny VAE (TAEHV), which load_tiny_vae reads"),
+        (TAEHV(widths=(4, 4, 4, 4)).state_dict(), "holds a tiny VAE (TAEHV), which load_taehv reads"),
         ({"shared.weight": one}, "holds a text encoder; expected the Wan 2.1 VAE or"),
         ({"a": one}, "holds no model that is known here (its first names: a); expected"),
     ]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsa_engine import ops
-from dsa_engine.ops import HeadWeights, Projection, StopRule, reference
+from dsa_engine.ops import FinalLayer, HeadWeights, StopRule, reference
 from dsa_engine.triton_kernels import epilogue as kernel
 from tests.ops.test_fp8_linear import needs_gpu, surrounded
 from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
@@ -83,7 +83,7 @@ class Step(NamedTuple):
     noise: Tensor
     sigma: Tensor
     next_sigma: Tensor
-    final: Projection
+    final: FinalLayer
     head: HeadWeights | None
     rule: StopRule
     eps: float = EPS
@@ -110,7 +110,7 @@ def random_step(batch, frames, grid, channels, latent=4, patch=2, dtype=torch.fl
         surrounded(batch, frames, latent, height, width, dtype=dtype),
         surrounded(batch, frames, latent, height, width, dtype=dtype),
         *torch.rand(2, batch, frames, device=DEVICE),
-        Projection(*vectors, weights(outputs, channels), weights(outputs)),
+        FinalLayer(*vectors, weights(outputs, channels), weights(outputs)),
         HeadWeights(weights(units, 3 * channels), weights(units), weights(1, units), weights(1)),
         rule,
     )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsa_engine import ops
-from dsa_engine.ops import Rowwise, reference
+from dsa_engine.ops import RowwiseFP8, reference
 from dsa_engine.triton_kernels import fp8_linear as kernel
 from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
@@ -28,7 +28,7 @@ def surrounded(*shape, dtype, scale=1.0, offset=0.0):
     return x.copy_(offset + scale * torch.randn(shape, device=DEVICE))
 
 
-def assert_quantised(got: Rowwise, exact: torch.Tensor, slack: float = 2.0**-20) -> None:
+def assert_quantised(got: RowwiseFP8, exact: torch.Tensor, slack: float = 2.0**-20) -> None:
     """got is exact [..., C] (float64) by rows: scales max / 448, and numbers within half a step of e4m3.
 
     slack: relative error that what was quantised may have. Any other rounding is off by up to a whole step.
@@ -129,7 +129,7 @@ def test_how_a_row_is_split():
         assert head & (head - 1) == tail & (tail - 1) == 0
 
 
-def product(x: Rowwise, weight: Rowwise, bias=None):
+def product(x: RowwiseFP8, weight: RowwiseFP8, bias=None):
     """float64, from what the numbers stand for."""
     x, weight = (q.values.double() * q.scale.double() for q in (x, weight))
     return x @ weight.T + (0 if bias is None else bias.double())
@@ -184,7 +184,7 @@ def test_how_the_tensor_cores_are_called(monkeypatch):
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     x, weight, _ = quantised_operands(6, 32, 48)
-    x = Rowwise(x.values.view(2, 3, 32), x.scale.view(2, 3, 1))
+    x = RowwiseFP8(x.values.view(2, 3, 32), x.scale.view(2, 3, 1))
     out = kernel.fp8_linear(x, weight, torch.randn(48), torch.bfloat16)
     assert out.shape == (2, 3, 48) and out.dtype == torch.bfloat16
     assert seen["a"].shape == (6, 32) and seen["a"].stride() == (32, 1)

@@ -7,7 +7,8 @@ import torch
 
 from dsa_engine import Change, Confidence, Fixed, PerChunk
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import DiTOutput, TextKV
+from dsa_engine.models.dit import DiTOutput
+from dsa_engine.models.interfaces import TextKV
 from dsa_engine.sampling.denoise import denoise_chunk
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.schedule import Schedule

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsa_engine.engine import cuda_graphs, device_loop, model_runner
 from dsa_engine.engine.model_runner import StepInputs
-from dsa_engine.models.dit import TextKV
+from dsa_engine.models.interfaces import TextKV
 from dsa_engine.ops import cuda_backend as kernels
 from dsa_engine.ops import reference
 

@@ -299,12 +299,12 @@ def row_cases() -> list[Case]:
 
 
 def epilogue_cases() -> list[Case]:
-    from dsa_engine.kernel_types import HeadWeights, Projection, StopRule
+    from dsa_engine.kernel_types import FinalLayer, HeadWeights, StopRule
     from dsa_engine.triton_kernels import epilogue as op
 
     def step(m: Model, height: int, width: int, dtype=BF16, head=True):
         vectors = meta(1, m.F, 2, m.C, dtype=F32).unbind(2)
-        final = Projection(*vectors, meta(64, m.C, dtype=dtype), meta(64, dtype=dtype))
+        final = FinalLayer(*vectors, meta(64, m.C, dtype=dtype), meta(64, dtype=dtype))
         shapes = (m.C // 2, 3 * m.C), (m.C // 2,), (1, m.C // 2), (1,)
         mlp = HeadWeights(*(meta(*shape, dtype=dtype) for shape in shapes)) if head else None
         rule = StopRule(*[meta(1, dtype=torch.int32)] * 4, meta(1, dtype=F32))

@@ -20,8 +20,7 @@ struct AttentionArgs {
     size_t workspace_bytes;
     int blocks;  // thread blocks that share the work: attention_blocks() of the device
     cudaStream_t stream;
-    // e4m3 cache, D = 128: [N, H] float32 on the device. A key is k * k_scale, but for a vector that all keys of a head
-    // share, which softmax cancels; a value is v * v_scale. Both null: a bf16 cache.
+    // e4m3 cache, D = 128: [N, H] float32 on the device; a key is k * k_scale, a value v * v_scale. Both null: bf16.
     const float* k_scale = nullptr;
     const float* v_scale = nullptr;
 };

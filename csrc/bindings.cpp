@@ -60,7 +60,7 @@ template <> struct type_caster<dsa::Latents> : struct_caster<dsa::Latents, Addre
 template <> struct type_caster<dsa::Vector> : struct_caster<dsa::Vector, Address, int> {};
 template <> struct type_caster<dsa::PerFrame> : struct_caster<dsa::PerFrame, Address, int, int64_t, int64_t, int> {};
 template <> struct type_caster<dsa::Cache>
-    : struct_caster<dsa::Cache, Address, int, int64_t, int64_t, int64_t, Address, Address> {};
+    : struct_caster<dsa::Cache, Address, int, int64_t, int64_t, int64_t, Address> {};
 template <> struct type_caster<dsa::Operand>
     : struct_caster<dsa::Operand, dsa::Rows, dsa::Vector, bool, dsa::Rows, dsa::Cache> {};
 template <> struct type_caster<dsa::Angles> : struct_caster<dsa::Angles, Address, Address, int64_t, int64_t> {};

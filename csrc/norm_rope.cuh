@@ -44,12 +44,6 @@ __device__ __forceinline__ Place place_in(const Cache& cache, const NormRope& p,
 
 // x [eight channels from c on] into the cache, as its dtype asks.
 __device__ __forceinline__ void append(float (&x)[WIDE], const Cache& cache, const NormRope& p, Place at, int c) {
-    if (cache.shift) {
-        float shift[WIDE];
-        load(shift, cache.shift + at.slot * p.channels + c);
-#pragma unroll
-        for (int i = 0; i < WIDE; ++i) x[i] -= shift[i];
-    }
     if (cache.scale) {
         const float inverse = 1.0f / __ldg(cache.scale + at.slot * (p.channels / p.head_dim) + c / p.head_dim);
 #pragma unroll

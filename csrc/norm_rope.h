@@ -7,14 +7,12 @@
 
 namespace dsa {
 
-// One layer of the cache [N, W, S, H, D], H and D contiguous. scale [N, H] and shift [N, H, D] float32: stored is
-// (x - shift) / scale; null: stored is x.
+// One layer of the cache [N, W, S, H, D], H and D contiguous. scale [N, H] float32: stored is x / scale; null: x.
 struct Cache {
     void* data;
     int dtype;
     int64_t slot, frame, token;  // strides
     const float* scale;
-    const float* shift;
 };
 
 // One of q, k, v. gain null: x as it is (v). Goes to `out`, or to the cache where that has data.

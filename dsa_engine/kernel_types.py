@@ -18,16 +18,10 @@ class RowwiseFP8(NamedTuple):
 
 
 class CacheScales(NamedTuple):
-    """What the numbers of an FP8 KV cache stand for: key = k * stored + shift, value = v * stored.
-
-    k, v: [N, H] float32, one scale a slot and head; shift: [N, H, D] float32, a vector that is taken from every key of
-    a head before it is stored ("smoothed K"). It adds the same to all scores of a query, so softmax cancels it and
-    attention never reads it. Source: SageAttention (arXiv 2410.02367), section 4.2.
-    """
+    """Scales of an FP8 KV cache, [N, H] float32, one per slot and head: key = k * stored, value = v * stored."""
 
     k: Tensor
     v: Tensor
-    shift: Tensor
 
 
 REDUCE = ("min", "mean", "max")  # `StopRule.reduce` holds the index

@@ -69,7 +69,6 @@ def norm_rope_kernel(
     write,
     k_scale,
     v_scale,
-    k_shift,
     eps,
     q_b,
     q_t,
@@ -112,7 +111,6 @@ def norm_rope_kernel(
     tl.store(q_out + (b * T + t) * C + at, x.to(q_out.dtype.element_ty), mask=inside)
     y = turned(normed(y, gain_y, eps, C), c, s)
     if k_scale is not None:
-        y -= tl.load(k_shift + n * C + at, mask=inside, other=0.0)
         y = to_e4m3(y / tl.load(k_scale + n * H + head, mask=inside, other=1.0))
         z = to_e4m3(z.to(tl.float32) / tl.load(v_scale + n * H + head, mask=inside, other=1.0))
     tl.store(k_out + row * C + at, y.to(k_out.dtype.element_ty), mask=inside)
@@ -190,7 +188,7 @@ def _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_out, v_out, slot, write, s
             v_out,
             slot,
             write,
-            *(scales or (None, None, None)),
+            *(scales or (None, None)),
             eps,
             *q.stride()[:2],
             *k.stride()[:2],

@@ -54,9 +54,8 @@ def _cache(d: Draw, row: Row, s: Sizes, frames: int, scale: float) -> tuple[Tens
     shape = (1, frames, s.S, s.H, s.config.head_dim)
     if row.precision == "bf16":
         return d.normal(*shape), d.normal(*shape), None
-    shift = d.normal(1, s.H, s.config.head_dim, dtype=torch.float32)
     k, v = (d.between(0.8 * scale, 1.2 * scale, 1, s.H) for _ in range(2))
-    scales = CacheScales(k, v, shift)
+    scales = CacheScales(k, v)
     return d.e4m3(*shape), d.e4m3(*shape), scales
 
 
@@ -210,7 +209,7 @@ def outputs(row: Row, args: tuple, result) -> list[Tensor]:
         *_, k_cache, v_cache, _, _, scales = args
         k, v = k_cache.float(), v_cache.float()
         if scales is not None:
-            k = k * scales.k[:, None, None, :, None] + scales.shift[:, None, None]
+            k = k * scales.k[:, None, None, :, None]
             v = v * scales.v[:, None, None, :, None]
         return [result.float(), k, v]
     if isinstance(result, RowwiseFP8):
@@ -222,7 +221,7 @@ def outputs(row: Row, args: tuple, result) -> list[Tensor]:
 
 def hostile(row: Row, args: tuple) -> tuple:
     """NaN in everything that must be written or must not be read: caches before an append, frames and keys that are
-    not valid, the shift of an FP8 cache in attention. Written in place."""
+    not valid. Written in place."""
     nan = float("nan")
     if row.op == "norm_rope_append":
         for cache in args[8:10]:
@@ -230,8 +229,6 @@ def hostile(row: Row, args: tuple) -> tuple:
     if row.op == "attention":
         for cache in args[1:3]:
             cache[:, row.frames :].fill_(nan)
-        if args[5] is not None:
-            args[5].shift.fill_(nan)
     if row.op == "cross_attention" and args[3] is not None:
         for x in args[1:3]:
             x[:, row.keys :].fill_(nan)

@@ -140,7 +140,7 @@ def elementwise(s: Sizes) -> list[Row]:
     """The ops that only move bytes, in both precisions where they have two."""
     layers, tokens, vector, wide = s.config.num_layers, s.T * s.C, s.F * s.C * FP32, s.T * s.config.ffn_dim
     gain, table, index = s.C * BF16, s.T * s.config.head_dim * FP32, (1 + s.F) * INDEX
-    scales = 2 * s.H * FP32 + s.C * FP32
+    scales = 2 * s.H * FP32
     rows = [Row("rms_norm", "", "bf16", 0, tokens * BF16 + gain, tokens * BF16, once(layers))]
     for precision in PRECISIONS:
         fp8 = precision == "fp8"

@@ -84,7 +84,7 @@ def quantise_linears(dit: CausalDiT) -> None:
 
 @torch.inference_mode()
 def cache_scales(dit: CausalDiT, timesteps: Sequence[float]) -> CacheScales:
-    """Scales of an FP8 cache, from the weights alone: k, v [layers, H], shift [layers, H, D] of zeros.
+    """Scales of an FP8 cache, from the weights alone: k, v [layers, H].
 
     They are bounds that no key or value exceeds at these timesteps (rounding aside), so nothing is ever clamped and no
     calibration clip has to be like those to come. With n = C:
@@ -94,18 +94,14 @@ def cache_scales(dit: CausalDiT, timesteps: Sequence[float]) -> CacheScales:
             |v_j| <= sqrt(C) |W_j (1 + scale)| + |W_j shift + b_j|            max over channels and timesteps
     The usual key or value is about sqrt(C) smaller than its bound (39 times for Wan). In a floating-point format that
     costs nothing: e4m3 has its 3 bits from 448 down to 2^-6, 28,672 times less.
-
-    shift is zero: a mean of keys that could be taken off stands still only where positions do, and with absolute RoPE
-    the pairs of the time axis go on turning as long as the clip does.
     """
-    device, heads = dit.device, dit.config.num_heads
-    t = torch.tensor(sorted(set(timesteps)), device=device)
+    heads = dit.config.num_heads
+    t = torch.tensor(sorted(set(timesteps)), device=dit.device)
     time = dit.time_embedding(timestep_features(t, dit.config.freq_dim).to(dit.dtype))
     mod = dit.time_projection(time).unflatten(-1, (6, -1)).float()
     k = torch.stack([key_bounds(block, heads) for block in dit.blocks])
     v = torch.stack([value_bounds(block, mod, heads) for block in dit.blocks])
-    shift = torch.zeros(*k.shape, dit.config.head_dim, device=device)
-    return CacheScales(*(torch.where(x > 0, x / E4M3_MAX, 1.0) for x in (k, v)), shift)
+    return CacheScales(*(torch.where(x > 0, x / E4M3_MAX, 1.0) for x in (k, v)))
 
 
 def key_bounds(block: Block, heads: int) -> Tensor:

@@ -153,13 +153,13 @@ def predict(
 def cache_bytes(model: ModelConfig, rollout: RolloutConfig, load: Workload) -> int:
     """Bytes of the KV cache: 2 * layers * frames * S * dim elements a session, of the whole clip, or of the window and
     a chunk more, where commits ride along; and a sink's keys once more where it moves with the window. In e4m3 also
-    the float32 scales of each layer's heads, and their shift."""
+    the float32 scales of each layer's heads."""
     window = rollout.window and rollout.window + rollout.chunk_frames
     frames = window or max(load.frames, rollout.sink + rollout.chunk_frames)
     halves = 2 * frames + (rollout.sink if rollout.rope == "relative" else 0)
     a_frame = model.num_layers * model.dim * model.tokens_per_frame(load.height, load.width)
     dtype = load.cache or load.dtype
-    scales = 4 * model.num_layers * (2 * model.num_heads + model.dim) if dtype == E4M3 else 0
+    scales = 4 * model.num_layers * 2 * model.num_heads if dtype == E4M3 else 0
     return load.sessions * (halves * a_frame * dtype.itemsize + scales)
 
 

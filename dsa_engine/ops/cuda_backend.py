@@ -31,7 +31,7 @@ OPS = (
     "residual_modulate",
     "rms_norm",
 )
-NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0, False, 1)
+NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0, False, 1)
 NO_HEAD = (0, 0, 0, 0, 0, 0, launch_args.NO_FRAMES)
 
 
@@ -117,16 +117,16 @@ def norm_rope_append(
             raise ValueError(f"{op}: {name} of {index.dtype} must be contiguous int64 or int32")
     ring = (slot.data_ptr(), slot.dtype == torch.int64, write.data_ptr(), write.dtype == torch.int64, k_cache.shape[2])
     if scales is None:
-        k_scales = v_scales = (0, 0)
+        k_scale = v_scale = 0
     else:
         _check_e4m3(op, q)
         for name, x in zip(scales._fields, scales):
-            launch_args.check_plain(op, f"scales.{name}", x, torch.float32, step=16 if name == "shift" else 1)
-        k_scales, v_scales = (scales.k.data_ptr(), scales.shift.data_ptr()), (scales.v.data_ptr(), 0)
+            launch_args.check_plain(op, f"scales.{name}", x, torch.float32)
+        k_scale, v_scale = scales.k.data_ptr(), scales.v.data_ptr()
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{op}: q, k, v of {q.dtype}, {k.dtype}, {v.dtype} must have one dtype")
     to_out, out = _to_dense(op, q, gain_q, q)
-    k_cache, v_cache = _cache(op, k_cache, head_dim) + k_scales, _cache(op, v_cache, head_dim) + v_scales
+    k_cache, v_cache = (*_cache(op, k_cache, head_dim), k_scale), (*_cache(op, v_cache, head_dim), v_scale)
     to_k = launch_args.rows(op, "k", k), launch_args.vector(op, "gain_k", gain_k, q), True, launch_args.NO_ROWS, k_cache
     to_v = launch_args.rows(op, "v", v), launch_args.NO_VECTOR, False, launch_args.NO_ROWS, v_cache
     _norm_rope(op, q, head_dim, eps, (to_out, to_k, to_v), angles, ring)

@@ -44,7 +44,7 @@ def norm_rope_append(
 
     q, k, v: [B, T, C] with T = F * S, their last dim contiguous (views of one [B, T, 3 C] product are welcome);
     k_cache, v_cache: [N, W, S, H, D] of one layer, written in place; slot [B] and write [B, F]: integers on the device.
-    scales: with an e4m3 cache (`CacheScales`): it holds (key - shift) / k and value / v, clamped to +-448, rounded to
+    scales: with an e4m3 cache (`CacheScales`): it holds key / k and value / v, clamped to +-448, rounded to
     nearest even. Returns [B, T, H, D].
     """
     if q.shape != k.shape or q.shape != v.shape or q.shape[1] != write.shape[1] * k_cache.shape[2]:

@@ -45,7 +45,7 @@ def norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, s
     q, k = norm_rope(q, k, gain_q, gain_k, cos, sin, eps)
     v = v.reshape(k.shape)
     if scales is not None:
-        k = to_e4m3((k.float() - scales.shift[slot][:, None]) / scales.k[slot][:, None, :, None])
+        k = to_e4m3(k.float() / scales.k[slot][:, None, :, None])
         v = to_e4m3(v.float() / scales.v[slot][:, None, :, None])
     frames = (write.shape[1], -1)
     k_cache[slot[:, None], write] = k.unflatten(1, frames).to(k_cache.dtype)

@@ -169,11 +169,10 @@ class KVCache:
         part = still[..., : 2 * pairs].float()
         if self.scales is not None:
             scale = self.scales.k[:, slot][:, :, None, None, :, None]
-            offset = self.scales.shift[:, slot, :, : 2 * pairs][:, :, None, None]
-            part = part * scale + offset
+            part = part * scale
         part = torch.view_as_real(torch.view_as_complex(part.unflatten(-1, (-1, 2))) * turn).flatten(-2)
         if self.scales is not None:
-            part = to_e4m3((part - offset) / scale)
+            part = to_e4m3(part / scale)
         still[..., : 2 * pairs] = part.to(still.dtype)
         moves = (shift > 0)[:, None, None, None, None]  # until then the sink is still being made
         k[:, slot, sink] = torch.where(moves, _plain(still), k[:, slot, sink])

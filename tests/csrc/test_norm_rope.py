@@ -101,8 +101,7 @@ def check_append(cuda, shape, cache_dtype, index_dtype, scales=None, slot=None):
 
 def restore(k, v, slot, scales):
     """Keys and values [B, F, S, H, D] from what the FP8 cache holds."""
-    shift, k_scale, v_scale = scales.shift[slot], scales.k[slot], scales.v[slot]
-    return k * k_scale[:, None, None, :, None] + shift[:, None, None], v * v_scale[:, None, None, :, None]
+    return tuple(x * scale[slot][:, None, None, :, None] for x, scale in zip((k, v), scales))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,9 +117,9 @@ def test_append_rounds_to_the_dtype_of_the_cache(cuda, cache_dtype):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] == torch.bfloat16])
 def test_append_to_an_fp8_cache(cuda_orders, shape):
     """Each slot has its own scales; those of slots that are not written are NaN."""
-    _, batch, _, _, heads, head_dim = shape
+    _, batch, _, _, heads, _ = shape
     slots = batch + 2
-    scales = CacheScales(*(0.04 + 0.1 * torch.rand(2, slots, heads)), torch.randn(slots, heads, head_dim))
+    scales = CacheScales(*(0.04 + 0.1 * torch.rand(2, slots, heads)))
     used = torch.randperm(slots)[:batch]
     for x in scales:
         x[[s for s in range(slots) if s not in used]] = float("nan")
@@ -132,7 +131,7 @@ def test_fp8_saturates_and_keeps_nan(cuda):
     q, k, v, gain_q, gain_k, cos, sin = inputs(torch.float32, 1, 1, 1, 1, 8)
     v[0, 0, :4] = torch.tensor([1e6, -1e6, float("nan"), 450.0])
     k_cache, v_cache, _ = caches(1, 1, 1, 1, 8, torch.float8_e4m3fn)
-    ones = CacheScales(torch.ones(3, 1), torch.ones(3, 1), torch.zeros(3, 1, 8))
+    ones = CacheScales(*torch.ones(2, 3, 1))
     zero = torch.zeros(1, 1, dtype=torch.long)
     cuda.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, k_cache, v_cache, zero[0], zero, ones)
     assert v_cache[0, 0, 0, 0, :4].float().tolist()[:2] == [448.0, -448.0]

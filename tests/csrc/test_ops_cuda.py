@@ -39,7 +39,7 @@ def test_attention(cuda, head_dim, integers):
 
 def test_attention_over_an_fp8_cache(cuda):
     q, k, v, slot, keys = problem()
-    scales = CacheScales(*(0.01 + 0.02 * torch.rand(2, 5, 3)), torch.zeros(5, 3, 128))
+    scales = CacheScales(*(0.01 + 0.02 * torch.rand(2, 5, 3)))
     k, v = (reference.to_e4m3(x.float() / s[:, None, None, :, None]) for x, s in ((k, scales.k), (v, scales.v)))
     out = cuda.attention(q, k, v, slot, keys, scales)
     plain = reference.attention(q, k, v, slot, keys, scales)
@@ -56,7 +56,7 @@ def test_attention_refuses_what_the_kernel_cannot_read(cuda):
         cuda.attention(q, k[:, ::2], v[:, ::2], slot, keys)
     with pytest.raises(ValueError, match="head dim 96 with .* torch.bfloat16 must be one of 64, 128; nearest is 64"):
         cuda.attention(*problem(head_dim=96))
-    scales = CacheScales(*torch.ones(2, 5, 3), torch.zeros(5, 3, 64))
+    scales = CacheScales(*torch.ones(2, 5, 3))
     with pytest.raises(ValueError, match="head dim 64 with a cache of torch.float8_e4m3fn must be one of 128"):
         cuda.attention(q, k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn), slot, keys, scales)
 

@@ -131,7 +131,7 @@ def test_a_prompt_is_there_for_its_session_and_for_the_forwards():
 @pytest.mark.parametrize("rollout, frames, spare", [({}, 21, 0), ({"window": 9, "sink": 2, "rope": "relative"}, 9, 3)])
 def test_an_fp8_cache_is_half_of_it_and_its_scales(rollout, frames, spare, slots):
     with torch.device("meta"):
-        scales = CacheScales(torch.ones(30, 12), torch.ones(30, 12), torch.zeros(30, 12, 128))
+        scales = CacheScales(torch.ones(30, 12), torch.ones(30, 12))
     cache = KVCache(
         30,
         12,
@@ -160,7 +160,7 @@ def test_so_many_sessions_fit_and_not_one_more(card, window, cache):
     dtype = cache or torch.bfloat16
     count = facts["sessions"][f"{card} GB, window {window}"][str(dtype).removeprefix("torch.")]
     with torch.device("meta"):
-        scales = CacheScales(torch.ones(30, 12), torch.ones(30, 12), torch.zeros(30, 12, 128))
+        scales = CacheScales(torch.ones(30, 12), torch.ones(30, 12))
     one = predict(WAN, RolloutConfig(), Workload())
     weights = sum(one.held[part] for part in ("cuda_context", "generator", "confidence", "vae", "text"))
     work = one.work["decode"] + 8 * one.work["denoise"] // 2

@@ -133,11 +133,9 @@ def test_append_names_shapes_that_do_not_fit(wrong):
     assert cache.abs().max() == 0
 
 
-def random_scales(slots, heads, head_dim):
-    """Scales that use e4m3's range and now and then leave it, and a shift as large as the keys."""
-    return CacheScales(
-        *(0.002 + 0.02 * torch.rand(2, slots, heads, device=DEVICE)), torch.randn(slots, heads, head_dim, device=DEVICE)
-    )
+def random_scales(slots, heads):
+    """Scales that use e4m3's range and now and then leave it."""
+    return CacheScales(*(0.002 + 0.02 * torch.rand(2, slots, heads, device=DEVICE)))
 
 
 def nearest_e4m3(x):
@@ -146,18 +144,18 @@ def nearest_e4m3(x):
     return math.copysign(min(abs(round(x / step) * step), 448.0), x)
 
 
-def test_an_fp8_cache_holds_scaled_and_shifted_numbers():
+def test_an_fp8_cache_holds_scaled_values():
     """Closed form, element by element; the scales belong to the slot, not to the row."""
     q, k, v, gain_q, gain_k, cos, sin = inputs(2, 1, 3, 2, 8)
     cache = torch.zeros(2, 3, 2, 3, 2, 8, dtype=torch.float8_e4m3fn)
-    slot, scales = torch.tensor([2, 0]), CacheScales(*(x.cpu() for x in random_scales(3, 2, 8)))
+    slot, scales = torch.tensor([2, 0]), CacheScales(*(x.cpu() for x in random_scales(3, 2)))
     ops.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, *cache, slot, torch.tensor([[1], [0]]), scales)
     keys = reference.norm_rope(q, k, gain_q, gain_k, cos, sin, EPS)[1]
     for b, (s, w) in enumerate([(2, 1), (0, 0)]):
         for t in range(3):
             for h in range(2):
                 for d in range(8):
-                    key, value = keys[b, t, h, d] - scales.shift[s, h, d], v[b, t, 8 * h + d]
+                    key, value = keys[b, t, h, d], v[b, t, 8 * h + d]
                     assert cache[0, s, w, t, h, d].float() == nearest_e4m3((key / scales.k[s, h]).item())
                     assert cache[1, s, w, t, h, d].float() == nearest_e4m3((value / scales.v[s, h]).item())
 
@@ -166,7 +164,7 @@ def test_an_fp8_cache_holds_scaled_and_shifted_numbers():
 def test_scales_go_with_an_fp8_cache_alone(dtype):
     q, k, v, gain_q, gain_k, cos, sin = inputs(1, 1, 2, 2, 8)
     cache = torch.zeros(2, 1, 1, 2, 2, 8, dtype=dtype)
-    scales = random_scales(1, 2, 8) if dtype == torch.float32 else None
+    scales = random_scales(1, 2) if dtype == torch.float32 else None
     with pytest.raises(ValueError, match="norm_rope_append: cache of .* e4m3 has them"):
         ops.norm_rope_append(
             q, k, v, gain_q, gain_k, cos, sin, EPS, *cache, torch.tensor([0]), torch.tensor([[0]]), scales
@@ -233,7 +231,7 @@ def check_append(shape, slots, window, slot, write, dtype, cache_dtype, integers
     batch, frames, tokens, heads, head_dim = shape
     q, k, v, gain_q, gain_k, cos, sin = kernel_inputs(*shape, dtype)
     slot, write = (torch.tensor(x, device=DEVICE, dtype=integers) for x in (slot, write))
-    scales = random_scales(slots, heads, head_dim) if cache_dtype == torch.float8_e4m3fn else None
+    scales = random_scales(slots, heads) if cache_dtype == torch.float8_e4m3fn else None
     out, plain = (poison(2, slots, window, tokens, heads, head_dim, dtype=cache_dtype) for _ in range(2))
     args = (q, k, v, gain_q, gain_k, cos, sin, EPS)
     with poisoned_memory():
@@ -246,7 +244,7 @@ def check_append(shape, slots, window, slot, write, dtype, cache_dtype, integers
 
     keys, values = exact_norm_rope(k, gain_k, cos, sin), v.double().unflatten(-1, (heads, head_dim))
     if scales is not None:
-        keys = ((keys - scales.shift[slot][:, None]) / scales.k[slot][:, None, :, None]).clamp(-448, 448)
+        keys = (keys / scales.k[slot][:, None, :, None]).clamp(-448, 448)
         values = (values / scales.v[slot][:, None, :, None]).clamp(-448, 448)
     touched = torch.zeros(slots, window, dtype=torch.bool, device=DEVICE)
     touched[slot.long()[:, None], write.long()] = True

@@ -239,7 +239,7 @@ def norm_rope_cases() -> list[Case]:
         gains, rope = [meta(m.C, dtype=dtype)] * 2, [meta(1, tokens, m.D // 2, dtype=F32)] * 2
         kv = [meta(2, m.W, m.S, m.H, m.D, dtype=cache)] * 2
         slot, write = meta(1, dtype=torch.long), meta(1, m.F, dtype=torch.long)
-        scales = CacheScales(*[meta(2, m.H, dtype=F32)] * 2, meta(2, m.H, m.D, dtype=F32)) if cache == E4M3 else None
+        scales = CacheScales(*[meta(2, m.H, dtype=F32)] * 2) if cache == E4M3 else None
         return lambda: op.norm_rope_append(q, k, v, *gains, *rope, 1e-6, *kv, slot, write, scales)
 
     def norm(m: Model):

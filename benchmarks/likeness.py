@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dsa_engine import Fixed, Pipeline
-from dsa_engine.evaluation.rollouts import TOGETHER, Captions, roll
+from dsa_engine.evaluation.rollouts import BATCH_CLIPS, Captions, roll_out
 from dsa_engine.sampling.denoise import Step
 
 WHITE = 255.0
@@ -54,6 +54,6 @@ def all_steps(pipe: Pipeline, captions: Captions, seed: int) -> tuple[np.ndarray
     def keep(step: Step) -> None:  # the last step's stays
         made.update(((row, step.chunk), x0.float().cpu().numpy()) for row, x0 in zip(step.rows, step.x0))
 
-    frames = roll(pipe, captions, Fixed(pipe.max_steps), seed, on_step=keep, batch=TOGETHER).frames
+    frames = roll_out(pipe, captions, Fixed(pipe.max_steps), seed, on_step=keep, batch=BATCH_CLIPS).frames
     clips = [np.concatenate([made[row, i] for i in range(len(clip))]) for row, clip in enumerate(captions)]
     return np.stack(clips), frames

@@ -7,7 +7,7 @@ presets and a spread that covers 1.1 to 3.5 mean steps), and three baselines tha
     by_index    counts by the chunk's place in the clip, such as 4, 2, 1, 1
     x0_change   `Change`: exits once the estimate hardly changes any more, which costs a step to find out
 
-and, where there is one, the many-step teacher that the model was distilled from (24 Euler steps, `roll_teacher`), and
+and, where there is one, the many-step teacher that the model was distilled from (24 Euler steps), and
 ground truth through the codec, the most that any row can reach.
 
 valid is the share of frames whose template fit, shape and colour mass are right (`metrics.score`), with its 95 %
@@ -61,13 +61,13 @@ from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, pi
 from dsa_engine.checkpoints.load import shipped
 from dsa_engine.config import COMMIT_MODES, ModelConfig
 from dsa_engine.evaluation.rollouts import (
-    TOGETHER,
+    BATCH_CLIPS,
     Table,
     Trace,
+    ground_truth,
     held_out,
-    real,
-    roll,
-    roll_teacher,
+    roll_out,
+    roll_out_teacher,
     tabulate,
     trace,
 )
@@ -119,7 +119,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Job:
-    """One row to roll out. policy: a Policy, one a clip, or "trace", "teacher", "truth"; options of `roll_teacher`."""
+    """One row to roll out. policy: a Policy, one per clip, or "trace", "teacher", "truth"; options of the teacher."""
 
     source: Source
     policy: Policy | Sequence[Policy] | str
@@ -152,11 +152,11 @@ def measure(job: Job, clips: Clips) -> Result:
     if job.policy == "trace":
         rolled, seen = trace(pipe, captions, clips.seed)
     elif job.policy == "teacher":
-        rolled = roll_teacher(pipe, captions, shift=pipe.config.shift, seed=clips.seed, **dict(job.options))
+        rolled = roll_out_teacher(pipe, captions, shift=pipe.config.shift, seed=clips.seed, **dict(job.options))
     elif job.policy == "truth":
-        rolled = real(pipe, captions, clips.seed)
+        rolled = ground_truth(pipe, captions, clips.seed)
     else:
-        rolled = roll(pipe, captions, job.policy, clips.seed, batch=TOGETHER)
+        rolled = roll_out(pipe, captions, job.policy, clips.seed, batch=BATCH_CLIPS)
     seconds = time.perf_counter() - start
     return Result(tabulate(captions, rolled), rolled.confidence, seconds, seen)
 
@@ -238,7 +238,7 @@ def head_cost(source: Source, clips: Clips) -> dict[str, float]:
         wan = size(ConfidenceHead(config)) / size(CausalDiT(config))
     pipe = load.__wrapped__(source)  # one of its own, for the hooks stay
     step, head = timed(pipe.engine.dit), timed(pipe.engine.head)
-    roll(pipe, clips.captions[:8], Fixed(pipe.max_steps), batch=1)
+    roll_out(pipe, clips.captions[:8], Fixed(pipe.max_steps), batch=1)
     return {
         "parameters": size(pipe.engine.head),
         "percent_of_model": 100 * size(pipe.engine.head) / size(pipe.engine.dit),

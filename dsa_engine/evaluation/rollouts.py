@@ -20,13 +20,13 @@ from dsa_engine.sampling.policy import Fixed, Policy
 from dsa_engine.sampling.schedule import TIMESTEPS
 from dsa_engine.shapes import metrics, world
 
-TOGETHER = 16  # clips a batch: more do not make a CPU faster, and hold more memory
+BATCH_CLIPS = 16  # clips a batch: more do not make a CPU faster, and hold more memory
 LATENT = world.SIZE // 8
 Captions = Sequence[Sequence[world.Caption]]  # per clip one a chunk, all clips alike in length
 
 
 @dataclass(frozen=True)
-class Rolled:
+class EvalRollouts:
     """frames uint8 [B, T, H, W, 3]; steps [B, N]; confidence [B, N, F] of the exit step, NaN without a head."""
 
     frames: np.ndarray
@@ -40,7 +40,7 @@ def held_out(clips: int, chunks: int = 4, seed: int = 987_654_321, **odds) -> li
     return [list(world.sample_captions(rng, chunks, **odds)) for _ in range(clips)]
 
 
-def alike(captions: Captions, most: int) -> list[list[int]]:
+def group_by_prompt_switches(captions: Captions, most: int) -> list[list[int]]:
     """Clips to roll together, at most `most` of them: those whose prompts switch at the same chunks.
 
     A switch recaches the whole batch, so only in such a batch is every clip rolled as a session of its own would be.
@@ -51,7 +51,7 @@ def alike(captions: Captions, most: int) -> list[list[int]]:
     return [clips[k : k + most] for clips in groups.values() for k in range(0, len(clips), most)]
 
 
-def roll(
+def roll_out(
     pipe: Pipeline,
     captions: Captions,
     policy: Policy | str | Sequence[Policy],
@@ -59,18 +59,18 @@ def roll(
     recache: bool = True,
     on_step: Callable[[Step], None] | None = None,
     batch: int | None = None,
-) -> Rolled:
+) -> EvalRollouts:
     """One clip per list of captions, switching prompts as a session would; clip i has the noise of seed + i.
 
     policy: for all clips, or one a clip. on_step sees every step, its rows being indices of `captions`.
-    batch: roll at most so many clips at a time, and together only those that are `alike`: then a clip's result does not
+    batch: max clips at a time, grouped by `group_by_prompt_switches`: then a clip's result does not
     depend on which others there are (but for rounding). None rolls all at once, and where one switches, all recache.
     """
     policies = [policy] * len(captions) if isinstance(policy, (Policy, str)) else list(policy)
     if len(policies) != len(captions):
         raise ValueError(f"{len(policies)} policies for {len(captions)} clips: give one, or {len(captions)}")
     policies = [pipeline_inputs.policy(pipe.engine, policy) for policy in policies]
-    parts, order = [], [list(range(len(captions)))] if batch is None else alike(captions, batch)
+    parts, order = [], [list(range(len(captions)))] if batch is None else group_by_prompt_switches(captions, batch)
     for clips in order:
         rollout = _rollout(pipe, [captions[i] for i in clips], [seed + i for i in clips])
         # the engine gives all rows one policy; here each may have its own
@@ -83,27 +83,27 @@ def roll(
     return _sorted(parts, order)
 
 
-def roll_teacher(
+def roll_out_teacher(
     pipe: Pipeline,
     captions: Captions,
     steps: int = 24,
     shift: float = 3.0,
     guidance: float = 1.0,
     seed: int = 0,
-    batch: int = TOGETHER,
-) -> Rolled:
+    batch: int = BATCH_CLIPS,
+) -> EvalRollouts:
     """The many-step flow-matching teacher on the same KV cache: deterministic Euler along sigma, chunk by chunk.
 
         x <- x + (sigma' - sigma) v,   sigma = warp(1, 1 - 1/steps, ..., 1/steps; shift), then 0
 
     With guidance g other than 1, v = v_null + g (v_prompt - v_null), v_null from a past committed under the null
-    prompt. pipe: a package folder with generator, codec and text; clips, seeds and switches as in `roll`.
+    prompt. pipe: a package folder with generator, codec and text; clips, seeds and switches as in `roll_out`.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r}: must be a whole number of Euler steps of at least 1, e.g. 24")
     levels = tuple(TIMESTEPS * (1 - i / steps) for i in range(steps))
     config = replace(pipe.config, steps=levels, shift=shift)
-    parts, order = [], alike(captions, batch)
+    parts, order = [], group_by_prompt_switches(captions, batch)
     for clips in order:
         told, seeds = [captions[i] for i in clips], [seed + i for i in clips]
         taken: list[Step] = []
@@ -116,7 +116,7 @@ def roll_teacher(
         twins = 1 if guidance == 1.0 else 2  # with guidance each clip has a second row, under the null prompt
         rollout = _rollout(pipe, told, seeds * twins, config=config, policy=Fixed(steps), renoise=kept)
         if twins == 2:
-            rollout.dit = Guided(rollout.dit, guidance)
+            rollout.dit = GuidedDiT(rollout.dit, guidance)
 
         def keep(step: Step, taken=taken) -> None:
             taken[:] = [step]
@@ -125,7 +125,7 @@ def roll_teacher(
     return _sorted(parts, order)
 
 
-class Guided:
+class GuidedDiT:
     """A DiT whose rows come twice, first under their prompts, then under the null prompt: both get the guided velocity.
 
     So both halves see the same x, and each commits it to its own rows of the cache under its own prompt.
@@ -140,14 +140,14 @@ class Guided:
         return out._replace(velocity=(null + self.guidance * (told - null)).repeat(2, 1, 1, 1, 1))
 
 
-def real(pipe: Pipeline, captions: Captions, seed: int = 0) -> Rolled:
+def ground_truth(pipe: Pipeline, captions: Captions, seed: int = 0) -> EvalRollouts:
     """Ground truth through the codec: what a perfect model would score. Clip i is drawn by seed + i; no steps."""
     chunk, frames = pipe.config.chunk_frames, []
     for i, clip in enumerate(captions):
         pixels = torch.from_numpy(world.roll_clip(np.random.default_rng(seed + i), clip, chunk).frames)
         frames.append(_through_codec(pipe, pixels.movedim(-1, 1)[None].float() / 255))
     shape = (len(captions), len(captions[0]))
-    return Rolled(np.concatenate(frames), np.zeros(shape, int), np.full((*shape, chunk), np.nan))
+    return EvalRollouts(np.concatenate(frames), np.zeros(shape, int), np.full((*shape, chunk), np.nan))
 
 
 @torch.inference_mode()
@@ -174,7 +174,7 @@ def _embeds(pipe: Pipeline, prompts: Sequence[world.Caption], rows: int) -> Tens
     return embeds if rows == len(prompts) else torch.cat((embeds, pipe.engine.text.null(rows - len(prompts))))
 
 
-def _play(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, on_step) -> Rolled:
+def _play(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, on_step) -> EvalRollouts:
     """All chunks of a rollout, decoded; of its rows the first one a clip."""
     clips, chunks = len(captions), []
     for i in range(len(captions[0])):
@@ -186,17 +186,19 @@ def _play(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, o
     with torch.inference_mode():
         pixels, _ = pipe.engine.decoder.decode(torch.cat([c.latents[:clips] for c in chunks], dim=1), None)
     certain = [c.confidence if c.confidence is not None else torch.full(c.latents.shape[:2], torch.nan) for c in chunks]
-    return Rolled(
+    return EvalRollouts(
         frames=to_uint8(pixels),
         steps=np.array([c.steps[:clips] for c in chunks]).T,
         confidence=torch.stack(certain, dim=1)[:clips].float().cpu().numpy(),
     )
 
 
-def _sorted(parts: Sequence[Rolled], order: Sequence[Sequence[int]]) -> Rolled:
+def _sorted(parts: Sequence[EvalRollouts], order: Sequence[Sequence[int]]) -> EvalRollouts:
     """The batches as one, clip by clip as they were given."""
     back = np.argsort(np.concatenate(order))
-    return Rolled(*(np.concatenate([getattr(part, f.name) for part in parts])[back] for f in fields(Rolled)))
+    return EvalRollouts(
+        *(np.concatenate([getattr(part, f.name) for part in parts])[back] for f in fields(EvalRollouts))
+    )
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,8 @@ class Trace:
     change: np.ndarray
 
 
-def trace(pipe: Pipeline, captions: Captions, seed: int = 0, batch: int = TOGETHER) -> tuple[Rolled, Trace]:
-    """`roll` with every step of the schedule, and what happened on the way. The pipeline needs a head."""
+def trace(pipe: Pipeline, captions: Captions, seed: int = 0, batch: int = BATCH_CLIPS) -> tuple[EvalRollouts, Trace]:
+    """`roll_out` with every step of the schedule, and what happened on the way. The pipeline needs a head."""
     shape, steps = (len(captions), len(captions[0])), pipe.max_steps
     confidence = np.empty((*shape, steps, pipe.config.chunk_frames), np.float32)
     distance, change = (np.empty((*shape, steps - 1, pipe.config.chunk_frames), np.float32) for _ in range(2))
@@ -229,7 +231,7 @@ def trace(pipe: Pipeline, captions: Captions, seed: int = 0, batch: int = TOGETH
 
     if pipe.engine.head is None:
         raise ValueError(f"model {pipe.name!r} has no confidence head, so there is nothing to trace")
-    rolled = roll(pipe, captions, Fixed(steps), seed, on_step=keep, batch=batch)
+    rolled = roll_out(pipe, captions, Fixed(steps), seed, on_step=keep, batch=batch)
     return rolled, Trace(confidence, distance, change)
 
 
@@ -253,7 +255,7 @@ class Table:
     hard: np.ndarray
 
 
-def tabulate(captions: Captions, rolled: Rolled) -> Table:
+def tabulate(captions: Captions, rolled: EvalRollouts) -> Table:
     """Scores every frame of rolled-out clips against their captions."""
     clips, chunks = len(captions), len(captions[0])
     per_chunk = rolled.frames.shape[1] // chunks
@@ -262,7 +264,7 @@ def tabulate(captions: Captions, rolled: Rolled) -> Table:
         for clip, frames in zip(captions, rolled.frames)
     ]
     xy = np.stack([s.xy for s in scores])  # [B, T, 2]
-    kind = np.array([kinds(clip) for clip in captions])
+    kind = np.array([chunk_kinds(clip) for clip in captions])
     hard = np.isin(kind, HARD)
     leap = np.full(xy.shape[:2], np.nan)
     leap[:, 1:] = np.linalg.norm(np.diff(xy, axis=1), axis=-1)
@@ -277,13 +279,13 @@ def tabulate(captions: Captions, rolled: Rolled) -> Table:
 HARD = ("first", "cut", "jumping")  # chunks that their past does not foretell
 
 
-def kinds(captions: Sequence[world.Caption]) -> list[str]:
+def chunk_kinds(captions: Sequence[world.Caption]) -> list[str]:
     """What each chunk of a clip is: first, cut, jumping, soft or same, the first that holds."""
     events = world.events_of(captions)
     return ["jumping" if e not in HARD and c.motion == "jumping" else e for e, c in zip(events, captions)]
 
 
-def quality(captions: Captions, rolled: Rolled) -> dict[str, float]:
+def quality(captions: Captions, rolled: EvalRollouts) -> dict[str, float]:
     """`summary` of the clips' `Table`."""
     return summary(tabulate(captions, rolled))
 

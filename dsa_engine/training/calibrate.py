@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.training.head_dataset import Rollouts
+from dsa_engine.training.head_dataset import HeadDataset
 
 SHARES = {"fast": 1 / 6, "balanced": 0.3, "quality": 0.5}  # of the steps after the first: 1.5, 1.9 and 2.5 of 4
 ROWS = 4096  # frames a product
 
 
 @torch.no_grad()
-def logits(head: ConfidenceHead, rollouts: Rollouts) -> Tensor:
+def logits(head: ConfidenceHead, rollouts: HeadDataset) -> Tensor:
     """The head's answer to every frame after every step, computed as the engine does: [C, N, S, F] float32, CPU."""
     weight = head.mlp[0].weight
     rows = rollouts.features.flatten(0, 3).split(ROWS)
@@ -28,7 +28,7 @@ def logits(head: ConfidenceHead, rollouts: Rollouts) -> Tensor:
     return torch.cat(found).view(rollouts.features.shape[:4])
 
 
-def confidence_by_step(head: ConfidenceHead, rollouts: Rollouts) -> np.ndarray:
+def confidence_by_step(head: ConfidenceHead, rollouts: HeadDataset) -> np.ndarray:
     """The chunk's confidence (its least sure frame's) after each step: [C * N, S], clip by clip."""
     return logits(head, rollouts).sigmoid().amin(dim=3).flatten(0, 1).numpy()
 

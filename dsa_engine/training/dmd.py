@@ -34,7 +34,7 @@ def dmd_loss(x0: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (x0 - target).square().mean(dim=(2, 3, 4))
 
 
-def stress_motion(gradient: Tensor, weight: float) -> Tensor:
+def weight_motion(gradient: Tensor, weight: float) -> Tensor:
     """g + weight * D'D g, with D the difference of successive frames: [R, F, C, H, W] -> the same.
 
     What the frames of a chunk do to one another, their motion, is a small part of g. I + weight D'D is positive

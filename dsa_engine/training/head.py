@@ -33,7 +33,7 @@ from dsa_engine.files import atomic_write
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.training import calibrate
-from dsa_engine.training.head_dataset import Prompts, Rollouts, check_prompts, chunks_of, collect
+from dsa_engine.training.head_dataset import HeadDataset, Prompts, check_prompts, collect, num_chunks
 
 TOLERANCE = 0.1  # of latents whose variance is 1
 SOFTNESS = 1.0
@@ -65,7 +65,7 @@ class Fit:
     spearman_by_step: list[float | None]
 
 
-def fit_head(pipe: Pipeline, rollouts: Rollouts, held_out: Rollouts, iterations: int = 600, seed: int = 0) -> Fit:
+def fit_head(pipe: Pipeline, rollouts: HeadDataset, held_out: HeadDataset, iterations: int = 600, seed: int = 0) -> Fit:
     """Train the pipeline's head in place, or a new one where it has none, on rollouts of that pipeline.
 
     AdamW with a falling rate on random batches of 1024 frames, in float32 on the pipeline's device; the head then takes
@@ -100,7 +100,7 @@ def _new_head(pipe: Pipeline, seed: int) -> ConfidenceHead:
     return head.to(pipe.engine.dit.device, pipe.engine.dit.dtype).requires_grad_(False).eval()
 
 
-def measure(head: ConfidenceHead, rollouts: Rollouts, held_out: Rollouts) -> Fit:
+def measure(head: ConfidenceHead, rollouts: HeadDataset, held_out: HeadDataset) -> Fit:
     def order(logit: Tensor, distance: Tensor) -> float | None:
         found = spearman(logit.numpy(), -distance.numpy())
         return None if np.isnan(found) else found
@@ -138,7 +138,7 @@ def train_head(
     and `head.png`. The rollouts stay in `out/rollouts`: run again, what is there is not made again. The pipeline has
     the head, its thresholds and its calibration afterwards.
     """
-    out, chunks = Path(out), check_prompts(prompts, chunks, chunks_of(pipe))
+    out, chunks = Path(out), check_prompts(prompts, chunks, num_chunks(pipe))
     order, held = split(len(prompts), clips, held_out, seed)
     start = time.perf_counter()
     made = collect(
@@ -188,7 +188,7 @@ def split(prompts: int, clips: int | None, share: float, seed: int) -> tuple[lis
     return [mixed[i] for i in place], place < held
 
 
-def set_thresholds(pipe: Pipeline, held_out: Rollouts) -> list[dict[str, float]]:
+def set_thresholds(pipe: Pipeline, held_out: HeadDataset) -> list[dict[str, float]]:
     """Calibrate the pipeline's head on rollouts that it was not fitted to; returns `calibrate.calibration`'s table.
 
     The pipeline then has the presets fast, balanced and quality, the middle one as its default, and a calibration.

@@ -39,7 +39,7 @@ Prompts = Tensor | Sequence[Text | Sequence[Text]]
 
 
 @dataclass(frozen=True)
-class Rollouts:
+class HeadDataset:
     """C clips of N chunks of F latent frames, S steps each; float32 on the CPU.
 
     features [C, N, S, F, 3 dim]: what a head reads after each step; distance [C, N, S - 1, F]: `refinement` after each
@@ -52,9 +52,9 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, clips: slice | Sequence[int] | Tensor) -> Rollouts:
+    def __getitem__(self, clips: slice | Sequence[int] | Tensor) -> HeadDataset:
         """Some of the clips."""
-        return Rollouts(self.features[clips], self.distance[clips])
+        return HeadDataset(self.features[clips], self.distance[clips])
 
 
 def refinement(estimates: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Recorder:
         return hidden.new_zeros(time.shape[:2], dtype=torch.float32)
 
 
-def chunks_of(pipe: Pipeline, frames: int | None = None) -> int:
+def num_chunks(pipe: Pipeline, frames: int | None = None) -> int:
     """Whole chunks in a clip of `frames` pixel frames (the model's own length), with Wan's strides if no decoder."""
     frames, decoder = pipe.frames if frames is None else frames, pipe.engine.decoder
     latent = (frames - 1) // WAN_TIME_STRIDE + 1 if decoder is None else decoder.latent_frames_of(frames)
@@ -95,7 +95,7 @@ def collect(
     batch: int = 16,
     seed: int = 0,
     folder: Path | None = None,
-) -> Rollouts:
+) -> HeadDataset:
     """Roll out one clip per prompt, clip i with the noise of seed + i, and keep what the steps show.
 
     chunks: a clip's (default: the prompts', else the model's own length); size: latent height and width (the model's
@@ -108,7 +108,7 @@ def collect(
         raise ValueError(f"steps={list(pipe.config.steps)}: nothing to allocate; a head needs at least 2 steps")
     if batch < 1:
         raise ValueError(f"batch={batch}: must be at least 1")
-    chunks = check_prompts(prompts, chunks, chunks_of(pipe))
+    chunks = check_prompts(prompts, chunks, num_chunks(pipe))
     size = size or pipeline_inputs.latent_size(pipe.engine, pipe.height, pipe.width)
     pipe.engine.dit.config.tokens_per_frame(*size)  # raises for a size off the patch grid
     order = range(len(prompts)) if order is None else order
@@ -124,7 +124,7 @@ def collect(
             if path and path.exists():
                 part = _read(path, about)
             else:
-                part = roll_out(pipe, _by_chunk(shown, chunks), seeds, size)
+                part = record_batch(pipe, _by_chunk(shown, chunks), seeds, size)
                 if not (part.features.isfinite().all() and part.distance.isfinite().all()):
                     raise FloatingPointError(
                         f"clips {clips}: the model gives values that are not finite; check the weights, the prompt "
@@ -134,12 +134,12 @@ def collect(
                     write_tensors(path, vars(part), about)
             features[clips], distance[clips] = part.features, part.distance
             bar.update(len(clips))
-    return Rollouts(features, distance)
+    return HeadDataset(features, distance)
 
 
-def roll_out(
+def record_batch(
     pipe: Pipeline, prompts: Tensor | list[list[str]], seeds: Sequence[int], size: tuple[int, int]
-) -> Rollouts:
+) -> HeadDataset:
     """A batch of clips that switch prompts at the same chunks, as sessions would; all steps for every chunk.
 
     prompts: embeddings [B, N, L, text_dim], or texts by clip and chunk; size: latent height and width.
@@ -163,7 +163,7 @@ def roll_out(
         rollout.accept(rollout.denoise(seen.append).latents)
         distance.append(refinement(torch.stack([step.x0 for step in seen])))
     features = torch.stack(recorder.features).unflatten(0, (chunks, pipe.max_steps))  # [N, S, B, F, 3 dim]
-    return Rollouts(
+    return HeadDataset(
         features=features.permute(2, 0, 1, 3, 4).contiguous(),
         distance=torch.stack(distance).permute(2, 0, 1, 3).contiguous().cpu(),
     )
@@ -252,7 +252,7 @@ def _about(pipe: Pipeline, prompts: Prompts, chunks: int, seeds: list[int], size
     }
 
 
-def _read(path: Path, about: dict[str, str]) -> Rollouts:
+def _read(path: Path, about: dict[str, str]) -> HeadDataset:
     tensors, found = read_tensors(path), read_metadata(path)
     for name, wanted in about.items():
         if found.get(name) != wanted:
@@ -260,4 +260,4 @@ def _read(path: Path, about: dict[str, str]) -> Rollouts:
                 f"{path}: made with {name} {found.get(name)}, wanted is {wanted}; delete its folder to roll out anew, "
                 "or go on with what it was begun with"
             )
-    return Rollouts(tensors["features"], tensors["distance"])
+    return HeadDataset(tensors["features"], tensors["distance"])

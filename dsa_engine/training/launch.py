@@ -65,10 +65,10 @@ def train(
     if (steps, batch) != (None, None):
         plan = plan.replace("student" if stage == "joint" else stage, steps=steps, batch=batch)
     with processes(device) as where:
-        job = stages.Job(plan, Path(out), where, compiled)
+        ctx = stages.StageContext(plan, Path(out), where, compiled)
         facts: dict[str, Any] = {"recipe": stage, "config": plan.name, "seed": plan.seed, "out": str(out)}
         for name in ALL if stage == "all" else (stage,):
-            facts[name] = stages.STAGES[name](job) if rank() == 0 or name in PARALLEL else None
+            facts[name] = stages.STAGES[name](ctx) if rank() == 0 or name in PARALLEL else None
             if distributed():
                 dist.barrier()
     return facts
@@ -99,5 +99,5 @@ def train_head_of(
     said = read_prompts(prompts)
     with Pipeline.from_pretrained(model, device=device, window=window, sink=sink, shift=shift) as pipe:
         options = {name: value for name, value in {"iterations": iterations, "batch": batch}.items() if value}
-        chunks = None if frames is None else head_dataset.chunks_of(pipe, frames)
+        chunks = None if frames is None else head_dataset.num_chunks(pipe, frames)
         return head.train_head(pipe, said, out, chunks=chunks, seed=seed, **options)

@@ -40,7 +40,7 @@ class TeacherStage:
 class StudentStage:
     """Distribution matching distillation. batch: clips a step, over all processes; rate and critic_rate: of AdamW;
     critic_steps: updates of the critic to one of the student; guidance: of the teacher; motion_weight: see
-    `flow.weighted_error` (critic) and `dmd.stress_motion`."""
+    `flow.weighted_error` (critic) and `dmd.weight_motion`."""
 
     steps: int = 400
     batch: int = 16

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dsa_engine.checkpoints import load
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
-from dsa_engine.evaluation.rollouts import TOGETHER, Rolled, held_out, roll, roll_teacher
+from dsa_engine.evaluation.rollouts import BATCH_CLIPS, EvalRollouts, held_out, roll_out, roll_out_teacher
 from dsa_engine.files import atomic_write
 from dsa_engine.media.report import write_sheet
 from dsa_engine.models.confidence import ConfidenceHead
@@ -44,7 +44,7 @@ from dsa_engine.training.init_weights import init_weights
 from dsa_engine.training.recipe import Recipe
 from dsa_engine.training.student import StudentLosses
 from dsa_engine.training.teacher_forcing import teacher_forced
-from dsa_engine.training.trainer import LOG_EVERY, Optimized, Trainer, batches, level, rank, world
+from dsa_engine.training.trainer import LOG_EVERY, Optimized, Trainer, batches, lr_warmup, rank, world_size
 
 HEAD_SEED, CALIBRATION_SEED, SHEET_SEED = (
     246_813_579,
@@ -64,7 +64,7 @@ VIDEO = {"height": shapes_world.SIZE, "width": shapes_world.SIZE, "frames": 48, 
 
 
 @dataclass(frozen=True)
-class Job:
+class StageContext:
     """What a stage runs with. Every stage writes under out/<stage> and goes on from the checkpoint it finds there."""
 
     recipe: Recipe
@@ -73,7 +73,7 @@ class Job:
     compiled: bool = True
 
     @property
-    def context(self) -> int:
+    def past_chunks(self) -> int:
         """Past chunks in the window."""
         return self.recipe.rollout.window // self.recipe.rollout.chunk_frames - 1
 
@@ -91,9 +91,9 @@ def load_tensors(module: nn.Module, path: Path, stage: str) -> None:
     module.load_state_dict(load_file(path))
 
 
-def load_codec(job: Job) -> PixelCodec:
+def load_codec(ctx: StageContext) -> PixelCodec:
     codec = PixelCodec()
-    load_tensors(codec, job.out / "codec" / "weights.safetensors", "codec")
+    load_tensors(codec, ctx.out / "codec" / "weights.safetensors", "codec")
     return codec.requires_grad_(False).eval()
 
 
@@ -119,32 +119,34 @@ def new_generator(seed: int) -> nn.ModuleDict:
 
 
 def clips_of(
-    job: Job, codec: PixelCodec, batch: int, start: int, offset: int = 0, focus: float = math.inf
+    ctx: StageContext, codec: PixelCodec, batch: int, start: int, offset: int = 0, focus: float = math.inf
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of each step's clips: latents float32 [b, N, F, C, H, W] and tokens [b, N, 4]. Pools that
     begin at step `focus` or later have the odds FOCUS."""
-    if batch % world():
-        raise ValueError(f"batch={batch}: must be a multiple of {world()} processes; nearest is {-(-batch // world())}")
+    if batch % world_size():
+        raise ValueError(
+            f"batch={batch}: must be a multiple of {world_size()} processes; nearest is {-(-batch // world_size())}"
+        )
 
     def pool(index: int) -> tuple[Tensor, ...]:
-        seed = 1_000_000 * job.recipe.seed + offset + 1000 * index + rank()
+        seed = 1_000_000 * ctx.recipe.seed + offset + 1000 * index + rank()
         return latent_pool(
             codec,
             seed,
-            job.recipe.rollout.chunk_frames,
-            job.recipe.pool,
+            ctx.recipe.rollout.chunk_frames,
+            ctx.recipe.pool,
             **(FOCUS if index * PER_POOL >= focus else {}),
         )
 
-    for latents, tokens, _ in batches(pool, batch // world(), PER_POOL, start):
-        yield latents.float().to(job.device), tokens
+    for latents, tokens, _ in batches(pool, batch // world_size(), PER_POOL, start):
+        yield latents.float().to(ctx.device), tokens
 
 
-def train_codec(job: Job) -> dict[str, float]:
+def train_codec(ctx: StageContext) -> dict[str, float]:
     """A frame to latents and back. Runs in one go: minutes."""
-    path = job.out / "codec" / "weights.safetensors"
+    path = ctx.out / "codec" / "weights.safetensors"
     if path.exists():
-        codec = load_codec(job)
+        codec = load_codec(ctx)
     else:
         log = Log(path.parent)
         start, every = time.perf_counter(), []
@@ -156,90 +158,90 @@ def train_codec(job: Job) -> dict[str, float]:
                 log.add({"step": step + 1, "loss": sum(every) / len(every), "seconds": seconds})
                 every.clear()
 
-        codec, _ = codec_stage.train_codec(job.recipe.codec.steps, job.recipe.seed, job.device, note)
+        codec, _ = codec_stage.train_codec(ctx.recipe.codec.steps, ctx.recipe.seed, ctx.device, note)
         save_tensors(path, codec)
         log.plot("codec")
     return {"psnr_db": round(codec_stage.held_out_psnr(codec), 2)}
 
 
-def train_teacher(job: Job) -> dict[str, float]:
+def train_teacher(ctx: StageContext) -> dict[str, float]:
     """Flow matching with teacher forcing, from random weights."""
-    stage, codec, model = job.recipe.teacher, load_codec(job), new_generator(job.recipe.seed).to(job.device)
-    forward = torch.compile(teacher_forced, dynamic=False) if job.compiled else teacher_forced
+    stage, codec, model = ctx.recipe.teacher, load_codec(ctx), new_generator(ctx.recipe.seed).to(ctx.device)
+    forward = torch.compile(teacher_forced, dynamic=False) if ctx.compiled else teacher_forced
 
     def loss(latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.autocast(job.device.type, torch.bfloat16):
+        with torch.autocast(ctx.device.type, torch.bfloat16):
             return flow_loss(
-                model["dit"], model["text"], latents, tokens, job.context, generator, stage.motion_weight, forward
+                model["dit"], model["text"], latents, tokens, ctx.past_chunks, generator, stage.motion_weight, forward
             )
 
     main = Optimized(model, loss, stage.steps, stage.rate, stage.muon)
-    trainer = Trainer(main, job.out / "teacher", job.recipe.seed)
+    trainer = Trainer(main, ctx.out / "teacher", ctx.recipe.seed)
     trainer.resume()
-    clips = clips_of(job, codec, stage.batch, main.step, focus=stage.focus * stage.steps)
+    clips = clips_of(ctx, codec, stage.batch, main.step, focus=stage.focus * stage.steps)
 
     def on_save() -> None:
         save_tensors(trainer.folder / "weights.safetensors", main.ema)
-        pipe = pipeline(job, main.ema["dit"], main.ema["text"], codec)
-        sheet(trainer, roll_teacher(pipe, SHOWN, SHEET_STEPS), f"teacher, {SHEET_STEPS} Euler steps")
+        pipe = pipeline(ctx, main.ema["dit"], main.ema["text"], codec)
+        sheet(trainer, roll_out_teacher(pipe, SHOWN, SHEET_STEPS), f"teacher, {SHEET_STEPS} Euler steps")
 
     trainer.run(
         lambda generator: (*next(clips), generator), save_every=SAVE_EVERY["teacher"], note="teacher", on_save=on_save
     )
     if rank() == 0:
         modules = {"generator": main.ema["dit"], "codec": codec, "text": main.ema["text"]}
-        load.save(trainer.folder / "model", f"{job.recipe.name}-teacher", modules, job.recipe.rollout, VIDEO)
+        load.save(trainer.folder / "model", f"{ctx.recipe.name}-teacher", modules, ctx.recipe.rollout, VIDEO)
     return trainer.log.rows[-1] if rank() == 0 else {}
 
 
-def pipeline(job: Job, dit: CausalDiT, text: SlotTextEncoder, codec: PixelCodec) -> Pipeline:
+def pipeline(ctx: StageContext, dit: CausalDiT, text: SlotTextEncoder, codec: PixelCodec) -> Pipeline:
     """Modules in training as what users run."""
-    return Pipeline(Engine(dit, None, codec, text, job.recipe.rollout), name=job.recipe.name, **VIDEO)
+    return Pipeline(Engine(dit, None, codec, text, ctx.recipe.rollout), name=ctx.recipe.name, **VIDEO)
 
 
-def sheet(trainer: Trainer, rolled: Rolled, title: str) -> None:
+def sheet(trainer: Trainer, rolled: EvalRollouts, title: str) -> None:
     """A contact sheet of the run as it stands, always of the same prompts and noise."""
     path = trainer.folder / "sheet.png"
     labels = [" / ".join(dict.fromkeys(map(str, clip))) for clip in SHOWN]
     write_sheet(path, rolled.frames, labels, f"{title}, after {trainer.main.step} training steps")
 
 
-def load_teacher(job: Job) -> nn.ModuleDict:
+def load_teacher(ctx: StageContext) -> nn.ModuleDict:
     """The teacher's averaged weights."""
     teacher = new_generator(0)
-    load_tensors(teacher, job.out / "teacher" / "weights.safetensors", "teacher")
-    return teacher.requires_grad_(False).to(job.device)
+    load_tensors(teacher, ctx.out / "teacher" / "weights.safetensors", "teacher")
+    return teacher.requires_grad_(False).to(ctx.device)
 
 
-def train_student(job: Job, kind: str = "joint") -> dict[str, float]:
+def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
     """DMD from the teacher: `joint` with the confidence head's attenuation, `student` without it, all else alike."""
-    stage, rollout, codec, teacher = job.recipe.student, job.recipe.rollout, load_codec(job), load_teacher(job)
-    torch.manual_seed(job.recipe.seed)
+    stage, rollout, codec, teacher = ctx.recipe.student, ctx.recipe.rollout, load_codec(ctx), load_teacher(ctx)
+    torch.manual_seed(ctx.recipe.seed)
     model = nn.ModuleDict({"dit": copy.deepcopy(teacher["dit"]).requires_grad_(True)})
     model["refine"] = ConfidenceHead(teacher["dit"].config)
     if kind == "joint":
         model["confidence"] = ConfidenceHead(teacher["dit"].config)
-    model.to(job.device)
+    model.to(ctx.device)
     size = shapes_world.SIZE // codec.spatial_stride
     losses = StudentLosses(
         teacher["dit"],
         teacher["text"],
         model,
         rollout,
-        job.context,
+        ctx.past_chunks,
         size,
         stage.guidance,
         stage.motion_weight,
-        job.compiled,
+        ctx.compiled,
     )
-    options = {"betas": (0.0, 0.99), "ema_decay": 0.995, "factor": level}
+    options = {"betas": (0.0, 0.99), "ema_decay": 0.995, "factor": lr_warmup}
     rates = {name: stage.rate if name == "dit" else HEAD_RATE for name in model}
     student = Optimized(model, losses.student_loss, stage.steps, rates, **options)
     critic_steps = stage.critic_steps * stage.steps
     critic = Optimized(losses.critic, losses.critic_loss, critic_steps, stage.critic_rate, **options)
-    trainer = Trainer(student, job.out / kind, job.recipe.seed, {"critic": critic, "norm": losses.norm})
+    trainer = Trainer(student, ctx.out / kind, ctx.recipe.seed, {"critic": critic, "norm": losses.norm})
     trainer.resume()
-    clips = clips_of(job, codec, stage.batch, student.step, offset=500_000, focus=0)
+    clips = clips_of(ctx, codec, stage.batch, student.step, offset=500_000, focus=0)
 
     def prepare(generator: torch.Generator) -> tuple:
         latents, tokens = next(clips)
@@ -250,40 +252,40 @@ def train_student(job: Job, kind: str = "joint") -> dict[str, float]:
 
     def on_save() -> None:
         save_tensors(trainer.folder / "weights.safetensors", student.ema)
-        pipe = pipeline(job, student.ema["dit"], teacher["text"], codec)
-        sheet(trainer, roll(pipe, SHOWN, Fixed(pipe.max_steps)), f"{kind}, {pipe.max_steps} steps")
+        pipe = pipeline(ctx, student.ema["dit"], teacher["text"], codec)
+        sheet(trainer, roll_out(pipe, SHOWN, Fixed(pipe.max_steps)), f"{kind}, {pipe.max_steps} steps")
 
     trainer.run(prepare, save_every=SAVE_EVERY[kind], note=kind, report=lambda: losses.report, on_save=on_save)
     if rank() == 0:
         modules = {"generator": student.ema["dit"], "codec": codec, "text": teacher["text"]}
-        load.save(trainer.folder / "model", f"{job.recipe.name}-{kind}", modules, rollout, VIDEO)
+        load.save(trainer.folder / "model", f"{ctx.recipe.name}-{kind}", modules, rollout, VIDEO)
     return trainer.log.rows[-1] if rank() == 0 else {}
 
 
-def fit_heads(job: Job) -> dict[str, Any]:
+def fit_heads(ctx: StageContext) -> dict[str, Any]:
     """Three heads for the frozen student of the joint stage, calibrated alike, and the model folder with one of them.
 
     `joint` learned the attenuation objective with the generator, `refine` self-refinement beside it, `fitted` learns
     self-refinement now, on rollouts that it is held still for. `head/<kind>.safetensors` holds each; the folder `model`
     has the one that the recipe names.
     """
-    stage, rollout, codec, teacher = job.recipe.head, job.recipe.rollout, load_codec(job), load_teacher(job)
+    stage, rollout, codec, teacher = ctx.recipe.head, ctx.recipe.rollout, load_codec(ctx), load_teacher(ctx)
     model = nn.ModuleDict({name: ConfidenceHead(teacher["dit"].config) for name in ("refine", "confidence")})
     model["dit"] = teacher["dit"]
-    load_tensors(model, job.out / "joint" / "weights.safetensors", "joint")
+    load_tensors(model, ctx.out / "joint" / "weights.safetensors", "joint")
     modules = {"generator": model["dit"], "codec": codec, "text": teacher["text"]}
-    folder = job.out / "model"
-    load.save(folder, job.recipe.name, modules, rollout, VIDEO)
-    pipe = Pipeline.from_pretrained(folder, device=job.device)  # heads are made for the weights as they ship, rounded
+    folder = ctx.out / "model"
+    load.save(folder, ctx.recipe.name, modules, rollout, VIDEO)
+    pipe = Pipeline.from_pretrained(folder, device=ctx.device)  # heads are made for the weights as they ship, rounded
     captions = held_out(stage.clips + stage.calibration_clips, chunks=CHUNKS, seed=HEAD_SEED)
-    rollouts = collect(pipe, captions, batch=TOGETHER, seed=HEAD_SEED)
+    rollouts = collect(pipe, captions, batch=BATCH_CLIPS, seed=HEAD_SEED)
     learned, other = rollouts[: stage.clips], rollouts[stage.clips :]
     heads = {"joint": model["confidence"], "refine": model["refine"], "fitted": None}
     facts: dict[str, Any] = {}
     for kind, head in heads.items():
-        pipe.engine.head = None if head is None else head.half().float().to(job.device).requires_grad_(False).eval()
+        pipe.engine.head = None if head is None else head.half().float().to(ctx.device).requires_grad_(False).eval()
         if head is None:
-            head_stage.fit_head(pipe, learned, other, stage.iterations, job.recipe.seed)
+            head_stage.fit_head(pipe, learned, other, stage.iterations, ctx.recipe.seed)
         heads[kind] = head = pipe.engine.head
         table = head_stage.set_thresholds(pipe, other)
         by_step = calibrate.confidence_by_step(head, other)
@@ -295,16 +297,16 @@ def fit_heads(job: Job) -> dict[str, Any]:
         }
         facts[kind] |= {"median_confidence_by_step": np.median(by_step, axis=0).round(3).tolist()}
         load.save_head(
-            job.out / "head" / f"{kind}.safetensors", head, pipe.engine.dit.config, pipe.config, pipe.calibration
+            ctx.out / "head" / f"{kind}.safetensors", head, pipe.engine.dit.config, pipe.config, pipe.calibration
         )
-        head_stage.draw_head(job.out / "head" / f"{kind}.png", table, by_step, pipe.config.presets)
+        head_stage.draw_head(ctx.out / "head" / f"{kind}.png", table, by_step, pipe.config.presets)
         if kind == stage.kind:
             modules["confidence"] = head
-            load.save(folder, job.recipe.name, modules, pipe.config, VIDEO, calibration=pipe.calibration)
+            load.save(folder, ctx.recipe.name, modules, pipe.config, VIDEO, calibration=pipe.calibration)
     return facts
 
 
-STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
+STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {
     "codec": train_codec,
     "teacher": train_teacher,
     "student": partial(train_student, kind="student"),

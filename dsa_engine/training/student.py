@@ -18,7 +18,7 @@ from dsa_engine.sampling.policy import PerChunk
 from dsa_engine.sampling.schedule import warp
 from dsa_engine.shapes.text_encoder import SlotTextEncoder
 from dsa_engine.training.attenuation import attenuation_loss, attenuation_weight
-from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, stress_motion
+from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, weight_motion
 from dsa_engine.training.flow import weighted_error
 from dsa_engine.training.head import refine_loss
 from dsa_engine.training.head_dataset import Recorder
@@ -29,7 +29,7 @@ HEAD_WEIGHT = 0.02
 SHIFT = 3.0  # of the noise levels that scores are compared at
 
 
-class Rolled(NamedTuple):
+class StudentRollout(NamedTuple):
     """The student's own clips, each chunk left at a step drawn for it. No gradient.
 
     video: the clean chunks, and x: the input of each chunk's exit step [B, N, F, C, H, W]; sigma: its level [B, N];
@@ -46,7 +46,9 @@ class Rolled(NamedTuple):
 
 
 @torch.inference_mode()
-def self_rollout(dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: int) -> Rolled:
+def self_rollout(
+    dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: int
+) -> StudentRollout:
     """Roll out as inference does: the same KV cache, the same `denoise_chunk`, commit passes and all.
 
     text [B, N, L, text_dim]: the prompts' embeddings by chunk; counts [B, N]: steps of each chunk; size: latent height
@@ -91,7 +93,7 @@ def self_rollout(dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Te
             exits = result.latents[[rows[i] for i in on]]
             features.append(read[on].flatten(0, 1).to(dit.device))
             distances.append((x0[on] - exits).square().mean(dim=(2, 3, 4)).flatten())
-    return Rolled(video, x, sigma, text, torch.cat(features), torch.cat(distances))
+    return StudentRollout(video, x, sigma, text, torch.cat(features), torch.cat(distances))
 
 
 class StudentLosses:
@@ -127,15 +129,17 @@ class StudentLosses:
 
         self.student_forward, self.critic_forward, self.teacher_forward = (own(teacher_forced) for _ in range(3))
 
-    def rollout(self, tokens: Tensor, generator: torch.Generator) -> Rolled:
+    def rollout(self, tokens: Tensor, generator: torch.Generator) -> StudentRollout:
         """Fresh clips of the student for prompts [B, N, 4], exits drawn evenly from 1..S."""
         counts = torch.randint(1, len(self.config.steps) + 1, tokens.shape[:2], generator=generator)
         seed = int(torch.randint(2**62, (1,), generator=generator))
         text = self.text.table(tokens).detach()
         made = self_rollout(self.model["dit"], self.config, text, counts, seed, self.size)
-        return Rolled(*(part.clone() for part in made))  # out of inference mode
+        return StudentRollout(*(part.clone() for part in made))  # out of inference mode
 
-    def student_loss(self, rolled: Rolled, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    def student_loss(
+        self, rolled: StudentRollout, latents: Tensor, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """DMD on the exit estimates, attenuated per frame, with the heads' losses and the anchor on real clips."""
         video, text, model = rolled.video, rolled.text, self.model
         out, x0 = self._x0(self.student_forward, model["dit"], video, rolled.x, rolled.sigma, text)
@@ -150,7 +154,7 @@ class StudentLosses:
                 self._x0(self.teacher_forward, self.teacher, video, noisy, sigma, null)[1],
                 self.guidance,
             )
-        loss = dmd_loss(x0, stress_motion(dmd_gradient(x0, real, fake), self.motion_weight))
+        loss = dmd_loss(x0, weight_motion(dmd_gradient(x0, real, fake), self.motion_weight))
         self.report = {"dmd": loss.mean().item()}
         if "confidence" in model:
             logit = model["confidence"](out.hidden, out.time)
@@ -165,7 +169,7 @@ class StudentLosses:
         self.report |= {"refine": refine.item(), "anchor": anchor.item()}
         return total + HEAD_WEIGHT * refine + ANCHOR * anchor
 
-    def critic_loss(self, rolled: Rolled, generator: torch.Generator) -> Tensor:
+    def critic_loss(self, rolled: StudentRollout, generator: torch.Generator) -> Tensor:
         """Flow matching of the critic on the student's clips."""
         sigma = warp(torch.rand(rolled.video.shape[:2], generator=generator), SHIFT).clamp(0.02, 1.0)
         return self._flow(self.critic_forward, self.critic, rolled.video, sigma, rolled.text, generator)

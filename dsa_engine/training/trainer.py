@@ -22,14 +22,14 @@ LOG_EVERY = 20  # steps
 Loss = Callable[..., Tensor]
 
 
-def falling(step: int, steps: int, warmup: int = 100, hold: float = 0.4, floor: float = 0.03) -> float:
+def lr_schedule(step: int, steps: int, warmup: int = 100, hold: float = 0.4, floor: float = 0.03) -> float:
     """Learning-rate factor: linear warm-up, constant for `hold` of the run, then linear down to `floor`."""
     rise = min(1.0, (step + 1) / warmup)
     fall = (step / steps - hold) / (1 - hold)
     return rise * (1 - (1 - floor) * max(0.0, fall))
 
 
-def level(step: int, steps: int, warmup: int = 20) -> float:
+def lr_warmup(step: int, steps: int, warmup: int = 20) -> float:
     """Learning-rate factor: linear warm-up, then constant."""
     return min(1.0, (step + 1) / warmup)
 
@@ -42,7 +42,7 @@ def rank() -> int:
     return dist.get_rank() if distributed() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if distributed() else 1
 
@@ -82,7 +82,7 @@ class Optimized:
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
         ema_decay: float = 0.999,
-        factor: Callable[[int, int], float] = falling,
+        factor: Callable[[int, int], float] = lr_schedule,
     ):
         self.model, self.steps, self.factor, self.ema_decay, self.step = model, steps, factor, ema_decay, 0
         self.objective: nn.Module = Objective(model, loss)

@@ -11,15 +11,15 @@ import torch
 from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline
 from dsa_engine.evaluation import rollouts
 from dsa_engine.evaluation.rollouts import (
-    Rolled,
+    EvalRollouts,
     Table,
-    alike,
+    chunk_kinds,
+    ground_truth,
+    group_by_prompt_switches,
     held_out,
-    kinds,
     quality,
-    real,
-    roll,
-    roll_teacher,
+    roll_out,
+    roll_out_teacher,
     summary,
     tabulate,
     trace,
@@ -36,15 +36,15 @@ CLIPS = [[RED] * 6, [RED] * 3 + [BLUE] * 3, [BLUE] * 6, [UP] * 3 + [RED] * 2 + [
 
 
 def test_clips_are_alike_when_they_switch_at_the_same_chunks():
-    assert alike(CLIPS, 2) == [[0, 2], [1, 4], [3]]
-    assert alike(CLIPS, 1) == [[0], [2], [1], [4], [3]]
+    assert group_by_prompt_switches(CLIPS, 2) == [[0, 2], [1, 4], [3]]
+    assert group_by_prompt_switches(CLIPS, 1) == [[0], [2], [1], [4], [3]]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_each_clip_is_rolled_as_a_session_of_its_own(pipe, batch):
-    after_one = roll(pipe, CLIPS, Fixed(1), seed=7).confidence.min(axis=2)
+    after_one = roll_out(pipe, CLIPS, Fixed(1), seed=7).confidence.min(axis=2)
     policy = Confidence(float(np.median(after_one)))  # so that about half of the chunks stop there
-    rolled = roll(pipe, CLIPS, policy, seed=7, batch=batch)
+    rolled = roll_out(pipe, CLIPS, policy, seed=7, batch=batch)
     for i, clip in enumerate(CLIPS):
         with pipe.session(str(clip[0]), num_frames=18, step_policy=policy, seed=7 + i) as session:
             for k, caption in enumerate(clip):
@@ -60,7 +60,7 @@ def test_each_clip_is_rolled_as_a_session_of_its_own(pipe, batch):
 
 def test_without_a_switch_all_at_once_is_the_same(pipe):
     clips = [clip[:1] * 4 for clip in CLIPS]
-    once, apart = roll(pipe, clips, "fixed:2"), roll(pipe, clips, Fixed(2), batch=2)
+    once, apart = roll_out(pipe, clips, "fixed:2"), roll_out(pipe, clips, Fixed(2), batch=2)
     assert np.abs(once.frames.astype(int) - apart.frames).max() <= 1
 
 
@@ -71,11 +71,11 @@ def test_each_clip_may_have_a_policy_of_its_own_and_steps_name_their_clips(pipe)
     def count(step):
         seen[step.rows, step.chunk, step.index - 1] += 1
 
-    rolled = roll(pipe, CLIPS, [PerChunk(c) for c in counts], on_step=count, batch=2)
+    rolled = roll_out(pipe, CLIPS, [PerChunk(c) for c in counts], on_step=count, batch=2)
     assert rolled.steps.tolist() == counts
     assert (seen == (np.arange(4) < np.array(counts)[..., None])).all()
     with pytest.raises(ValueError, match="2 policies for 5 clips"):
-        roll(pipe, CLIPS, [Fixed(1)] * 2)
+        roll_out(pipe, CLIPS, [Fixed(1)] * 2)
 
 
 class Bare:
@@ -119,7 +119,7 @@ def test_the_teacher_equals_euler_steps_without_a_cache(pipe, close, monkeypatch
     monkeypatch.setattr(pipe.engine, "decoder", Bare)
     monkeypatch.setattr(rollouts, "to_uint8", lambda latents: latents.numpy())
     clips = [[RED] * 4, [BLUE] * 2 + [UP] * 2, [RED, UP, UP, JUMP]]
-    rolled = roll_teacher(pipe, clips, steps=5, shift=3.0, guidance=guidance, seed=11, batch=2)
+    rolled = roll_out_teacher(pipe, clips, steps=5, shift=3.0, guidance=guidance, seed=11, batch=2)
     expected = naive_teacher(pipe, clips, 5, 3.0, guidance, 11)
     close(torch.from_numpy(rolled.frames), expected, 2e-4)
     assert (rolled.steps == 5).all() and rolled.confidence.shape == (3, 4, 3)
@@ -127,7 +127,7 @@ def test_the_teacher_equals_euler_steps_without_a_cache(pipe, close, monkeypatch
 
 def test_the_teacher_needs_steps(pipe):
     with pytest.raises(ValueError, match="steps=0: must be a whole number"):
-        roll_teacher(pipe, [[RED]], steps=0)
+        roll_out_teacher(pipe, [[RED]], steps=0)
 
 
 def test_a_trace_shows_what_the_policies_will_read(pipe):
@@ -141,14 +141,14 @@ def test_a_trace_shows_what_the_policies_will_read(pipe):
     sure_at, calm_at = np.median(sure[:, :2]), np.median(change)
     by_confidence = [next((k for k in (1, 2, 3) if row[k - 1] >= sure_at), 4) for row in sure]
     by_change = [next((k for k in (2, 3) if row[k - 2] <= calm_at), 4) for row in change]
-    assert roll(pipe, clips, Confidence(float(sure_at)), 3, batch=4).steps[:, 0].tolist() == by_confidence
-    assert roll(pipe, clips, Change(float(calm_at)), 3, batch=4).steps[:, 0].tolist() == by_change
+    assert roll_out(pipe, clips, Confidence(float(sure_at)), 3, batch=4).steps[:, 0].tolist() == by_confidence
+    assert roll_out(pipe, clips, Change(float(calm_at)), 3, batch=4).steps[:, 0].tolist() == by_change
     assert len({*by_confidence}) > 1 and len({*by_change}) > 1
 
 
 def test_distances_of_a_trace_are_those_of_the_steps(pipe):
     seen, steps = trace(pipe, CLIPS[:2], seed=3, batch=1)[1], []
-    roll(pipe, CLIPS[1:2], Fixed(4), 4, on_step=steps.append)
+    roll_out(pipe, CLIPS[1:2], Fixed(4), 4, on_step=steps.append)
     estimates = [s.x0[0] for s in steps if s.chunk == 5]
     for k in range(3):
         for kept, other in ((seen.distance, estimates[3]), (seen.change, estimates[k + 1])):
@@ -161,25 +161,25 @@ def test_a_model_without_a_head_cannot_be_traced(pipe, monkeypatch):
     with pytest.raises(ValueError, match="no confidence head"):
         trace(pipe, [[RED]])
     with pytest.raises(ValueError, match="needs a confidence head"):
-        roll(pipe, [[RED]], Confidence(0.5))
-    assert roll(pipe, [[RED] * 2], Change(1e9)).steps.tolist() == [[2, 2]]
+        roll_out(pipe, [[RED]], Confidence(0.5))
+    assert roll_out(pipe, [[RED] * 2], Change(1e9)).steps.tolist() == [[2, 2]]
 
 
 def test_kinds_of_chunks():
-    found = kinds([RED, RED, UP, BLUE, JUMP, JUMP, BLUE])
+    found = chunk_kinds([RED, RED, UP, BLUE, JUMP, JUMP, BLUE])
     assert found == ["first", "same", "soft", "cut", "jumping", "jumping", "soft"]
 
 
 def test_ground_truth_scores_as_the_metric_promises():
     """Through the shipped codec every real clip is valid, moves as told and never leaps."""
     pipe, clips = Pipeline.from_pretrained("shapes"), [[RED, RED, UP, BLUE, JUMP], [JUMP, RED, UP, UP, RED]]
-    table = tabulate(clips, real(pipe, clips, seed=5))
+    table = tabulate(clips, ground_truth(pipe, clips, seed=5))
     assert table.valid.all() and table.motion.all() and (table.steps == 0).all()
     assert table.hard.tolist() == [[True, False, False, True, True], [True, True, False, False, False]]
     assert (np.isnan(table.leap) == table.hard[..., None]).all() and np.nanmax(table.leap) < 3.6
     moved = np.linalg.norm(table.xy[0, 1, 0] - table.xy[0, 0, 2])
     assert table.leap[0, 1, 0] == pytest.approx(moved)
-    other = tabulate(clips, real(pipe, clips, seed=6))
+    other = tabulate(clips, ground_truth(pipe, clips, seed=6))
     assert np.abs(other.xy - table.xy).max() > 3
 
 
@@ -226,6 +226,6 @@ def test_a_summary_against_plain_loops():
 
 def test_quality_of_clips_without_easy_chunks_is_nan_where_there_is_nothing():
     frames = np.zeros((1, 3, 64, 64, 3), np.uint8)
-    found = quality([[RED]], Rolled(frames, np.array([[2]]), np.full((1, 1, 3), np.nan)))
+    found = quality([[RED]], EvalRollouts(frames, np.array([[2]]), np.full((1, 1, 3), np.nan)))
     assert found["valid"] == 0 and found["steps"] == found["steps_hard"] == 2 and found["hard"] == 1
     assert all(math.isnan(found[name]) for name in ("steps_easy", "valid_easy", "steady"))

@@ -9,7 +9,7 @@ import pytest
 
 from dsa_engine import Confidence, Fixed, Pipeline
 from dsa_engine.checkpoints import load
-from dsa_engine.evaluation.rollouts import quality, roll
+from dsa_engine.evaluation.rollouts import quality, roll_out
 from dsa_engine.shapes import metrics, world
 from dsa_engine.shapes.world import Caption
 
@@ -38,7 +38,7 @@ def scripts(switch: bool) -> list[list[Caption]]:
 def rolled(request, shapes):
     captions = scripts(request.param)
     threshold = Confidence(shapes.config.threshold)
-    return request.param, captions, roll(shapes, captions, threshold, seed=0)
+    return request.param, captions, roll_out(shapes, captions, threshold, seed=0)
 
 
 def test_assets_are_small_and_whole():
@@ -75,7 +75,7 @@ def test_the_video_shows_the_prompt(rolled):
 
 def test_more_steps_are_better_than_one(shapes):
     captions = scripts(True)[:10]
-    one, four = (quality(captions, roll(shapes, captions, Fixed(n), seed=0))["valid"] for n in (1, 4))
+    one, four = (quality(captions, roll_out(shapes, captions, Fixed(n), seed=0))["valid"] for n in (1, 4))
     assert four > one
 
 
@@ -89,7 +89,7 @@ def test_the_head_is_calibrated(shapes):
 
 def test_the_teacher_that_ships_is_the_one_it_came_from(shapes):
     """Same codec and text encoder, same sizes; many Euler steps show the prompt."""
-    from dsa_engine.evaluation.rollouts import roll_teacher
+    from dsa_engine.evaluation.rollouts import roll_out_teacher
 
     teacher = Pipeline.from_pretrained("shapes-teacher", device="cpu")
     assert teacher.engine.head is None and teacher.engine.dit.config == shapes.engine.dit.config
@@ -97,7 +97,7 @@ def test_the_teacher_that_ships_is_the_one_it_came_from(shapes):
         mine, theirs = (getattr(pipe.engine, part).state_dict() for pipe in (shapes, teacher))
         assert all(theirs[name].equal(value) for name, value in mine.items())
     captions = [[caption] * 2 for caption in twenty_prompts()[:6]]
-    assert quality(captions, roll_teacher(teacher, captions, steps=12))["valid"] >= 0.7
+    assert quality(captions, roll_out_teacher(teacher, captions, steps=12))["valid"] >= 0.7
 
 
 def test_the_codec_keeps_every_frame_valid(shapes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsa_engine.training.attenuation import attenuation_loss, attenuation_weight
-from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, stress_motion
+from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, weight_motion
 from dsa_engine.training.flow import weighted_error
 
 
@@ -121,9 +121,9 @@ def test_stressed_motion_is_the_gradient_of_the_weighted_norm():
     """I + w D'D by automatic differentiation of |g|^2 / 2 + w |D g|^2 / 2; a common shift is left alone."""
     g = torch.randn(2, 5, 3, 2, 2, requires_grad=True)
     (0.5 * g.square().sum() + 0.7 * 0.5 * g.diff(dim=1).square().sum()).backward()
-    torch.testing.assert_close(stress_motion(g.detach(), 0.7), g.grad)
+    torch.testing.assert_close(weight_motion(g.detach(), 0.7), g.grad)
     shift = torch.randn(2, 1, 3, 2, 2).expand(-1, 5, -1, -1, -1)
-    torch.testing.assert_close(stress_motion(shift, 3.0), shift)
+    torch.testing.assert_close(weight_motion(shift, 3.0), shift)
 
 
 def test_the_weighted_error_has_the_same_minimum():

@@ -16,7 +16,7 @@ from dsa_engine.shapes.world import Caption
 from dsa_engine.training import head_dataset
 from dsa_engine.training.calibrate import logits
 from dsa_engine.training.head import SOFTNESS, TOLERANCE, fit_head, refine_loss, split, target, train_head
-from dsa_engine.training.head_dataset import chunks_of, collect, refinement
+from dsa_engine.training.head_dataset import collect, num_chunks, refinement
 from dsa_engine.training.prompts import read_prompts
 
 RED, BLUE = Caption("red", "circle", "sideways"), Caption("blue", "cross", "jumping", "navy")
@@ -90,10 +90,10 @@ def test_embeddings_texts_and_batches_make_no_difference(pipe, collected):
 
 
 def test_a_rollout_is_as_long_as_the_model_makes_clips(pipe, checkpoint):
-    assert chunks_of(pipe) == 4 and len(collect(pipe, [RED]).features[0]) == 4
-    assert chunks_of(Pipeline.from_pretrained(checkpoint, device="cpu")) == 7  # 81 frames, 21 latents
+    assert num_chunks(pipe) == 4 and len(collect(pipe, [RED]).features[0]) == 4
+    assert num_chunks(Pipeline.from_pretrained(checkpoint, device="cpu")) == 7  # 81 frames, 21 latents
     with pytest.raises(ValueError, match="frames=1: 1 latent frames, but a chunk has 3"):
-        chunks_of(pipe, 1)
+        num_chunks(pipe, 1)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +129,20 @@ def test_values_that_are_not_finite_are_not_learned_from(pipe, tmp_path):
 
 def test_a_killed_run_goes_on_with_the_same_bits(pipe, tmp_path, monkeypatch):
     """Killed in the second of three batches; what is there afterwards is not rolled out again."""
-    options, roll_out, calls = dict(seed=3, batch=2), head_dataset.roll_out, []
+    options, record_batch, calls = dict(seed=3, batch=2), head_dataset.record_batch, []
 
     def killed(*args):
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(args)
-        return roll_out(*args)
+        return record_batch(*args)
 
     prompts = [RED, BLUE, RED, RED, BLUE]
-    monkeypatch.setattr(head_dataset, "roll_out", killed)
+    monkeypatch.setattr(head_dataset, "record_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         collect(pipe, prompts, folder=tmp_path, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["features-00000.safetensors"]
-    monkeypatch.setattr(head_dataset, "roll_out", lambda *args: calls.append(args) or roll_out(*args))
+    monkeypatch.setattr(head_dataset, "record_batch", lambda *args: calls.append(args) or record_batch(*args))
     resumed = collect(pipe, prompts, folder=tmp_path, **options)
     assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 3
     whole = collect(pipe, prompts, **options)

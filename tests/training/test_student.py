@@ -266,7 +266,7 @@ def test_the_same_seed_draws_the_same_clips_and_another_seed_others(tmp_path):
     codec = PixelCodec().eval()
 
     def first(seed):
-        job = stages.Job(recipe.Recipe("tiny", seed=seed, pool=8, rollout=ROLLOUT), tmp_path)
-        return next(stages.clips_of(job, codec, 4, 0))[1]
+        ctx = stages.StageContext(recipe.Recipe("tiny", seed=seed, pool=8, rollout=ROLLOUT), tmp_path)
+        return next(stages.clips_of(ctx, codec, 4, 0))[1]
 
     assert first(0).equal(first(0)) and not first(0).equal(first(1))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from dsa_engine.training.trainer import Optimized, Trainer, batches, falling, level
+from dsa_engine.training.trainer import Optimized, Trainer, batches, lr_schedule, lr_warmup
 
 
 class Net(nn.Module):
@@ -47,7 +47,7 @@ def state(thing) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, muon):
     whole = Trainer(new(muon=muon), tmp_path / "whole", seed=3)
     whole.run(draw, save_every=10)
-    first = Trainer(new(10, muon=muon, factor=lambda step, steps: falling(step, 20)), tmp_path / "parts", seed=3)
+    first = Trainer(new(10, muon=muon, factor=lambda step, steps: lr_schedule(step, 20)), tmp_path / "parts", seed=3)
     first.run(draw, save_every=10)  # as if it had been killed after 10
     second = Trainer(new(seed=1, muon=muon), tmp_path / "parts", seed=3)
     assert second.resume() and second.main.step == 10
@@ -58,7 +58,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, muon):
 
 def test_what_is_trained_beside_it_resumes_with_it(tmp_path):
     def both(steps):
-        main, other = new(steps, factor=level), new(100, seed=5, factor=level)
+        main, other = new(steps, factor=lr_warmup), new(100, seed=5, factor=lr_warmup)
         trainer = Trainer(main, tmp_path / "run", seed=1, others={"other": other})
 
         def prepare(generator):
@@ -89,14 +89,14 @@ def test_muon_steps_are_orthogonal_and_of_adamws_size(tmp_path):
 
 
 def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):
-    first = Trainer(new(60, factor=level), tmp_path, seed=2)
+    first = Trainer(new(60, factor=lr_warmup), tmp_path, seed=2)
     first.run(draw, save_every=20)
     rows = (tmp_path / "log.csv").read_text()
     torch.save(torch.load(first.checkpoint, weights_only=True), tmp_path / "keep.pt")
-    back = Trainer(new(40, factor=level), tmp_path / "b", seed=2)
+    back = Trainer(new(40, factor=lr_warmup), tmp_path / "b", seed=2)
     back.run(draw, save_every=20)
     (tmp_path / "b" / "log.csv").write_text(rows)  # killed at step 60, the last checkpoint is of step 40
-    again = Trainer(new(60, factor=level), tmp_path / "b", seed=2)
+    again = Trainer(new(60, factor=lr_warmup), tmp_path / "b", seed=2)
     assert again.resume()
     again.run(draw, save_every=20)
 
@@ -113,8 +113,8 @@ import os, resource, signal, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from pathlib import Path
-from test_trainer import Trainer, draw, level, new
-trainer = Trainer(new(10, factor=level), Path({folder!r}), seed=3)
+from test_trainer import Trainer, draw, lr_warmup, new
+trainer = Trainer(new(10, factor=lr_warmup), Path({folder!r}), seed=3)
 trainer.run(draw, save_every=10)
 trainer.main.update(torch.ones(8, 4))
 {accident}
@@ -159,11 +159,11 @@ def test_the_average_of_the_weights_is_the_weighted_sum_of_their_history():
 
 def test_learning_rate_factors():
     steps = 1000
-    assert falling(0, steps) == pytest.approx(0.01)
-    assert falling(200, steps) == falling(399, steps) == 1.0
-    assert falling(700, steps) == pytest.approx((1 + 0.03) / 2)
-    assert falling(999, steps) == pytest.approx(0.03, abs=0.002)
-    assert [level(s, steps) for s in (0, 19, 500)] == [0.05, 1.0, 1.0]
+    assert lr_schedule(0, steps) == pytest.approx(0.01)
+    assert lr_schedule(200, steps) == lr_schedule(399, steps) == 1.0
+    assert lr_schedule(700, steps) == pytest.approx((1 + 0.03) / 2)
+    assert lr_schedule(999, steps) == pytest.approx(0.03, abs=0.002)
+    assert [lr_warmup(s, steps) for s in (0, 19, 500)] == [0.05, 1.0, 1.0]
 
 
 def test_step_n_sees_the_same_batch_in_a_resumed_run():

@@ -3,9 +3,9 @@
     python -m dsa_engine.serving.ray_app --model shapes --replicas 2 --port 8000
     serve run dsa_engine.serving.ray_app:app model=shapes replicas=2
 
-One deployment, `Ingress`, is the app on a `RemoteBackend`; the other, `Engine`, has the replicas. A stream stays with
-its replica while that lives (`Sticky`). When it is gone, another one goes on from the snapshot that the detached actor
-`Snapshots` keeps. There is one ingress: it has the jobs, and their folder on disk.
+One deployment, `Ingress`, is the app on a `RemoteBackend`; the other, `EngineReplica`, has the replicas. A stream stays with
+its replica while that lives (`StickyRouter`). When it is gone, another one goes on from the snapshot that the detached actor
+`InMemorySnapshotStore` keeps. There is one ingress: it has the jobs, and their folder on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.serving.http.app import create_app
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.replicas.client import Lost, RemoteBackend
-from dsa_engine.serving.replicas.replica import POLL, Replica
-from dsa_engine.serving.replicas.snapshots import Snapshots
+from dsa_engine.serving.replicas.client import RemoteBackend, ReplicaUnavailable
+from dsa_engine.serving.replicas.replica import POLL_TIMEOUT_S, Replica
+from dsa_engine.serving.replicas.snapshots import InMemorySnapshotStore
 from dsa_engine.serving.server import address as address_of
 from dsa_engine.serving.server import bind
-from dsa_engine.serving.settings import Settings
+from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.worker.worker import Worker
 
 try:
@@ -50,9 +48,9 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NAME = "dsa-engine"
-ANSWER = POLL + 15.0  # seconds after which a replica that has not answered is left
-HEALTH = 20.0  # seconds after which a worker that does nothing counts as stuck, and its replica is replaced
-SPARE = 64  # short calls to a replica at once, beside the streams'
+CALL_TIMEOUT_S = POLL_TIMEOUT_S + 15.0  # seconds after which a replica that has not answered is left
+HEALTH_TIMEOUT_S = 20.0  # seconds after which a worker that does nothing counts as stuck, and its replica is replaced
+EXTRA_CALLS = 64  # short calls to a replica at once, beside the streams'
 
 
 class Options(BaseModel, extra="forbid"):
@@ -79,16 +77,24 @@ class Options(BaseModel, extra="forbid"):
     token: str | None = Field(None, description="clients must send it (default: the environment's DSA_TOKEN, or none)")
     origins: tuple[str, ...] = Field((), description="another page that may use the API; repeatable")
     data: Path = Field(Settings.data, description="the jobs' database and videos")
-    sessions: int = Field(Limits.sessions, description="live streams at once, of a replica")
-    jobs: int = Field(Limits.jobs, description="jobs at once, of a replica")
-    waiting: int = Field(Limits.waiting, description="live streams that may wait for a place, of a replica")
-    idle: float = Field(Limits.idle, description="seconds without a sign of the client")
-    lifetime: float = Field(Limits.lifetime, description="seconds of a live stream")
-    rows: int = Field(Limits.rows, description="sequences of one forward, at most")
+    sessions: int = Field(WorkerLimits.max_sessions, description="live streams at once, of a replica")
+    jobs: int = Field(WorkerLimits.max_jobs, description="jobs at once, of a replica")
+    waiting: int = Field(WorkerLimits.max_queue, description="live streams that may wait for a place, of a replica")
+    idle: float = Field(WorkerLimits.idle_timeout, description="seconds without a sign of the client")
+    lifetime: float = Field(WorkerLimits.lifetime, description="seconds of a live stream")
+    rows: int = Field(WorkerLimits.max_batch_rows, description="sequences of one forward, at most")
     steps: str | None = Field(None, description="where a request does not say: budget, dsa, fixed or a preset")
 
-    def limits(self) -> Limits:
-        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
+    def limits(self) -> WorkerLimits:
+        return WorkerLimits(
+            max_sessions=self.sessions,
+            max_jobs=self.jobs,
+            max_queue=self.waiting,
+            idle_timeout=self.idle,
+            lifetime=self.lifetime,
+            max_batch_rows=self.rows,
+            steps=self.steps,
+        )
 
     def settings(self) -> Settings:
         names = ("host", "port", "token", "origins", "data")
@@ -106,7 +112,7 @@ class Options(BaseModel, extra="forbid"):
         return self.model_copy(update=changes)
 
 
-class Sticky(RequestRouter):
+class StickyRouter(RequestRouter):
     """Calls go to the replica that they name, else to the one with the fewest calls that is not to be avoided."""
 
     async def choose_replicas(
@@ -121,12 +127,12 @@ class Sticky(RequestRouter):
         return [at_home or welcome or candidate_replicas]
 
 
-class RayKeeper:
-    """`snapshots.Keeper` in an actor that outlives the replicas."""
+class RaySnapshotStore:
+    """`snapshots.SnapshotStore` in an actor that outlives the replicas."""
 
     def __init__(self, app: str, lifetime: float):
         self.actor = (
-            ray.remote(Snapshots)
+            ray.remote(InMemorySnapshotStore)
             .options(
                 name=f"{app}-snapshots",
                 namespace=NAME,
@@ -148,7 +154,7 @@ class RayKeeper:
         await self.actor.remove.remote(id, run)
 
 
-class Engine:
+class EngineReplica:
     """The deployment of the replicas: pipeline, worker, `Replica`."""
 
     async def __init__(self, options: Options):
@@ -156,17 +162,17 @@ class Engine:
         pipe, limits = await asyncio.to_thread(self._load, options)
         self.worker = Worker(pipe, limits)
         self.worker.start()
-        keeper = RayKeeper(context.app_name, limits.lifetime)
+        keeper = RaySnapshotStore(context.app_name, limits.lifetime)
         await keeper.actor.sizes.remote()  # it is there before anybody waits for it
         self.replica = Replica(self.worker, keeper, context.replica_id.unique_id, options.snapshot_every)
         self._sweeping = asyncio.create_task(self._sweep())
 
     @staticmethod
-    def _load(options: Options) -> tuple[Pipeline, Limits]:
+    def _load(options: Options) -> tuple[Pipeline, WorkerLimits]:
         names = ("device", "family", "lora", "vae", "text", "offload", "deterministic")
         parts = {name: getattr(options, name) for name in names}
         limits = options.limits()
-        places = limits.sessions + limits.jobs
+        places = limits.slots
         asked = places if options.model_fields_set & {"sessions", "jobs"} else None
         pipe = Pipeline.from_pretrained(options.model, max_sessions=asked, **parts)
         if asked is None:
@@ -181,7 +187,7 @@ class Engine:
             self.replica.sweep()
 
     async def call(self, method: str, args: Sequence[Any], home: str | None = None, avoid: Any = None) -> Any:
-        """A method of the replica. home, avoid: where `Sticky` has sent the call."""
+        """A method of the replica. home, avoid: where `StickyRouter` has sent the call."""
         result = getattr(self.replica, method)(*args)
         return await result if inspect.isawaitable(result) else result
 
@@ -189,7 +195,7 @@ class Engine:
         return self.replica.stats()
 
     async def check_health(self) -> None:
-        async with asyncio.timeout(HEALTH):
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
             await asyncio.wrap_future(self.worker.call(lambda: None))
 
     async def __del__(self):
@@ -206,17 +212,17 @@ class RayReplicas:
 
     async def call(self, method: str, *args: Any, home: str | None = None, avoid: frozenset[str] = frozenset()) -> Any:
         try:
-            async with asyncio.timeout(ANSWER):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await self.engine.call.remote(method, args, home=home, avoid=avoid)
         except (RayError, RayServeException, TimeoutError) as error:
-            raise Lost(_brief(error)) from error
+            raise ReplicaUnavailable(_brief(error)) from error
 
     async def stats(self) -> dict[str, dict[str, float]]:
         try:
-            async with asyncio.timeout(ANSWER):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
                 found = await self.engine.broadcast("stats").results_async(return_exceptions=True)
         except (RayError, RayServeException, TimeoutError) as error:
-            raise Lost(_brief(error)) from error
+            raise ReplicaUnavailable(_brief(error)) from error
         return dict(one for one in found if not isinstance(one, Exception))
 
 
@@ -252,7 +258,7 @@ def app(args: dict[str, Any]) -> serve.Application:
             "autoscaling_config": {
                 "min_replicas": options.replicas,
                 "max_replicas": most,
-                "target_ongoing_requests": limits.sessions,
+                "target_ongoing_requests": limits.max_sessions,
                 "metrics_interval_s": 2.0,
                 "look_back_period_s": 6.0,
                 "upscale_delay_s": 6.0,
@@ -260,13 +266,13 @@ def app(args: dict[str, Any]) -> serve.Application:
         }
     common = {"logging_config": {"enable_access_log": False}}  # it has a line for every chunk
     engine = serve.deployment(
-        Engine,
+        EngineReplica,
         **scale,
         **common,
         graceful_shutdown_timeout_s=10.0,
-        max_ongoing_requests=limits.sessions + limits.waiting + limits.jobs + SPARE,
+        max_ongoing_requests=limits.max_sessions + limits.max_queue + limits.max_jobs + EXTRA_CALLS,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
-        request_router_config=RequestRouterConfig(request_router_class=Sticky),
+        request_router_config=RequestRouterConfig(request_router_class=StickyRouter),
     )
     ingress = serve.deployment(
         Ingress,
@@ -274,7 +280,7 @@ def app(args: dict[str, Any]) -> serve.Application:
         **common,
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.5,
-        max_ongoing_requests=most * (limits.sessions + limits.waiting) + SPARE,
+        max_ongoing_requests=most * (limits.max_sessions + limits.max_queue) + EXTRA_CALLS,
         ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(engine.bind(options), options)

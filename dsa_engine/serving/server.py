@@ -9,8 +9,7 @@ import uvicorn
 
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.serving.http.app import create_app
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.settings import Settings
+from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
 
@@ -19,7 +18,11 @@ MESSAGE = 2**20  # bytes of a WebSocket's message
 
 
 def run(
-    pipe: Pipeline, limits: Limits, settings: Settings, ready: Callable[[str], None], at: socket.socket | None = None
+    pipe: Pipeline,
+    limits: WorkerLimits,
+    settings: Settings,
+    ready: Callable[[str], None],
+    at: socket.socket | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, which uvicorn takes and, when all is done, raises again.
 
@@ -28,7 +31,7 @@ def run(
     """
     with at or bind(settings) as sock:
         backend = LocalBackend(Worker(pipe, limits), settings.grace)
-        app = create_app(backend, settings, jobs=limits.jobs > 0)
+        app = create_app(backend, settings, jobs=limits.max_jobs > 0)
         backend.worker.observers.append(app.state.metrics.observe)
         config = uvicorn.Config(
             app,

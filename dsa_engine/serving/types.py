@@ -2,7 +2,7 @@
 
 An order opens a stream; its events are, in this order,
 
-    Queued*  Opened  (Applied | Refused | Made)*  Closed
+    Queued*  Opened  (UpdateApplied | UpdateRejected | ChunkReady)*  Closed
 
 with Queued while all places are taken, and Closed always the last, also of a stream that never opened.
 """
@@ -17,10 +17,10 @@ from dsa_engine.engine.session import Chunk, Snapshot
 
 
 @dataclass(frozen=True)
-class Order:
+class StreamRequest:
     """A stream as it is wanted.
 
-    steps: "dsa", "fixed", a preset of the model, "budget" (steps fall under load, `Governor`), or a policy's form on
+    steps: "dsa", "fixed", a preset of the model, "budget" (steps fall under load, `LoadController`), or a policy's form on
     the command line such as "fixed:4"; None is the worker's own. threshold: confidence in [0, 1] at which a chunk is
     done; of "budget": the ceiling. min_steps, max_steps: of "dsa" and "budget". num_frames: pixel frames, None for no
     end. image: a picture to begin with (`given_frames.pixels`). live: it keeps the clip's pace and has deadlines; else
@@ -63,7 +63,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Applied:
+class UpdateApplied:
     """A change is in force from chunk `index` on; prompt: the one in force then."""
 
     event_id: str | None
@@ -72,7 +72,7 @@ class Applied:
 
 
 @dataclass(frozen=True)
-class Refused:
+class UpdateRejected:
     """A change cannot be had; the stream goes on as before."""
 
     event_id: str | None
@@ -80,7 +80,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Made:
+class ChunkReady:
     """A chunk. latency: seconds since it was wanted: the place was given, the player came within a chunk of running
     out, or the consumer took the chunk before, whichever was last; of a job since it was begun. deadline: seconds it
     may take before the player runs out, None for a first chunk and for jobs. threshold: that it was decided with, None
@@ -109,15 +109,15 @@ class Closed:
     error: str | None = None
 
 
-Event = Queued | Opened | Applied | Refused | Made | Closed
+Event = Queued | Opened | UpdateApplied | UpdateRejected | ChunkReady | Closed
 
 
-class Busy(RuntimeError):
+class Overloaded(RuntimeError):
     """No place is free and nobody more may wait, or the server is stopping. Trying again later can help."""
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a server says of its model. steps: the most a chunk can take; frames: of a clip where an order does not say;
     prompts: the prompts that the model knows, in words, None for any; chunks: frames of a clip's first chunk and of a
     later one."""
@@ -144,7 +144,7 @@ class Stream(Protocol):
 
     async def __anext__(self) -> Event: ...
 
-    async def tell(
+    async def update(
         self,
         prompt: str | None = None,
         event_id: str | None = None,
@@ -152,10 +152,10 @@ class Stream(Protocol):
         threshold: float | None = None,
         transition_chunks: int = 0,
     ) -> None:
-        """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; Applied or Refused
+        """Another prompt (`Session.update`), confidence threshold or both from the next chunk on; UpdateApplied or UpdateRejected
         answers."""
 
-    def touch(self) -> None:
+    def keepalive(self) -> None:
         """The consumer is there: its idle time starts anew."""
 
     async def close(self) -> None:
@@ -165,13 +165,13 @@ class Stream(Protocol):
 class Backend(Protocol):
     """Where streams run: an engine in this process (`local.LocalBackend`) or replicas of it (`ray_app`)."""
 
-    card: Card
+    card: ModelCard
 
-    async def check(self, order: Order) -> None:
+    async def check(self, request: StreamRequest) -> None:
         """Raises ValueError where the order is not possible, before anything is made."""
 
-    async def open(self, order: Order, id: str | None = None) -> Stream:
-        """Raises ValueError for an order that is not possible, Busy where there is no room for it."""
+    async def open(self, request: StreamRequest, id: str | None = None) -> Stream:
+        """Raises ValueError for an order that is not possible, Overloaded where there is no room for it."""
 
     def stats(self) -> dict[str, float]:
         """Numbers for /metrics: `live`, `jobs`, `waiting`, `max_sessions`, `max_jobs`, `pressure` and others."""

@@ -20,4 +20,4 @@ def test_a_server_that_nobody_told_how_many_makes_room_for_what_fits(model, monk
     for flags in ((), ("--max-jobs", 2)):
         assert cli.main(["serve", "--model", str(model), "--device", "cpu", "--port", "0", *map(str, flags)]) == 0
     assert asked == [None, 34]
-    assert [(limits.sessions, limits.jobs) for limits in served] == [(8, 1), (32, 2)]
+    assert [(limits.max_sessions, limits.max_jobs) for limits in served] == [(8, 1), (32, 2)]

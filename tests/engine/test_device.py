@@ -14,8 +14,8 @@ from dsa_engine.engine import device as devices
 from dsa_engine.engine import session as session_module
 from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.models import memory_estimate
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.types import Closed, Made, Order
+from dsa_engine.serving.settings import WorkerLimits
+from dsa_engine.serving.types import ChunkReady, Closed, StreamRequest
 from dsa_engine.serving.worker.worker import Worker
 
 RED, BLUE = "a red circle moves sideways", "a blue square jumps on navy"
@@ -72,18 +72,18 @@ def test_whatever_is_called_runs_with_the_models_device_current(untrained, guard
         session.reset()
         session.next_chunk()
     list(pipe.stream(RED, num_frames=6))
-    worker = Worker(pipe, Limits(sessions=1, jobs=0))
+    worker = Worker(pipe, WorkerLimits(max_sessions=1, max_jobs=0))
     done, made = threading.Event(), []
     worker.start()
 
     def heard(event):
-        if isinstance(event, Made):
+        if isinstance(event, ChunkReady):
             made.append(event)
-            task.taken()
+            task.ack()
         elif isinstance(event, Closed):
             done.set()
 
-    task = worker.open(Order(RED, num_frames=6), heard)
+    task = worker.open(StreamRequest(RED, num_frames=6), heard)
     assert done.wait(60)
     worker.stop()
     assert made and {"MainThread", "dsa-engine-worker", "dsa-engine-decoder", "ThreadPoolExecutor-0"} <= {

@@ -13,7 +13,7 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import device as devices
 from dsa_engine.engine.engine import SESSIONS, Engine
 from dsa_engine.models import memory_estimate
-from dsa_engine.serving.limits import Limits
+from dsa_engine.serving.settings import WorkerLimits
 
 RED = "a red circle moves sideways"
 
@@ -130,11 +130,11 @@ def test_memory_is_counted_for_the_pool_that_is_made(untrained, gpu, monkeypatch
     ],
 )
 def test_limits_within_places(given, places, expected, caplog):
-    limits = Limits(sessions=given[0], jobs=given[1], idle=7.0).within(places)
-    assert (limits.sessions, limits.jobs, limits.idle) == (*expected, 7.0)
+    limits = WorkerLimits(max_sessions=given[0], max_jobs=given[1], idle_timeout=7.0).within(places)
+    assert (limits.max_sessions, limits.max_jobs, limits.idle_timeout) == (*expected, 7.0)
     assert len(caplog.messages) == (given != expected)
     for text in caplog.messages:
-        assert text.startswith(f"places for {expected[0]} live streams and {expected[1]} jobs instead of ")
+        assert text.startswith(f"{expected[0]} live streams and {expected[1]} jobs at once instead of ")
 
 
 def test_a_pool_that_nobody_uses_goes_before_the_next_is_counted(tiny_dit, gpu, monkeypatch):

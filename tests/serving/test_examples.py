@@ -17,7 +17,7 @@ import pytest
 
 from dsa_engine import Pipeline
 from dsa_engine.serving.examples import asyncio_server, custom_worker
-from dsa_engine.serving.limits import Limits
+from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
 
@@ -62,7 +62,7 @@ def served(pipe, scenario, **limits):
 
     async def main():
         backend = LocalBackend(
-            Worker(pipe, Limits(**{"sessions": 2, "jobs": 0, "waiting": 0, "steps": "fixed"} | limits))
+            Worker(pipe, WorkerLimits(**{"max_sessions": 2, "max_jobs": 0, "max_queue": 0, "steps": "fixed"} | limits))
         )
         backend.start()
         server = await asyncio.start_server(lambda *ends: asyncio_server.talk(backend, *ends), "127.0.0.1", 0)

@@ -20,7 +20,7 @@ pytest.importorskip("fastapi", reason="needs the extra serving: pip install 'dsa
 
 from dsa_engine import Pipeline
 from dsa_engine.serving.replicas.client import RemoteBackend
-from dsa_engine.serving.types import Applied, Closed, Made, Opened, Order, Refused
+from dsa_engine.serving.types import ChunkReady, Closed, Opened, StreamRequest, UpdateApplied, UpdateRejected
 
 pytestmark = [
     pytest.mark.slow,
@@ -146,7 +146,7 @@ def test_jobs_and_the_websocket_go_through_the_ingress(server, exact):
         refused = client.post("/v1/videos", json={"prompt": "nonsense"})
         assert refused.status_code == 400 and "must read" in refused.json()["error"]["message"]
         job = client.post("/v1/videos", json={"prompt": PROMPT, "seed": 3, "num_frames": 24}).json()
-        order, frames, applied = Order(PROMPT, seed=9, num_frames=36), [], []
+        order, frames, applied = StreamRequest(PROMPT, seed=9, num_frames=36), [], []
         with connect(f"ws://{server}/v1/realtime/video", max_size=None) as socket:
             start = {"prompt": order.prompt, "seed": order.seed, "num_frames": order.num_frames, "format": "rgb24"}
             socket.send(json.dumps({"type": "session.start", **start}))
@@ -185,17 +185,17 @@ def test_streams_outlive_their_replica(server, exact):
 
     from dsa_engine.serving.ray_app import RayReplicas
 
-    orders = [Order(PROMPT, seed=seed, num_frames=48) for seed in range(3)]
+    orders = [StreamRequest(PROMPT, seed=seed, num_frames=48) for seed in range(3)]
 
     async def play(stream, victim):
         events = []
         async for event in stream:
             events.append(event)
-            if isinstance(event, Made) and event.chunk.index == 2:
-                await stream.tell(OTHER, "first")
-                await stream.tell("nonsense", "second")
-            if isinstance(event, Made) and event.chunk.index == 6:
-                await stream.tell(THIRD, "third")
+            if isinstance(event, ChunkReady) and event.chunk.index == 2:
+                await stream.update(OTHER, "first")
+                await stream.update("nonsense", "second")
+            if isinstance(event, ChunkReady) and event.chunk.index == 6:
+                await stream.update(THIRD, "third")
                 if stream is victim:
                     await asyncio.to_thread(kill, stream.home)
         return events
@@ -213,11 +213,11 @@ def test_streams_outlive_their_replica(server, exact):
     assert [bool(moved) for moved in moves] == [home == homes[0] for home in homes]
     for order, events in zip(orders, played):
         assert isinstance(events[0], Opened) and events[-1] == Closed("done")
-        answers = [event for event in events if isinstance(event, (Applied, Refused))]
+        answers = [event for event in events if isinstance(event, (UpdateApplied, UpdateRejected))]
         assert [answer.event_id for answer in answers] == ["first", "second", "third"]
-        applied = [(event.index, event.prompt) for event in answers if isinstance(event, Applied)]
+        applied = [(event.index, event.prompt) for event in answers if isinstance(event, UpdateApplied)]
         assert [prompt for _, prompt in applied] == [OTHER, THIRD]
-        made = [event.chunk for event in events if isinstance(event, Made)]
+        made = [event.chunk for event in events if isinstance(event, ChunkReady)]
         expected = undisturbed(exact, order, changes_of(applied))
         assert [chunk.index for chunk in made] == list(range(len(expected))) == list(range(16))
         assert all(np.array_equal(chunk.frames, frames) for chunk, frames in zip(made, expected))

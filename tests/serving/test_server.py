@@ -300,5 +300,5 @@ def test_a_data_folder_that_cannot_be_used(fails, tmp_path):
 def test_limits_that_cannot_be(fails):
     assert "sessions=0: must be a whole number of at least 1" in fails("--max-sessions", 0)
     assert "step_policy='quick': must be one of" in fails("--steps", "quick")
-    assert "idle=-1.0: must be a number of seconds above 0" in fails("--idle-timeout", -1)
+    assert "idle_timeout=-1.0: must be a number of seconds above 0" in fails("--idle-timeout", -1)
     assert "token='': must not be empty" in fails("--token", " ")

@@ -16,8 +16,7 @@ import uvicorn
 
 from dsa_engine import Pipeline
 from dsa_engine.serving.http.app import create_app
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.settings import Settings
+from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
 
@@ -62,7 +61,7 @@ def chromium():
 @contextmanager
 def served(pipe: Pipeline, settings: Settings | None = None, **limits):
     """(address, backend) of the whole app, without jobs, around a pipeline."""
-    backend = LocalBackend(Worker(pipe, Limits(**{"sessions": 2, "jobs": 0, "waiting": 2} | limits)))
+    backend = LocalBackend(Worker(pipe, WorkerLimits(**{"max_sessions": 2, "max_jobs": 0, "max_queue": 2} | limits)))
     app = create_app(backend, settings or Settings(), jobs=False)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws_per_message_deflate=False))
     thread = threading.Thread(target=server.run, daemon=True)

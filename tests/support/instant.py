@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 
 from dsa_engine.engine.session import Chunk
-from dsa_engine.serving.types import Busy, Card, Closed, Made, Opened, Order
+from dsa_engine.serving.types import ChunkReady, Closed, ModelCard, Opened, Overloaded, StreamRequest
 
-CARD = Card("instant", 32, 48, 12.0, 12, 4, 0.5, {"fast": 0.3}, None, (3, 3))
+CARD = ModelCard("instant", 32, 48, 12.0, 12, 4, 0.5, {"fast": 0.3}, None, (3, 3))
 TIMINGS = {"commit": 1.0, "denoise": 20.0, "decode": 4.0, "total": 25.0}
 
 
@@ -22,8 +22,8 @@ def frames_of(seed: int, count: int, picture: np.ndarray | None = None) -> np.nd
 
 
 class InstantStream:
-    def __init__(self, backend: Instant, order: Order, id: str):
-        self.backend, self.order, self.id = backend, order, id
+    def __init__(self, backend: Instant, request: StreamRequest, id: str):
+        self.backend, self.request, self.id = backend, request, id
         self.closed: Closed | None = None
         self._events = self._all()
 
@@ -34,22 +34,24 @@ class InstantStream:
         return await anext(self._events)
 
     async def _all(self):
-        order, backend = self.order, self.backend
-        opening = None if order.image is None else order.image[None]
+        request, backend = self.request, self.backend
+        opening = None if request.image is None else request.image[None]
         yield Opened(CARD.fps, CARD.height, CARD.width, 0, opening)
-        made = frames_of(order.seed, order.num_frames, order.image)[0 if opening is None else 1 :]
+        made = frames_of(request.seed, request.num_frames, request.image)[0 if opening is None else 1 :]
         for index in range(len(made) // 3):
             await self._wait(backend.go)
-            if self.closed is None and (order.seed, index) in backend.faults:
+            if self.closed is None and (request.seed, index) in backend.faults:
                 self.closed = Closed("failed", "the engine broke")
             if self.closed is not None:
                 break
             part = made[3 * index : 3 * index + 3]
-            event = Made(Chunk(index, part, None, 2, [0.5, 0.25, 0.75], index / 4, TIMINGS, order.prompt), 0.1, None)
-            backend.tell(self, event)
+            event = ChunkReady(
+                Chunk(index, part, None, 2, [0.5, 0.25, 0.75], index / 4, TIMINGS, request.prompt), 0.1, None
+            )
+            backend.observe(self, event)
             yield event
         closed = self.closed or Closed("done")
-        backend.tell(self, closed)
+        backend.observe(self, closed)
         await self.close()
         yield closed
 
@@ -57,10 +59,10 @@ class InstantStream:
         while not go.is_set() and self.closed is None:
             await asyncio.sleep(0.001)
 
-    async def tell(self, prompt, event_id=None, recache=True, threshold=None):
+    async def update(self, prompt, event_id=None, recache=True, threshold=None):
         raise AssertionError("a job is told nothing")
 
-    def touch(self):
+    def keepalive(self):
         raise AssertionError("a job has no idle time")
 
     async def close(self):
@@ -70,8 +72,8 @@ class InstantStream:
 
 class Instant:
     """go: chunks are made while it is set; door: streams are opened while it is, knocks: how many wanted to be; faults:
-    (seed, chunk) that fail; most: places for jobs; refusals: how often `open` is Busy before it lets one in; seen: what
-    happened, in its order."""
+    (seed, chunk) that fail; most: places for jobs; refusals: how often `open` is Overloaded before it lets one in; seen: what
+    happened, in order."""
 
     card = CARD
 
@@ -89,25 +91,25 @@ class Instant:
         self.observers = []
         self.stopped = False
 
-    def tell(self, stream: InstantStream, event) -> None:
+    def observe(self, stream: InstantStream, event) -> None:
         for observer in self.observers:
-            observer(SimpleNamespace(order=stream.order), event)
+            observer(SimpleNamespace(request=stream.request), event)
 
-    async def check(self, order: Order) -> None:
-        if "impossible" in order.prompt:
-            raise ValueError(f"prompt {order.prompt!r}: cannot be made; nearest is 'possible'")
+    async def check(self, request: StreamRequest) -> None:
+        if "impossible" in request.prompt:
+            raise ValueError(f"prompt {request.prompt!r}: cannot be made; nearest is 'possible'")
 
-    async def open(self, order: Order, id: str | None = None) -> InstantStream:
+    async def open(self, request: StreamRequest, id: str | None = None) -> InstantStream:
         if self.stopped:
-            raise Busy("the server is stopping")
+            raise Overloaded("the server is stopping")
         if self.refusals:
             self.refusals -= 1
-            raise Busy("no place")
+            raise Overloaded("no place")
         self.knocks += 1
         await self.door.wait()
-        stream = self.open_streams[id] = InstantStream(self, order, id)
+        stream = self.open_streams[id] = InstantStream(self, request, id)
         self.peak = max(self.peak, len(self.open_streams))
-        self.seen.append(("open", order.seed))
+        self.seen.append(("open", request.seed))
         return stream
 
     def stats(self) -> dict[str, float]:

@@ -14,8 +14,8 @@ import json
 import sys
 
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.types import Busy, Closed, Made, Order, Refused
+from dsa_engine.serving.settings import WorkerLimits
+from dsa_engine.serving.types import ChunkReady, Closed, Overloaded, StreamRequest, UpdateRejected
 from dsa_engine.serving.worker.in_process import LocalBackend, LocalStream
 from dsa_engine.serving.worker.worker import Worker
 
@@ -25,18 +25,18 @@ async def talk(backend: LocalBackend, reader: asyncio.StreamReader, writer: asyn
         writer.write(json.dumps(facts).encode() + b"\n")
 
     try:
-        stream = await backend.open(Order(**json.loads(await reader.readline())))
+        stream = await backend.open(StreamRequest(**json.loads(await reader.readline())))
         listening = asyncio.create_task(listen(stream, reader))
         async for event in stream:  # asking for the next event lets the next chunk begin
-            if isinstance(event, Made):
+            if isinstance(event, ChunkReady):
                 chunk = event.chunk
                 say({"index": chunk.index, "steps": chunk.steps, "shape": chunk.frames.shape})
                 writer.write(chunk.frames.tobytes())
-            elif isinstance(event, (Refused, Closed)):
+            elif isinstance(event, (UpdateRejected, Closed)):
                 say(vars(event))
             await writer.drain()  # a slow client slows its own stream and nobody else's
         listening.cancel()
-    except (ValueError, TypeError, Busy) as error:
+    except (ValueError, TypeError, Overloaded) as error:
         say({"error": str(error)})
     except ConnectionError:
         pass  # `listen` sees it too
@@ -47,13 +47,15 @@ async def talk(backend: LocalBackend, reader: asyncio.StreamReader, writer: asyn
 async def listen(stream: LocalStream, reader: asyncio.StreamReader) -> None:
     try:
         async for line in reader:
-            await stream.tell(line.decode(errors="replace").strip())
+            await stream.update(line.decode(errors="replace").strip())
     finally:  # the client is gone, or has had it all
         await stream.close()
 
 
 async def main(model: str, port: int) -> None:
-    backend = LocalBackend(Worker(Pipeline.from_pretrained(model, max_sessions=8), Limits(sessions=8, jobs=0)))
+    backend = LocalBackend(
+        Worker(Pipeline.from_pretrained(model, max_sessions=8), WorkerLimits(max_sessions=8, max_jobs=0))
+    )
     backend.start()
     server = await asyncio.start_server(lambda *ends: talk(backend, *ends), "127.0.0.1", port)
     await server.serve_forever()

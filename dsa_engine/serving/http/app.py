@@ -24,9 +24,9 @@ from dsa_engine.serving.http import auth, realtime, schemas, videos
 from dsa_engine.serving.http.prometheus import Metrics
 from dsa_engine.serving.http.schemas import Refusal
 from dsa_engine.serving.jobs.queue import Jobs
-from dsa_engine.serving.jobs.store import Store, Unstorable
+from dsa_engine.serving.jobs.store import StorageError, Store
 from dsa_engine.serving.settings import Settings
-from dsa_engine.serving.types import Backend, Busy
+from dsa_engine.serving.types import Backend, Overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def create_app(backend: Backend, settings: Settings | None = None, jobs: bool = 
     app.include_router(health)
     app.include_router(realtime.router(backend, settings))
     app.include_router(page(PAGE))
-    app.add_middleware(auth.BodyLimit, most=settings.body)
+    app.add_middleware(auth.BodyLimit, most=settings.max_body)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -116,7 +116,7 @@ def guards(settings: Settings) -> list[Any]:
 def _host(request: Request) -> None:
     """A browser sends some requests of any page before it asks whether that may, and only hides the answer."""
     headers = request.headers
-    if not auth.welcome(headers.get("origin"), headers.get("host"), request.app.state.settings.origins):
+    if not auth.origin_allowed(headers.get("origin"), headers.get("host"), request.app.state.settings.origins):
         raise HTTPException(403, f"origin {headers['origin']!r}: a page of another host may not use this server")
 
 
@@ -124,7 +124,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 
 
 def _token(request: Request, given: Credentials) -> None:
-    if not auth.knows(request.app.state.settings.token, given and given.credentials):
+    if not auth.token_matches(request.app.state.settings.token, given and given.credentials):
         words = "a bearer token is needed, as in Authorization: Bearer TOKEN"
         raise HTTPException(401, words, {"WWW-Authenticate": "Bearer"})
 
@@ -202,13 +202,13 @@ def answer_errors(app: FastAPI) -> None:
     async def impossible(_, error: Refusal) -> JSONResponse:
         return failure(400, str(error), error.param)
 
-    @app.exception_handler(Busy)
-    async def busy(request: Request, error: Busy) -> JSONResponse:
+    @app.exception_handler(Overloaded)
+    async def busy(request: Request, error: Overloaded) -> JSONResponse:
         stopping = request.app.state.service.stopping
         return failure(503 if stopping else 429, str(error), headers={"Retry-After": "1"})
 
-    @app.exception_handler(Unstorable)
-    async def storage(_, error: Unstorable) -> JSONResponse:
+    @app.exception_handler(StorageError)
+    async def storage(_, error: StorageError) -> JSONResponse:
         logger.error("%s", error)
         return failure(507, "the server's disk is full or cannot be written to; its log says more")
 

@@ -8,13 +8,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-def knows(token: str | None, given: str | None) -> bool:
+def token_matches(token: str | None, given: str | None) -> bool:
     """Whether a client may come in; compared in a time that does not tell how much of it was right. given: from a
     header, whose bytes are read as Latin-1."""
     return token is None or hmac.compare_digest((given or "").encode("latin-1"), token.encode())
 
 
-def welcome(origin: str | None, host: str | None, origins: tuple[str, ...]) -> bool:
+def origin_allowed(origin: str | None, host: str | None, origins: tuple[str, ...]) -> bool:
     """Whether a browser's page may act here. Without an Origin it is no browser; else the page must be the server's own
     or on the list."""
     return origin is None or origin in origins or "*" in origins or origin in (f"http://{host}", f"https://{host}")

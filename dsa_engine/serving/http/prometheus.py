@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from dsa_engine.serving.types import Closed, Event, Made
+from dsa_engine.serving.types import ChunkReady, Closed, Event
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0)
 PHASES = {"commit": "kv", "denoise": "denoise", "decode": "vae", "total": "total"}  # of `Chunk.timings`
@@ -56,10 +56,10 @@ class Metrics:
 
     def observe(self, task: Any, event: Event) -> None:
         """An event of a stream (`Worker.observers`); from any thread. task: has the stream's `order`."""
-        kind = "live" if task.order.live else "job"
+        kind = "live" if task.request.live else "job"
         if isinstance(event, Closed):
             self._closed.labels(kind, event.reason).inc()
-        if not isinstance(event, Made):
+        if not isinstance(event, ChunkReady):
             return
         for name, milliseconds in event.chunk.timings.items():
             self.phase(PHASES[name], milliseconds / 1e3)

@@ -19,35 +19,35 @@ from dsa_engine.serving.http import auth, realtime_schemas
 from dsa_engine.serving.http.realtime_schemas import Error, Invalid
 from dsa_engine.serving.settings import Settings
 from dsa_engine.serving.types import (
-    Applied,
     Backend,
-    Busy,
+    ChunkReady,
     Closed,
-    Made,
     Opened,
-    Order,
+    Overloaded,
     Queued,
-    Refused,
     Stream,
+    StreamRequest,
+    UpdateApplied,
+    UpdateRejected,
 )
 
 logger = logging.getLogger(__name__)
 
 PATH = "/v1/realtime/video"
-ENCODERS = 4  # threads, for all streams together
-CHANGES = 16  # of one stream that wait for their chunk: whoever tells faster is told to wait
-ATTENTION = 2.0  # seconds between two signs of life of a client that waits in the queue
-STALL = 30.0  # seconds that a client may take to make room for a message
-FAREWELL = 2.0  # seconds to say that the connection is closed, to a client that may not listen
+ENCODER_THREADS = 4  # threads, for all streams together
+MAX_PENDING_UPDATES = 16  # of one stream that wait for their chunk: whoever tells faster is told to wait
+KEEPALIVE_S = 2.0  # seconds between two signs of life of a client that waits in the queue
+SEND_TIMEOUT_S = 30.0  # seconds that a client may take to make room for a message
+CLOSE_TIMEOUT_S = 2.0  # seconds to say that the connection is closed, to a client that may not listen
 
 # RFC 6455, section 7.4.1
 NORMAL, GOING_AWAY, POLICY, TOO_BIG, INTERNAL, TRY_LATER = 1000, 1001, 1008, 1009, 1011, 1013
 CODES = {"done": NORMAL, "stopped": NORMAL, "shutdown": GOING_AWAY, "idle": POLICY, "lifetime": POLICY}
 
 
-def router(backend: Backend, settings: Settings, stall: float = STALL) -> APIRouter:
+def router(backend: Backend, settings: Settings, stall: float = SEND_TIMEOUT_S) -> APIRouter:
     """The route, with the encoders' threads, which end with the app."""
-    pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="dsa-engine-encoder")
+    pool = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="dsa-engine-encoder")
 
     @asynccontextmanager
     async def lifespan(_) -> AsyncIterator[None]:
@@ -61,7 +61,7 @@ def router(backend: Backend, settings: Settings, stall: float = STALL) -> APIRou
         status = refusal(socket, settings)
         if status is None:
             await socket.accept()
-            await Conversation(socket, backend, settings, pool, stall).run()
+            await RealtimeConnection(socket, backend, settings, pool, stall).run()
         elif "websocket.http.response" in socket.scope.get("extensions", {}):
             await socket.send_denial_response(Response(status_code=status))
         else:
@@ -75,25 +75,25 @@ def refusal(socket: WebSocket, settings: Settings) -> int | None:
     `settings.origins` does not name (browsers ask nobody before they open a WebSocket), 401 for a wrong token. Browsers
     cannot send one in a header: they have it in the query."""
     headers = socket.headers
-    if not auth.welcome(headers.get("origin"), headers.get("host"), settings.origins):
+    if not auth.origin_allowed(headers.get("origin"), headers.get("host"), settings.origins):
         return 403
     kind, _, given = headers.get("authorization", "").partition(" ")
     if kind.lower() != "bearer":
         given = socket.query_params.get("token", "").encode().decode("latin-1")  # as it would be in a header
-    return None if auth.knows(settings.token, given) else 401
+    return None if auth.token_matches(settings.token, given) else 401
 
 
-class Over(Exception):
+class ConnectionClosed(Exception):
     """The connection is closed, by whoever it was."""
 
 
-class Conversation:
+class RealtimeConnection:
     """What is said on one accepted connection: one task listens, the other plays the stream's events."""
 
     def __init__(self, socket: WebSocket, backend: Backend, settings: Settings, pool: ThreadPoolExecutor, stall: float):
         self._socket, self._backend, self._settings = socket, backend, settings
         self._pool, self._stall = pool, stall
-        self._longest = 12 * settings.prompt + 4096  # a character takes at most 12 in JSON
+        self._longest = 12 * settings.max_prompt + 4096  # a character takes at most 12 in JSON
         self._sending = asyncio.Lock()  # so that nothing comes between a chunk's metadata and its bytes
         self._over = self._opened = False
         self._id = f"video-{uuid.uuid4().hex}"
@@ -106,7 +106,7 @@ class Conversation:
             opened = await self._begin()
             if opened is not None:
                 await self._converse(*opened)
-        except (Over, WebSocketDisconnect):
+        except (ConnectionClosed, WebSocketDisconnect):
             pass
         except Exception as error:
             logger.exception("%s failed", self._id)
@@ -125,76 +125,76 @@ class Conversation:
     async def _wait(self, stream: Stream) -> None:
         """Who waits in the queue has nothing to take and need not say anything: the open connection is its sign."""
         while not self._opened:
-            stream.touch()
-            await asyncio.sleep(ATTENTION)
+            stream.keepalive()
+            await asyncio.sleep(KEEPALIVE_S)
 
     # How it begins.
 
     async def _begin(self) -> tuple[realtime_schemas.Start, Stream] | None:
         """What is wanted and its stream; None where it came to neither. A wrong `session.start` may be said again."""
-        deadline = asyncio.get_running_loop().time() + self._settings.start
+        deadline = asyncio.get_running_loop().time() + self._settings.start_timeout
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
-                    message = await self._hear()
+                    message = await self._receive()
             except TimeoutError:
-                words = f"no session.start within {self._settings.start:g} s"
+                words = f"no session.start within {self._settings.start_timeout:g} s"
                 return await self._end(Error(code="start_timeout", message=words, retryable=True), POLICY)
             if isinstance(message, realtime_schemas.Ping):
-                await self._say(realtime_schemas.Pong())
+                await self._send(realtime_schemas.Pong())
             elif isinstance(message, realtime_schemas.Stop):
                 return await self._done("stopped")
-            elif isinstance(message, realtime_schemas.Interact):
+            elif isinstance(message, realtime_schemas.InteractionMessage):
                 words = "the stream is not open: say session.start first"
-                await self._say(Error(code="not_started", message=words, event_id=message.interaction.event_id))
+                await self._send(Error(code="not_started", message=words, event_id=message.interaction.event_id))
             else:
                 try:
-                    realtime_schemas.check(message, self._backend.card, self._settings.prompt)
+                    realtime_schemas.check(message, self._backend.card, self._settings.max_prompt)
                     return message, await self._backend.open(_order(message), self._id)
                 except Invalid as error:
-                    await self._say(_error(error))
+                    await self._send(_error(error))
                 except ValueError as error:
-                    await self._say(Error(code="invalid_value", message=str(error)))
-                except Busy as error:
+                    await self._send(Error(code="invalid_value", message=str(error)))
+                except Overloaded as error:
                     return await self._end(Error(code="busy", message=str(error), retryable=True), TRY_LATER)
 
     # What the client says.
 
-    async def _hear(self) -> realtime_schemas.Message:
-        """The next message that can be understood; errors answer the others. Raises Over when no more can come."""
+    async def _receive(self) -> realtime_schemas.Message:
+        """The next message that can be understood; errors answer the others. Raises ConnectionClosed when no more can come."""
         while True:
             heard = await self._socket.receive()
             if heard["type"] == "websocket.disconnect":
-                raise Over
+                raise ConnectionClosed
             text, data = heard.get("text"), heard.get("bytes") or b""
             size = len(data) if text is None else len(text)
             if size > self._longest:
                 words = f"message of {size} characters: must be at most {self._longest}"
                 await self._end(Error(code="too_large", message=words), TOO_BIG)
-                raise Over
+                raise ConnectionClosed
             try:
                 if text is None:
                     raise Invalid("binary_message", "a binary message: must be a JSON text")
                 return realtime_schemas.parse(text)
             except Invalid as error:
-                await self._say(_error(error))
+                await self._send(_error(error))
 
     async def _listen(self, stream: Stream) -> None:
         """Until the client is gone; then nobody is left to make chunks for."""
         try:
             while True:
-                message = await self._hear()
-                if isinstance(message, realtime_schemas.Interact):
+                message = await self._receive()
+                if isinstance(message, realtime_schemas.InteractionMessage):
                     await self._interact(stream, message.interaction)
                 elif isinstance(message, realtime_schemas.Ping):
-                    stream.touch()
-                    await self._say(realtime_schemas.Pong())
+                    stream.keepalive()
+                    await self._send(realtime_schemas.Pong())
                 elif isinstance(message, realtime_schemas.Stop):
                     await stream.close()
                 else:
                     words = "the stream is open: send session.interaction, or session.stop and connect again"
-                    await self._say(Error(code="already_started", message=words))
-        except Over:
+                    await self._send(Error(code="already_started", message=words))
+        except ConnectionClosed:
             pass
         finally:
             await stream.close()
@@ -202,25 +202,25 @@ class Conversation:
     async def _interact(self, stream: Stream, said: realtime_schemas.Interaction) -> None:
         """Pass a change on. The acknowledgement goes out before the stream's answer to it can."""
         try:
-            realtime_schemas.check_change(said, self._settings.prompt)
+            realtime_schemas.check_change(said, self._settings.max_prompt)
         except Invalid as error:
-            return await self._say(_error(error))
-        if self._changes >= CHANGES:
+            return await self._send(_error(error))
+        if self._changes >= MAX_PENDING_UPDATES:
             words = f"{self._changes} changes wait for their chunk: wait until one is applied"
-            return await self._say(
+            return await self._send(
                 Error(code="too_many_interactions", message=words, retryable=True, event_id=said.event_id)
             )
         self._told += 1
         self._changes += 1
         name = said.event_id or f"event-{self._told}"
         async with self._sending:
-            await stream.tell(
+            await stream.update(
                 said.event.prompt,
                 name,
                 threshold=said.event.confidence_threshold,
                 transition_chunks=said.transition_chunks,
             )
-            await self._send(realtime_schemas.InteractionQueued(request_id=self._id, event_id=name))
+            await self._write(realtime_schemas.InteractionQueued(request_id=self._id, event_id=name))
 
     # What the stream says.
 
@@ -231,7 +231,7 @@ class Conversation:
         async for event in stream:
             match event:
                 case Queued():
-                    await self._say(realtime_schemas.Queued(position=event.position))
+                    await self._send(realtime_schemas.Queued(position=event.position))
                 case Opened():
                     self._opened = True
                     encoder = await self._in_pool(
@@ -239,35 +239,35 @@ class Conversation:
                     )
                     config = {**start.model_dump(exclude={"type"}), "model": self._backend.card.name}
                     config |= {"width": event.width, "height": event.height, "fps": event.fps}
-                    await self._say(
+                    await self._send(
                         realtime_schemas.VideoStart(request_id=self._id, format=start.format, config=config)
                     )
-                case Applied():
+                case UpdateApplied():
                     self._changes -= 1
-                    await self._say(
+                    await self._send(
                         realtime_schemas.InteractionApplied(
                             request_id=self._id, event_id=event.event_id, chunk_index=event.index, prompt=event.prompt
                         )
                     )
-                case Refused():
+                case UpdateRejected():
                     self._changes -= 1
-                    await self._say(Error(code="invalid_value", message=event.error, event_id=event.event_id))
-                case Made():
+                    await self._send(Error(code="invalid_value", message=event.error, event_id=event.event_id))
+                case ChunkReady():
                     await self._chunk(event, encoder)
                 case Closed():
-                    await self._farewell(event)
+                    await self._finish(event)
 
-    async def _chunk(self, made: Made, encoder: Encoder) -> None:
+    async def _chunk(self, made: ChunkReady, encoder: Encoder) -> None:
         payload, seconds = await self._in_pool(_encoded, encoder, made.chunk.frames)
         if (metrics := getattr(self._socket.app.state, "metrics", None)) is not None:
             metrics.phase("encode", seconds)
-        await self._say(_metadata(made, payload, seconds, self._id, encoder, self._chunks), payload.data)
+        await self._send(_metadata(made, payload, seconds, self._id, encoder, self._chunks), payload.data)
         self._chunks += 1
 
     async def _in_pool(self, work, *args):
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
-    async def _farewell(self, closed: Closed) -> None:
+    async def _finish(self, closed: Closed) -> None:
         reason = "stopped" if closed.reason == "closed" else closed.reason
         if reason in CODES:
             return await self._done(reason, closed.error)
@@ -279,14 +279,14 @@ class Conversation:
 
     # How it is said.
 
-    async def _say(self, message: realtime_schemas.Said, data: bytes | None = None) -> None:
+    async def _send(self, message: realtime_schemas.ServerMessage, data: bytes | None = None) -> None:
         async with self._sending:
-            await self._send(message, data)
+            await self._write(message, data)
 
-    async def _send(self, message: realtime_schemas.Said, data: bytes | None = None) -> None:
-        """Raises Over where the client is gone, or has taken nothing for so long that it might as well be."""
+    async def _write(self, message: realtime_schemas.ServerMessage, data: bytes | None = None) -> None:
+        """Raises ConnectionClosed where the client is gone, or has taken nothing for so long that it might as well be."""
         if self._over:
-            raise Over
+            raise ConnectionClosed
         try:
             async with asyncio.timeout(self._stall):
                 await self._socket.send_text(message.text())
@@ -296,7 +296,7 @@ class Conversation:
             if isinstance(error, TimeoutError):
                 logger.info("%s: the client took nothing for %g s", self._id, self._stall)
             self._over = True
-            raise Over from None
+            raise ConnectionClosed from None
 
     async def _done(self, reason: str, words: str | None = None) -> None:
         said = realtime_schemas.Done(
@@ -304,20 +304,20 @@ class Conversation:
         )
         await self._end(said, CODES[reason])
 
-    async def _end(self, last: realtime_schemas.Said, code: int) -> None:
+    async def _end(self, last: realtime_schemas.ServerMessage, code: int) -> None:
         """The last message, and the connection closed. Whether it arrives is the client's business."""
         async with self._sending:
             try:
-                async with asyncio.timeout(FAREWELL):
-                    await self._send(last)
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._write(last)
                     await self._socket.close(code)
-            except (Over, TimeoutError, WebSocketDisconnect, RuntimeError):
+            except (ConnectionClosed, TimeoutError, WebSocketDisconnect, RuntimeError):
                 pass
             self._over = True
 
 
-def _order(start: realtime_schemas.Start) -> Order:
-    return Order(
+def _order(start: realtime_schemas.Start) -> StreamRequest:
+    return StreamRequest(
         prompt=start.prompt,
         seed=start.seed,
         num_frames=start.num_frames,
@@ -338,7 +338,7 @@ def _encoded(encoder: Encoder, frames: np.ndarray) -> tuple[Payload, float]:
 
 
 def _metadata(
-    made: Made, payload: Payload, seconds: float, id: str, encoder: Encoder, sent: int
+    made: ChunkReady, payload: Payload, seconds: float, id: str, encoder: Encoder, sent: int
 ) -> realtime_schemas.ChunkMetadata:
     chunk, timings = made.chunk, made.chunk.timings
     frames, height, width, _ = chunk.frames.shape

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dsa_engine.media.stream_encoders import FORMATS
 
-SHOWN = 60  # characters of a wrong value that an error repeats
+MAX_SHOWN = 60  # characters of a wrong value that an error repeats
 
 Id = Annotated[str, Field(min_length=1, max_length=128)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -30,15 +30,15 @@ class Invalid(ValueError):
         self.code, self.event_id = code, event_id
 
 
-class Wanted(BaseModel):
+class ClientMessage(BaseModel):
     """What a client may say: nothing unknown, no number as a text, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Start(Wanted):
+class Start(ClientMessage):
     """Open the stream. width, height, fps: only the model's own; num_frames: pixel frames, None for no end;
-    step_policy, confidence_threshold, min_steps, max_steps: as `streams.Order` has them."""
+    step_policy, confidence_threshold, min_steps, max_steps: as `types.StreamRequest` has them."""
 
     type: Literal["session.start"]
     prompt: str
@@ -55,14 +55,14 @@ class Start(Wanted):
     max_steps: Count | None = None
 
 
-class Change(Wanted):
+class Change(ClientMessage):
     """What is to be another from the next chunk on."""
 
     prompt: str | None = None
     confidence_threshold: Unit | None = None
 
 
-class Interaction(Wanted):
+class Interaction(ClientMessage):
     """transition_chunks: that the change of prompt takes; 0 is at once."""
 
     event: Change
@@ -70,23 +70,23 @@ class Interaction(Wanted):
     transition_chunks: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
-class Interact(Wanted):
+class InteractionMessage(ClientMessage):
     type: Literal["session.interaction"]
     interaction: Interaction
 
 
-class Ping(Wanted):
+class Ping(ClientMessage):
     """A sign of the client, so that a stream that waits for it is not taken for left."""
 
     type: Literal["session.ping"]
 
 
-class Stop(Wanted):
+class Stop(ClientMessage):
     type: Literal["session.stop"]
 
 
 TYPES = ("session.start", "session.interaction", "session.ping", "session.stop")
-Message = Start | Interact | Ping | Stop
+Message = Start | InteractionMessage | Ping | Stop
 _MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
@@ -100,7 +100,7 @@ def parse(text: str) -> Message:
         return _MESSAGE.validate_python(said)
     except ValidationError as error:
         if isinstance(said, dict) and said.get("type") not in TYPES:
-            words = f"type={shown(said.get('type'))}: must be one of {', '.join(TYPES)}"
+            words = f"type={abbreviate(said.get('type'))}: must be one of {', '.join(TYPES)}"
             raise Invalid("unknown_type", words, event_id(said)) from None
         raise Invalid("invalid_value", _words(error), event_id(said)) from None
 
@@ -113,16 +113,18 @@ def event_id(said: Any) -> str | None:
 
 
 def check(start: Start, card: Any, longest: int) -> None:
-    """What the message's shape does not say: the model's size and pace (`streams.Card`), known formats, the length of
+    """What the message's shape does not say: the model's size and pace (`types.ModelCard`), known formats, the length of
     the prompt in characters. Raises `Invalid` with the legal value."""
     if start.format not in FORMATS:
-        raise Invalid("invalid_value", f"format={shown(start.format)}: must be one of {', '.join(FORMATS)}")
+        raise Invalid("invalid_value", f"format={abbreviate(start.format)}: must be one of {', '.join(FORMATS)}")
     own = {"model": card.name, "width": card.width, "height": card.height, "fps": card.fps}
     for name, legal in own.items():
         given = getattr(start, name)
         if given is not None and given != legal:
             code = "model_not_found" if name == "model" else "invalid_value"
-            raise Invalid(code, f"{name}={shown(given)}: this server's is {shown(legal)}; leave it out or give that")
+            raise Invalid(
+                code, f"{name}={abbreviate(given)}: this server's is {abbreviate(legal)}; leave it out or give that"
+            )
     check_prompt(start.prompt, longest)
 
 
@@ -142,31 +144,31 @@ def check_prompt(prompt: str, longest: int, name: str | None = None) -> None:
     if len(prompt) > longest:
         raise Invalid("invalid_value", f"prompt of {len(prompt)} characters: must be at most {longest}", name)
     if not prompt.strip():
-        raise Invalid("invalid_value", f"prompt={shown(prompt)}: must not be empty", name)
+        raise Invalid("invalid_value", f"prompt={abbreviate(prompt)}: must not be empty", name)
 
 
-def shown(value: Any) -> str:
+def abbreviate(value: Any) -> str:
     """A value as an error repeats it: short, whatever it was."""
-    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+    if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN:
         return f"a whole number of {int(math.log10(2) * value.bit_length()) + 1} digits"
     if isinstance(value, (dict, list)):
         return f"{type(value).__name__} of {len(value)}"
     text = repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 def _words(error: ValidationError) -> str:
     """One line for each thing that is wrong, at most three of them."""
     lines = []
     for e in error.errors(include_url=False, include_context=False)[:3]:
-        place = ".".join(str(part)[:SHOWN] for part in e["loc"][1:]) or "message"
-        given = "" if e["type"] == "missing" else f"={shown(e['input'])}"
+        place = ".".join(str(part)[:MAX_SHOWN] for part in e["loc"][1:]) or "message"
+        given = "" if e["type"] == "missing" else f"={abbreviate(e['input'])}"
         lines.append(f"{place}{given}: {e['msg']}")
     more = error.error_count() - len(lines)
     return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
 
 
-class Said(BaseModel):
+class ServerMessage(BaseModel):
     """What the server says. NaN and infinities, which JSON has not, go out as null."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
@@ -175,14 +177,14 @@ class Said(BaseModel):
         return self.model_dump_json()
 
 
-class Queued(Said):
+class Queued(ServerMessage):
     """All places are taken. position: 1 is the next to be let in."""
 
     type: Literal["session.queued"] = "session.queued"
     position: int
 
 
-class VideoStart(Said):
+class VideoStart(ServerMessage):
     """The stream has its place. config: what is in force, the defaults filled in."""
 
     type: Literal["video.start"] = "video.start"
@@ -191,7 +193,7 @@ class VideoStart(Said):
     config: dict[str, Any]
 
 
-class Milliseconds(Said):
+class Milliseconds(ServerMessage):
     """Of a chunk: the denoising steps, the forward that writes the one before into the cache where it does not ride
     along with a step, the decoder, and the encoder of the stream's format."""
 
@@ -201,7 +203,7 @@ class Milliseconds(Said):
     encode: float
 
 
-class ChunkMetadata(Said):
+class ChunkMetadata(ServerMessage):
     """What the next binary message holds.
 
     steps, confidence (one value a latent frame), threshold (that the chunk was decided with): None where confidence
@@ -235,7 +237,7 @@ class ChunkMetadata(Said):
     late: bool
 
 
-class InteractionQueued(Said):
+class InteractionQueued(ServerMessage):
     """The change will be in force from some next chunk on."""
 
     type: Literal["session.interaction.queued"] = "session.interaction.queued"
@@ -243,7 +245,7 @@ class InteractionQueued(Said):
     event_id: str
 
 
-class InteractionApplied(Said):
+class InteractionApplied(ServerMessage):
     """The change is in force from chunk `chunk_index` on."""
 
     type: Literal["session.interaction.applied"] = "session.interaction.applied"
@@ -253,11 +255,11 @@ class InteractionApplied(Said):
     prompt: str
 
 
-class Pong(Said):
+class Pong(ServerMessage):
     type: Literal["session.pong"] = "session.pong"
 
 
-class Done(Said):
+class Done(ServerMessage):
     """No more comes. reason: "done", "stopped", "idle", "lifetime" or "shutdown"; chunks: that were sent."""
 
     type: Literal["session.done"] = "session.done"
@@ -268,7 +270,7 @@ class Done(Said):
     chunks: int
 
 
-class Error(Said):
+class Error(ServerMessage):
     """Something was not possible. retryable: the same may be possible later; event_id: of the interaction that it
     answers. The stream goes on unless the connection is closed after it."""
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from dsa_engine.serving.jobs.store import ID, Job, State
 from dsa_engine.serving.settings import Settings
-from dsa_engine.serving.types import Card, Order
+from dsa_engine.serving.types import ModelCard, StreamRequest
 
 Id = Annotated[str, Field(pattern=ID)]
 # 2.0 is an integer in JSON Schema, if not in Python
@@ -56,16 +56,16 @@ class CreateVideo(BaseModel):
     min_steps: Count | None = None
     max_steps: Count | None = None
 
-    def order(self, card: Card, settings: Settings, picture: bool) -> Order:
+    def order(self, card: ModelCard, settings: Settings, picture: bool) -> StreamRequest:
         """What the model is to make, without the picture; picture: whether one is given, which is the first frame.
 
         Raises ValueError for what this server or model cannot do, with the nearest that it can.
         """
         self._refuse(card)
-        if len(self.prompt) > settings.prompt:
-            raise Refusal("prompt", f" of {len(self.prompt)} characters: at most {settings.prompt} are possible")
+        if len(self.prompt) > settings.max_prompt:
+            raise Refusal("prompt", f" of {len(self.prompt)} characters: at most {settings.max_prompt} are possible")
         counts = [count for count in (self.num_inference_steps, self.max_steps) if count is not None]
-        return Order(
+        return StreamRequest(
             self.prompt,
             seed=self.seed or 0,
             num_frames=self._frames(card, settings, picture),
@@ -78,7 +78,7 @@ class CreateVideo(BaseModel):
             live=False,
         )
 
-    def _refuse(self, card: Card) -> None:
+    def _refuse(self, card: ModelCard) -> None:
         if self.model not in (None, card.name):
             raise Refusal("model", f"={self.model!r}: this server has one model: {card.name!r}")
         own = f"{card.width}x{card.height}"
@@ -103,10 +103,10 @@ class CreateVideo(BaseModel):
         if kind == "fixed" and (self.min_steps, self.confidence_threshold) != (None, None):
             raise Refusal("step_policy", "='fixed': goes with neither min_steps nor confidence_threshold")
 
-    def _frames(self, card: Card, settings: Settings, picture: bool) -> int:
+    def _frames(self, card: ModelCard, settings: Settings, picture: bool) -> int:
         first, later = card.chunks
         first = 1 + later if picture else first
-        most = first + max(0, (settings.frames - first) // later) * later
+        most = first + max(0, (settings.max_frames - first) // later) * later
 
         def whole(frames: float) -> int:
             return first + max(0, round((frames - first) / later)) * later
@@ -159,7 +159,7 @@ class Video(BaseModel):
 
     @classmethod
     def of(cls, job: Job, progress: int) -> Video:
-        order = job.order
+        order = job.request
         return cls(
             id=job.id,
             model=job.model,
@@ -175,7 +175,7 @@ class Video(BaseModel):
             seed=order["seed"],
             url=f"/v1/videos/{job.id}/content" if job.status == "completed" else None,
             error=None if job.error is None else JobError(code="generation_failed", message=job.error),
-            inference_time_s=job.took,
+            inference_time_s=job.duration_s,
             steps_per_chunk=job.steps,
             confidence=job.confidence,
         )
@@ -211,7 +211,7 @@ class Model(BaseModel):
     prompts: str | None
 
     @classmethod
-    def of(cls, card: Card, created: int) -> Model:
+    def of(cls, card: ModelCard, created: int) -> Model:
         return cls(
             id=card.name,
             created=created,

@@ -143,7 +143,7 @@ async def read(request: Request, settings: Settings) -> tuple[CreateVideo, bytes
         raise Refusal(None, f"the {FORM} ends in the middle: its last boundary is not there")
     fields: dict[str, str] = {}
     data: bytes | None = None
-    async with request.form(max_files=1, max_fields=FIELDS, max_part_size=settings.body) as form:
+    async with request.form(max_files=1, max_fields=FIELDS, max_part_size=settings.max_body) as form:
         for name, value in form.multi_items():
             if name in fields or (data is not None and name == "input_reference"):
                 raise Refusal(name, ": is there more than once")

@@ -19,18 +19,18 @@ import numpy as np
 
 from dsa_engine.media.mp4 import Mp4Writer
 from dsa_engine.serving.jobs.store import Job, Store
-from dsa_engine.serving.types import Backend, Busy, Closed, Made, Opened, Order, Stream
+from dsa_engine.serving.types import Backend, ChunkReady, Closed, Opened, Overloaded, Stream, StreamRequest
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-WAITING = 1000  # jobs that may be queued
+MAX_QUEUED_JOBS = 1000  # jobs that may be queued
 LINGER = 2.0  # seconds in which jobs write down that their streams were closed
 PAUSE = 1.0  # seconds after which something that was not possible is tried again
 STORED = ("prompt", "seed", "num_frames", "height", "width", "steps", "threshold", "min_steps", "max_steps")
 
 
-class Ended(Exception):
+class StreamFailed(Exception):
     """A stream that did not come to its end."""
 
     def __init__(self, closed: Closed):
@@ -38,7 +38,7 @@ class Ended(Exception):
         self.closed = closed
 
 
-class Running:
+class ActiveJob:
     """A job that is being made."""
 
     def __init__(self, job: Job):
@@ -53,7 +53,7 @@ class Running:
     @property
     def progress(self) -> int:
         """Percent, 100 only once the file is there."""
-        return min(99, 100 * self.frames // self.job.order["num_frames"])
+        return min(99, 100 * self.frames // self.job.request["num_frames"])
 
 
 class Jobs:
@@ -62,9 +62,9 @@ class Jobs:
     def __init__(self, backend: Backend, store: Store):
         self.backend, self.store = backend, store
         self.stopping = False
-        self._running: dict[str, Running] = {}
+        self._running: dict[str, ActiveJob] = {}
         self._wake = asyncio.Event()
-        self._moving = asyncio.Lock()  # between a job's row and `_running`
+        self._transition_lock = asyncio.Lock()  # between a job's row and `_running`
         self._feeder: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -88,17 +88,17 @@ class Jobs:
             await asyncio.to_thread(self.store.update, id, status="queued")
         await asyncio.to_thread(self.store.close)
 
-    async def add(self, order: Order) -> Job:
-        """Queue a job. Raises Busy where too many wait already, ValueError for an order that is not possible."""
+    async def add(self, request: StreamRequest) -> Job:
+        """Queue a job. Raises Overloaded where too many wait already, ValueError for an request that is not possible."""
         if self.stopping:
-            raise Busy("the server is stopping")
-        await self.backend.check(order)
+            raise Overloaded("the server is stopping")
+        await self.backend.check(request)
         waiting = (await asyncio.to_thread(self.store.counts))["queued"]
-        if waiting >= WAITING:
-            raise Busy(f"{waiting} jobs are queued, the most there may be; try again later")
-        fields = {name: getattr(order, name) for name in STORED}
+        if waiting >= MAX_QUEUED_JOBS:
+            raise Overloaded(f"{waiting} jobs are queued, the most there may be; try again later")
+        fields = {name: getattr(request, name) for name in STORED}
         card = self.backend.card
-        job = await asyncio.to_thread(self.store.add, fields, card.name, card.fps, order.image)
+        job = await asyncio.to_thread(self.store.add, fields, card.name, card.fps, request.image)
         self._wake.set()
         return job
 
@@ -107,7 +107,7 @@ class Jobs:
 
     async def delete(self, id: str) -> bool:
         """The job and its files, also while it is being made. False where there is none."""
-        async with self._moving:
+        async with self._transition_lock:
             running = self._running.get(id)
             if running is None:
                 return await asyncio.to_thread(self.store.delete, id)
@@ -132,15 +132,15 @@ class Jobs:
 
     async def _next(self) -> bool:
         """Begin the oldest queued job; False where there is none."""
-        async with self._moving:
+        async with self._transition_lock:
             job = None if self.stopping else await asyncio.to_thread(self.store.claim)
             if job is None:
                 return False
-            running = self._running[job.id] = Running(job)
+            running = self._running[job.id] = ActiveJob(job)
             running.task = asyncio.create_task(self._run(running))
         return True
 
-    async def _run(self, running: Running) -> None:
+    async def _run(self, running: ActiveJob) -> None:
         """Make a job and write down how it went."""
         job, start = running.job, time.monotonic()
         try:
@@ -148,7 +148,7 @@ class Jobs:
             changes: dict[str, Any] = {
                 "status": "completed",
                 "completed": time.time(),
-                "took": round(time.monotonic() - start, 3),
+                "duration_s": round(time.monotonic() - start, 3),
                 "steps": running.steps,
                 "confidence": running.confidence or None,
             }
@@ -163,18 +163,18 @@ class Jobs:
             del self._running[job.id]
             self._wake.set()
 
-    async def _ending(self, running: Running, error: Exception) -> dict[str, Any]:
+    async def _ending(self, running: ActiveJob, error: Exception) -> dict[str, Any]:
         """What is written down of a job that came to no good end."""
-        reason = error.closed.reason if isinstance(error, Ended) else None
-        if isinstance(error, Busy) and not self.stopping:
+        reason = error.closed.reason if isinstance(error, StreamFailed) else None
+        if isinstance(error, Overloaded) and not self.stopping:
             await asyncio.sleep(PAUSE)
-        if isinstance(error, Busy) or reason in ("busy", "shutdown"):
+        if isinstance(error, Overloaded) or reason in ("busy", "shutdown"):
             return {"status": "queued"}
         if not running.deleted:
             logger.error("%s failed: %s", running.job.id, error, exc_info=None if reason else error)
         return {"status": "failed", "error": str(error) or type(error).__name__, "completed": time.time()}
 
-    async def _make(self, running: Running) -> None:
+    async def _make(self, running: ActiveJob) -> None:
         """The video of a job. Its file is opened, written and closed in a thread of its own, one thing after another:
         encoding takes long, and an encoder must not be closed while it is at work."""
         job, loop = running.job, asyncio.get_running_loop()
@@ -183,37 +183,37 @@ class Jobs:
             async def do(work: Callable[..., T], *args: Any) -> T:
                 return await loop.run_in_executor(thread, work, *args)
 
-            order = Order(**job.order, live=False)
+            request = StreamRequest(**job.request, live=False)
             if job.picture:
-                order = dataclasses.replace(order, image=await do(self.store.read_picture, job.id))
+                request = dataclasses.replace(request, image=await do(self.store.read_picture, job.id))
             writer = Mp4Writer(self.store.video(job.id), job.fps, threads=1)
             await do(writer.__enter__)
             try:
-                await self._stream(running, order, lambda frames: do(writer.write, frames))
+                await self._stream(running, request, lambda frames: do(writer.write, frames))
             except BaseException as error:
                 await do(writer.__exit__, type(error), error, error.__traceback__)
                 raise
             await do(writer.__exit__, None, None, None)
 
-    async def _stream(self, running: Running, order: Order, write: Callable[[np.ndarray], Any]) -> None:
-        """All frames of the job's stream. Raises Ended where they did not all come."""
+    async def _stream(self, running: ActiveJob, request: StreamRequest, write: Callable[[np.ndarray], Any]) -> None:
+        """All frames of the job's stream. Raises StreamFailed where they did not all come."""
         if self.stopping:  # a backend that is closed may never answer
-            raise Busy("the server is stopping")
-        running.stream = stream = await self.backend.open(order, running.job.id)
+            raise Overloaded("the server is stopping")
+        running.stream = stream = await self.backend.open(request, running.job.id)
         try:
             async for event in stream:
                 if running.deleted:
-                    raise Ended(Closed("closed"))
+                    raise StreamFailed(Closed("closed"))
                 if isinstance(event, Opened) and event.opening is not None:
                     running.frames += len(event.opening)
                     await write(event.opening)
-                elif isinstance(event, Made):
+                elif isinstance(event, ChunkReady):
                     chunk = event.chunk
                     await write(chunk.frames)
                     running.frames += len(chunk.frames)
                     running.steps.append(chunk.steps)
                     running.confidence += [] if chunk.confidence is None else [chunk.confidence]
                 elif isinstance(event, Closed) and event.reason != "done":
-                    raise Ended(event)
+                    raise StreamFailed(event)
         finally:
             await stream.close()

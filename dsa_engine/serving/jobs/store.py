@@ -35,7 +35,7 @@ FORMAT = 1  # of the tables, as SQLite's user_version
 State = Literal["queued", "in_progress", "completed", "failed"]
 
 
-class Unstorable(OSError):
+class StorageError(OSError):
     """The disk is full, or gone."""
 
 
@@ -44,7 +44,7 @@ class Tables(SQLModel, registry=registry()):
 
 
 class Job(Tables, table=True):
-    """number: jobs in the order in which they came; order: the fields of `streams.Order` that make the video; picture:
+    """number: jobs in the order in which they came; order: the fields of `types.StreamRequest` that make the video; picture:
     it was given one; times: seconds since 1970; took: seconds that making it took."""
 
     number: int | None = Field(default=None, primary_key=True)
@@ -52,11 +52,11 @@ class Job(Tables, table=True):
     status: str = Field(default="queued", index=True)
     model: str
     fps: float
-    order: dict[str, Any] = Field(sa_type=JSON)
+    request: dict[str, Any] = Field(sa_type=JSON, sa_column_kwargs={"name": "order"})
     picture: bool = False
     created: float
     completed: float | None = None
-    took: float | None = None
+    duration_s: float | None = Field(default=None, sa_column_kwargs={"name": "took"})
     steps: list[int] | None = Field(default=None, sa_type=JSON)
     confidence: list[list[float]] | None = Field(default=None, sa_type=JSON)
     error: str | None = None
@@ -111,12 +111,12 @@ class Store:
     def _transaction(self) -> Iterator[Session]:
         with self._lock, Session(self._engine, expire_on_commit=False) as session:
             if not self._open_:
-                raise Unstorable(f"{self.folder}: is closed")
+                raise StorageError(f"{self.folder}: is closed")
             try:
                 yield session
                 session.commit()
             except OperationalError as error:
-                raise Unstorable(f"{self.folder / 'jobs.sqlite'}: {error.orig}") from error
+                raise StorageError(f"{self.folder / 'jobs.sqlite'}: {error.orig}") from error
 
     # Files.
 
@@ -135,13 +135,13 @@ class Store:
 
     # Jobs.
 
-    def add(self, order: dict[str, Any], model: str, fps: float, picture: np.ndarray | None = None) -> Job:
+    def add(self, request: dict[str, Any], model: str, fps: float, picture: np.ndarray | None = None) -> Job:
         """A new job, queued. The picture's file is there before the row that tells of it."""
         job = Job(
             id=f"video_{secrets.token_hex(16)}",
             model=model,
             fps=fps,
-            order=order,
+            request=request,
             picture=picture is not None,
             created=time.time(),
         )
@@ -152,7 +152,7 @@ class Store:
                 with atomic_write(self._picture(job.id)) as temporary:
                     Image.fromarray(picture).save(temporary, "PNG")
             except OSError as error:
-                raise Unstorable(f"{self.pictures}: {error.strerror or error}") from error
+                raise StorageError(f"{self.pictures}: {error.strerror or error}") from error
         with self._transaction() as session:
             session.add(job)
         return job

@@ -11,16 +11,27 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, Protocol
 
-from dsa_engine.serving.replicas.replica import REFUSED, Answer, Told
-from dsa_engine.serving.types import Applied, Busy, Card, Closed, Event, Made, Opened, Order, Queued, Refused
+from dsa_engine.serving.replicas.replica import REFUSED, NumberedUpdate, PollResponse
+from dsa_engine.serving.types import (
+    ChunkReady,
+    Closed,
+    Event,
+    ModelCard,
+    Opened,
+    Overloaded,
+    Queued,
+    StreamRequest,
+    UpdateApplied,
+    UpdateRejected,
+)
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds without a place on any replica after which a stream is given up
-STALE = 1.0  # seconds after which numbers are asked for again
+FAILOVER_TIMEOUT_S = 60.0  # seconds without a place on any replica after which a stream is given up
+STATS_TTL_S = 1.0  # seconds after which numbers are asked for again
 
 
-class Lost(Exception):
+class ReplicaUnavailable(Exception):
     """A question found no replica, or no answer. It can be asked again."""
 
 
@@ -29,21 +40,21 @@ class Replicas(Protocol):
 
     async def call(self, method: str, *args: Any, home: str | None = None, avoid: frozenset[str] = frozenset()) -> Any:
         """Call a method of replica `home`; where there is none of that name, or home is None, of the one that has least
-        to do, but rather not of one to avoid. Raises Lost."""
+        to do, but rather not of one to avoid. Raises ReplicaUnavailable."""
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        """The workers' numbers, by replica. Raises Lost."""
+        """The workers' numbers, by replica. Raises ReplicaUnavailable."""
 
 
 class RemoteStream:
-    """A stream on some replica (`streams.Stream`).
+    """A stream on some replica (`types.Stream`).
 
     It holds all that the stream was told, and how far it has come, so what a replica says counts only where it is new:
     chunks by their index, changes by their number.
     """
 
-    def __init__(self, backend: RemoteBackend, order: Order, id: str):
-        self.id, self.order = id, order
+    def __init__(self, backend: RemoteBackend, request: StreamRequest, id: str):
+        self.id, self.request = id, request
         self.home: str | None = None
         self._closed: str | None = None  # the last replica that was told to close it
         self.moves = 0  # replicas that it has had to leave
@@ -51,8 +62,8 @@ class RemoteStream:
         self._run: str | None = None
         self._after = 0
         self._avoid: frozenset[str] = frozenset()
-        self._have = 0 if order.snapshot is None else order.snapshot.rollout["index"]
-        self._told: dict[int, Told] = {}  # without those that the stream's snapshot has
+        self._have = 0 if request.snapshot is None else request.snapshot.rollout["index"]
+        self._told: dict[int, NumberedUpdate] = {}  # without those that the stream's snapshot has
         self._names: dict[int, str | None] = {}  # event ids of the changes that are neither applied nor refused
         self._numbered = 0
         self._opened = self._closing = self._ended = False
@@ -70,16 +81,16 @@ class RemoteStream:
         event = await self.first()
         self._events.popleft()
         self._ended = isinstance(event, Closed)
-        self._backend.gave(self, event)
+        self._backend.dispatch_event(self, event)
         return event
 
     async def first(self) -> Event:
         """Its next event, which the iteration will give too. Giving up on it loses nothing."""
         while not self._events:
-            await self._pull()
+            await self._poll()
         return self._events[0]
 
-    async def tell(
+    async def update(
         self,
         prompt: str | None = None,
         event_id: str | None = None,
@@ -87,42 +98,42 @@ class RemoteStream:
         threshold: float | None = None,
         transition_chunks: int = 0,
     ) -> None:
-        self._told[self._numbered] = Told(prompt, recache, threshold, transition_chunks)
+        self._told[self._numbered] = NumberedUpdate(prompt, recache, threshold, transition_chunks)
         self._names[self._numbered] = event_id
         self._numbered += 1
-        await self._hint("tell", self.id, dict(self._told))
+        await self._notify("update", self.id, dict(self._told))
 
-    def touch(self) -> None:
+    def keepalive(self) -> None:
         now = self._backend.clock()
-        if now - self._touched >= STALE:
+        if now - self._touched >= STATS_TTL_S:
             self._touched = now
-            self._backend.spawn(self._hint("touch", self.id))
+            self._backend.spawn(self._notify("keepalive", self.id))
 
     async def close(self) -> None:
         if not self._closing:
             self._closing = True
-            await self._hint("close", self.id)
+            await self._notify("close", self.id)
 
-    async def _hint(self, method: str, *args: Any) -> None:
+    async def _notify(self, method: str, *args: Any) -> None:
         """To lose it does no harm: the next question says the same, or the replica is no more."""
         if self.home is not None and not self._ended:
             self._closed = self.home if method == "close" else self._closed
             try:
                 await self._backend.replicas.call(method, *args, home=self.home)
-            except Lost as error:
+            except ReplicaUnavailable as error:
                 logger.info("%s of stream %s was lost: %s", method, self.id, error)
 
-    async def _pull(self) -> None:
+    async def _poll(self) -> None:
         """Ask for the next events. Nothing changes before the answer is there, and then all at once."""
         if self._closing or self._backend.closing:
             if self.home != self._closed:  # its place was on its way when that was said
-                await self._hint("close", self.id)
+                await self._notify("close", self.id)
             return self._events.append(Closed("closed" if self._closing else "shutdown"))
-        order = self.order if self.home is None else None
-        question = (self.id, self._have, dict(self._told), self._run, self._after, order)
+        request = self.request if self.home is None else None
+        question = (self.id, self._have, dict(self._told), self._run, self._after, request)
         try:
-            answer = await self._backend.replicas.call("ask", *question, home=self.home, avoid=self._avoid)
-        except Lost as error:
+            answer = await self._backend.replicas.call("poll", *question, home=self.home, avoid=self._avoid)
+        except ReplicaUnavailable as error:
             logger.warning("stream %s loses replica %s at chunk %d: %s", self.id, self.home, self._have, error)
             if self.home is None:  # any would have done
                 return await self._wait(Closed("failed", f"no replica answers: {error}"))
@@ -130,11 +141,11 @@ class RemoteStream:
             return self._leave()
         if answer is None:  # not the replica that was asked: that one is no more
             return self._leave()
-        away = self._hear(answer)
+        away = self._merge_response(answer)
         if away is not None:
             await self._wait(away)
         elif self._queued and not answer.events and self._backend.has_room_beside(self.home):
-            await self._hint("close", self.id)  # a replica that was started since, or has become free
+            await self._notify("close", self.id)  # a replica that was started since, or has become free
             self._avoid = frozenset({self.home})
             self._leave()
 
@@ -151,7 +162,7 @@ class RemoteStream:
         self.moves += self.home is not None
         self.home, self._run, self._after, self._queued = None, None, 0, False
 
-    def _hear(self, answer: Answer) -> Closed | None:
+    def _merge_response(self, answer: PollResponse) -> Closed | None:
         """Take in an answer. Returns why it has no place anywhere, where that is so."""
         self.home, self._run, self._after = answer.home, answer.run, answer.after
         self._told = {number: told for number, told in self._told.items() if number >= answer.kept}
@@ -173,14 +184,14 @@ class RemoteStream:
             self._queued = isinstance(event, Queued)
             known, self._opened = self._opened, self._opened or isinstance(event, Opened)
             return None if known else event
-        if isinstance(event, (Applied, Refused)):
+        if isinstance(event, (UpdateApplied, UpdateRejected)):
             number = int(event.event_id)
             if number not in self._names:
                 return None
-            index = event.index if isinstance(event, Applied) else REFUSED
+            index = event.index if isinstance(event, UpdateApplied) else REFUSED
             self._told[number] = replace(self._told[number], index=index)
             return replace(event, event_id=self._names.pop(number))
-        if isinstance(event, Made):
+        if isinstance(event, ChunkReady):
             if event.chunk.index < self._have:
                 return None
             self._have = event.chunk.index + 1
@@ -190,11 +201,15 @@ class RemoteStream:
 
 
 class RemoteBackend:
-    """`streams.Backend` on replicas. Make one with `connect`. observers: called as (stream, event) for all events that
+    """`types.Backend` on replicas. Make one with `connect`. observers: called as (stream, event) for all events that
     its streams give, such as metrics."""
 
     def __init__(
-        self, replicas: Replicas, card: Card, patience: float = PATIENCE, clock: Callable[[], float] = time.monotonic
+        self,
+        replicas: Replicas,
+        card: ModelCard,
+        patience: float = FAILOVER_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.replicas, self.card, self.patience, self.clock = replicas, card, patience, clock
         self.observers: list[Callable[[RemoteStream, Event], None]] = []
@@ -206,8 +221,8 @@ class RemoteBackend:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def connect(cls, replicas: Replicas, least: int = 1, patience: float = PATIENCE) -> RemoteBackend:
-        """Waits for the first replica, and a while for `least`. Raises Lost."""
+    async def connect(cls, replicas: Replicas, least: int = 1, patience: float = FAILOVER_TIMEOUT_S) -> RemoteBackend:
+        """Waits for the first replica, and a while for `least`. Raises ReplicaUnavailable."""
         backend = cls(replicas, await replicas.call("card"), patience)
         await backend._refresh()
         while len(backend._stats) < least and backend.clock() - backend._asked < patience:
@@ -215,37 +230,37 @@ class RemoteBackend:
             await backend._refresh()
         return backend
 
-    async def check(self, order: Order) -> None:
+    async def check(self, request: StreamRequest) -> None:
         start = self.clock()
         while True:
             try:
-                error = await self.replicas.call("check", order)
+                error = await self.replicas.call("check", request)
                 break
-            except Lost as lost:
+            except ReplicaUnavailable as lost:
                 if self.clock() - start > self.patience:
-                    raise Busy(f"no replica answers: {lost}") from lost
+                    raise Overloaded(f"no replica answers: {lost}") from lost
                 await asyncio.sleep(min(0.5, self.patience / 10))
         if error is not None:
             raise ValueError(error)
 
-    async def open(self, order: Order, id: str | None = None) -> RemoteStream:
+    async def open(self, request: StreamRequest, id: str | None = None) -> RemoteStream:
         if self.closing:
-            raise Busy("the server is stopping")
-        stream = RemoteStream(self, order, id or uuid.uuid4().hex)
+            raise Overloaded("the server is stopping")
+        stream = RemoteStream(self, request, id or uuid.uuid4().hex)
         self._streams[stream.id] = stream
         try:
             first = await stream.first()
             if isinstance(first, Closed) and first.reason == "refused":
                 raise ValueError(first.error)
             if isinstance(first, Closed) and first.reason in ("busy", "shutdown", "failed"):
-                raise Busy(first.error)
+                raise Overloaded(first.error)
         except BaseException:
             self._streams.pop(stream.id, None)
             self.spawn(stream.close())
             raise
         return stream
 
-    def gave(self, stream: RemoteStream, event: Event) -> None:
+    def dispatch_event(self, stream: RemoteStream, event: Event) -> None:
         """A stream's consumer has an event."""
         if isinstance(event, Closed) and self._streams.get(stream.id) is stream:
             del self._streams[stream.id]
@@ -258,7 +273,7 @@ class RemoteBackend:
     def stats(self) -> dict[str, float]:
         """Of all replicas together, as they were a moment ago; `pressure`: of the one with the most; `replicas`."""
         now = self.clock()
-        if now - self._asked > STALE:
+        if now - self._asked > STATS_TTL_S:
             self._asked = now
             self._loop.call_soon_threadsafe(lambda: self.spawn(self._refresh()))  # metrics are read in a thread
         names = {name for stats in self._stats.values() for name in stats}
@@ -276,7 +291,7 @@ class RemoteBackend:
     async def _refresh(self) -> None:
         try:
             self._stats = await self.replicas.stats()
-        except Lost as error:
+        except ReplicaUnavailable as error:
             logger.warning("the numbers of the replicas cannot be had: %s", error)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -293,4 +308,4 @@ class RemoteBackend:
     async def close(self) -> None:
         """Admit nobody and close every stream with "shutdown". The replicas stay: they are not this backend's own."""
         self.closing = True
-        await asyncio.gather(*(stream._hint("close", stream.id) for stream in list(self._streams.values())))
+        await asyncio.gather(*(stream._notify("close", stream.id) for stream in list(self._streams.values())))

@@ -14,7 +14,7 @@ from dsa_engine.engine.session import Snapshot
 
 
 @dataclass(frozen=True)
-class Kept:
+class StreamSnapshot:
     """A stream between two chunks. index: of the chunk that comes next; settled: how many changes had been applied or
     refused by then; threshold: of the last one that had any."""
 
@@ -29,13 +29,13 @@ class Kept:
         return buffer.getvalue()
 
     @staticmethod
-    def unpack(data: bytes, device: torch.device) -> Kept:
+    def unpack(data: bytes, device: torch.device) -> StreamSnapshot:
         """Only for bytes that a replica of this deployment has packed: reading them can run any code."""
         return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
 
 
-class Keeper(Protocol):
-    """`Snapshots`, wherever it is."""
+class SnapshotStore(Protocol):
+    """`InMemorySnapshotStore`, wherever it is."""
 
     async def claim(self, id: str, run: str, have: int) -> bytes | None: ...
 
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
     touched: float
 
 
-class Snapshots:
+class InMemorySnapshotStore:
     """The last snapshot of each stream, in memory, as bytes.
 
     A stream belongs to the run that claimed it last; what an earlier one, cut off but alive, says later does not count.

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 
-from dsa_engine.serving.types import Busy, Closed, Event, Made, Order
-from dsa_engine.serving.worker.stream import Task
+from dsa_engine.serving.types import ChunkReady, Closed, Event, Overloaded, StreamRequest
+from dsa_engine.serving.worker.stream import ActiveStream
 from dsa_engine.serving.worker.worker import Worker
 
 
 class LocalStream:
-    """A worker's stream as an asynchronous iterator of its events (`streams.Stream`)."""
+    """A worker's stream as an asynchronous iterator of its events (`types.Stream`)."""
 
-    def __init__(self, worker: Worker, order: Order, id: str | None):
+    def __init__(self, worker: Worker, request: StreamRequest, id: str | None):
         loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()  # at most one chunk: the next waits until it is taken
-        self._holds = False  # a chunk
+        self._events: asyncio.Queue[Event] = asyncio.Queue()  # at most one chunk: the next waits for its ack
+        self._unacked = False  # a chunk was given and not acknowledged
         self._ended = False
         self._first: Event | None = None
-        self.task: Task = worker.open(order, lambda event: _tell(loop, self._events, event), id)
-        self.id = self.task.id
+        self.stream: ActiveStream = worker.open(request, lambda event: _put(loop, self._events, event), id)
+        self.id = self.stream.id
 
     async def first(self) -> Event:
         """Its first event, which the iteration will give too."""
@@ -33,15 +33,15 @@ class LocalStream:
     async def __anext__(self) -> Event:
         if self._ended:
             raise StopAsyncIteration
-        if self._holds:
-            self._holds = False
-            self.task.taken()
+        if self._unacked:
+            self._unacked = False
+            self.stream.ack()
         event, self._first = self._first or await self._events.get(), None
-        self._holds = isinstance(event, Made)
+        self._unacked = isinstance(event, ChunkReady)
         self._ended = isinstance(event, Closed)
         return event
 
-    async def tell(
+    async def update(
         self,
         prompt: str | None = None,
         event_id: str | None = None,
@@ -49,24 +49,29 @@ class LocalStream:
         threshold: float | None = None,
         transition_chunks: int = 0,
     ) -> None:
-        self.task.tell(prompt, event_id, recache, threshold, transition_chunks)
+        self.stream.update(prompt, event_id, recache, threshold, transition_chunks)
 
-    def touch(self) -> None:
-        self.task.touch()
+    def keepalive(self) -> None:
+        self.stream.keepalive()
 
     async def close(self) -> None:
-        self.task.close()
+        self.stream.close()
 
 
-def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
+def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
     try:
         loop.call_soon_threadsafe(events.put_nowait, event)
-    except RuntimeError:  # the consumer's loop is closed: nobody is left to be told
+    except RuntimeError:  # the consumer's loop is closed
         pass
 
 
 class LocalBackend:
-    """`streams.Backend` on a worker, which it starts and stops. grace: seconds that running chunks then get."""
+    """`types.Backend` on a worker, which it starts and stops.
+
+    Args:
+        worker: not started yet.
+        grace: seconds that running chunks get when it stops.
+    """
 
     def __init__(self, worker: Worker, grace: float = 3.0):
         self.worker, self.card, self.grace = worker, worker.card, grace
@@ -74,20 +79,20 @@ class LocalBackend:
     def start(self) -> None:
         self.worker.start()
 
-    async def check(self, order: Order) -> None:
-        await asyncio.wrap_future(self.worker.check(order))
+    async def check(self, request: StreamRequest) -> None:
+        await asyncio.wrap_future(self.worker.check(request))
 
-    async def open(self, order: Order, id: str | None = None) -> LocalStream:
-        stream = LocalStream(self.worker, order, id)
+    async def open(self, request: StreamRequest, id: str | None = None) -> LocalStream:
+        stream = LocalStream(self.worker, request, id)
         try:
             first = await stream.first()
-        except asyncio.CancelledError:  # who asked has gone
+        except asyncio.CancelledError:
             await stream.close()
             raise
         if isinstance(first, Closed) and first.reason == "refused":
             raise ValueError(first.error)
         if isinstance(first, Closed) and first.reason in ("busy", "shutdown"):
-            raise Busy(first.error)
+            raise Overloaded(first.error)
         return stream
 
     def stats(self) -> dict[str, float]:

@@ -1,53 +1,56 @@
-"""When a live stream's chunks are wanted and due, and how hard the load presses. No thread, no clock: times come in."""
+"""When a live stream's next chunk may start and is due, and how load lowers the threshold. No thread, no clock: callers
+pass the time in."""
 
 from __future__ import annotations
 
 import math
 
 
-class Pace:
-    """The player at the other end, as far as one can know it: it starts with the first chunk and shows `fps` frames a
-    second; when it runs out, it stands still until the next chunk is there, and goes on from then.
+class PlaybackPacer:
+    """Models the player at the other end: it starts with the first chunk, shows `fps` frames per second, stops when it
+    runs out, and goes on when the next chunk arrives.
 
-    A chunk is wanted when what the player still holds lasts no longer than one chunk, and due when it holds nothing.
-    So a stream is at most a chunk ahead: a new prompt is seen soon, and nothing is made that nobody may ever see.
+    The next chunk may start once the player has at most one chunk buffered, and is due when its buffer is empty. So a
+    stream is at most one chunk ahead: a new prompt shows quickly, and no chunk is made that nobody may see.
     """
 
     def __init__(self, fps: float, now: float):
         self.fps = fps
-        self.wanted = now  # when the next chunk may be begun
-        self.due = math.inf  # when the player runs out
+        self.start_at = now  # when the next chunk may start
+        self.runs_out = math.inf  # when the player's buffer is empty
 
-    def taken(self, now: float) -> None:
-        """The consumer has room for the next chunk. One that was slow in saying so has kept itself waiting."""
-        if now > self.wanted:
-            self.due = max(self.due, self.due + now - self.wanted)
-            self.wanted = now
+    def ack(self, now: float) -> None:
+        """The consumer can accept the next chunk. The time that it was slow in saying so is added to the deadline."""
+        if now > self.start_at:
+            self.runs_out = max(self.runs_out, self.runs_out + now - self.start_at)
+            self.start_at = now
 
     def delivered(self, now: float, frames: int) -> tuple[float, float | None]:
-        """A chunk of some frames is there; returns its latency and the latency that it was allowed, None for any."""
-        latency = now - self.wanted
-        deadline = None if math.isinf(self.due) else self.due - self.wanted
-        lasts = frames / self.fps
-        self.due = (now if math.isinf(self.due) else max(self.due, now)) + lasts
-        self.wanted = max(now, self.due - lasts)
+        """A chunk of `frames` is ready. Returns its latency and its deadline in seconds, None for the first chunk."""
+        latency = now - self.start_at
+        first = math.isinf(self.runs_out)
+        deadline = None if first else self.runs_out - self.start_at
+        duration = frames / self.fps
+        self.runs_out = (now if first else max(self.runs_out, now)) + duration
+        self.start_at = max(now, self.runs_out - duration)
         return latency, deadline
 
 
-class Governor:
-    """One confidence threshold for all "budget" streams of an engine, lowered while chunks come near being late.
+class LoadController:
+    """One confidence threshold for all "budget" streams of an engine, lowered while chunks are close to being late.
 
-        threshold = ceiling * (1 - pressure),     pressure += GAIN / n * ([latency > MARGIN * deadline] - RATE)
+        threshold = ceiling * (1 - pressure),
+        pressure += GAIN / n * ([latency > LATE_MARGIN * deadline] - TARGET_LATE_RATE)
 
-    at each chunk, within [0, 1], n streams live. One threshold for all is what makes sure chunks stop early first: one
-    that reaches it is done, one that does not is refined further, whoever it belongs to. The controller needs no model
-    of what a step costs, and it looks at the tail, not at the mean: it settles where a share RATE of the chunks takes
-    more than MARGIN of the time it has, so that hardly any takes more than all of it.
+    after each chunk, clamped to [0, 1], with n live streams. All streams share the threshold, so the most confident
+    chunks stop early first, whichever stream they belong to. The controller needs no cost model of a step. It controls
+    the tail and not the mean: a share TARGET_LATE_RATE of the chunks takes more than LATE_MARGIN of its deadline, so
+    hardly any takes more than all of it.
     """
 
-    MARGIN = 0.7
-    RATE = 0.02
-    GAIN = 0.5  # under a load that is far too high it takes about two chunks of each stream to the fewest steps
+    LATE_MARGIN = 0.7
+    TARGET_LATE_RATE = 0.02
+    GAIN = 0.5  # under heavy overload about two chunks of each stream bring it down to the minimum of steps
 
     def __init__(self):
         self.pressure = 0.0
@@ -56,5 +59,5 @@ class Governor:
         return ceiling * (1.0 - self.pressure)
 
     def delivered(self, latency: float, deadline: float, live: int) -> None:
-        error = (latency > self.MARGIN * deadline) - self.RATE
+        error = (latency > self.LATE_MARGIN * deadline) - self.TARGET_LATE_RATE
         self.pressure = min(max(self.pressure + self.GAIN * error / max(live, 1), 0.0), 1.0)

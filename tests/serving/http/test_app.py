@@ -28,9 +28,9 @@ from dsa_engine.media.preprocess import to_video_tensor
 from dsa_engine.serving.http import app as module
 from dsa_engine.serving.http.app import create_app
 from dsa_engine.serving.http.schemas import CreateVideo
-from dsa_engine.serving.jobs.store import Store, Unstorable
+from dsa_engine.serving.jobs.store import StorageError, Store
 from dsa_engine.serving.settings import Settings
-from dsa_engine.serving.types import Busy, Closed, Made, Order
+from dsa_engine.serving.types import ChunkReady, Closed, Overloaded, StreamRequest
 from tests.support.instant import CARD, TIMINGS, Instant, frames_of
 
 ID = "video_" + "0" * 32
@@ -50,7 +50,7 @@ def served(folder, jobs=True, card=CARD, **options):
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    with served(tmp_path_factory.mktemp("data"), body=300_000) as client:
+    with served(tmp_path_factory.mktemp("data"), max_body=300_000) as client:
         yield client
 
 
@@ -497,7 +497,7 @@ def handed(app, method: str, path: bytes, headers=(), body: bytes = b"", parts: 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    app = create_app(Instant(), Settings(data=tmp_path_factory.mktemp("bare"), body=1000))
+    app = create_app(Instant(), Settings(data=tmp_path_factory.mktemp("bare"), max_body=1000))
     yield app
     app.state.service.jobs.store.close()
 
@@ -638,12 +638,12 @@ def test_metrics_of_jobs(fresh):
 
 def test_metrics_of_live_streams(fresh):
     class Task:
-        order = Order("possible")
+        request = StreamRequest("possible")
 
     told = fresh.app.state.metrics
     frames = np.zeros((3, 32, 48, 3), np.uint8)
     for latency, deadline in ((0.2, 0.5), (0.7, 0.5), (9.0, None)):
-        told.observe(Task(), Made(Chunk(0, frames, None, 3, None, 0.0, TIMINGS, None), latency, deadline, 0.375))
+        told.observe(Task(), ChunkReady(Chunk(0, frames, None, 3, None, 0.0, TIMINGS, None), latency, deadline, 0.375))
     told.observe(Task(), Closed("idle"))
     told.phase("encode", 0.004)
     found = metrics(fresh)
@@ -689,7 +689,7 @@ def test_a_stopping_server_says_so(fresh):
 
 def test_too_many_jobs_are_told_to_come_again(fresh, monkeypatch):
     async def full(self, order):
-        raise Busy("7 jobs are queued")
+        raise Overloaded("7 jobs are queued")
 
     monkeypatch.setattr("dsa_engine.serving.jobs.queue.Jobs.add", full)
     assert refused(ask(fresh), 429, "7 jobs")["code"] == "busy"
@@ -697,7 +697,7 @@ def test_too_many_jobs_are_told_to_come_again(fresh, monkeypatch):
 
 def test_a_full_disk_is_said_without_its_paths(fresh, monkeypatch):
     def full(*_, **__):
-        raise Unstorable(f"{fresh.app.state.settings.data}: database or disk is full")
+        raise StorageError(f"{fresh.app.state.settings.data}: database or disk is full")
 
     monkeypatch.setattr(Store, "add", full)
     error = refused(ask(fresh), 507, "disk is full")

@@ -56,12 +56,12 @@ def test_a_stream_from_prompt_to_download(server, browser, tmp_path):
         page.chunks(k + 3)
         assert page.page.locator("line.switch").count() == 1
         assert SECOND.startswith(page.page.locator("text.prompt").text_content().rstrip("…"))
-        (task,) = backend.worker._live.values()
-        assert task.session.prompt == SECOND
+        (stream,) = backend.worker._live
+        assert stream.session.prompt == SECOND
 
         page.slide(0.93)
         page.until("document.getElementById('lowered').textContent.includes('in force from chunk')")
-        assert task.policy.ceiling == 0.93 and page.text("threshold-value") == "0.93"
+        assert stream.policy.ceiling == 0.93 and page.text("threshold-value") == "0.93"
         page.until("document.getElementById('fps').textContent !== '–'")
         assert 0 < float(page.text("fps")) < 30 and page.text("first").endswith("s")
 
@@ -163,8 +163,8 @@ def test_errors_in_words_and_a_way_back(server, browser):
         before = int(page.text("count"))
         page.chunks(before + 2)  # the stream goes on
 
-        (task,) = backend.worker._live.values()
-        task.close("lifetime")
+        (stream,) = backend.worker._live
+        stream.close("lifetime")
         page.page.wait_for_selector("#reconnect:not([hidden])")
         assert "as long as" in page.text("problem-words")
         page.page.fill("#prompt", FIRST)
@@ -175,7 +175,7 @@ def test_errors_in_words_and_a_way_back(server, browser):
 
 def test_the_place_in_the_queue(pipe, browser):
     with (
-        served(pipe, sessions=1, waiting=1) as (address, _),
+        served(pipe, max_sessions=1, max_queue=1) as (address, _),
         Page(browser, address) as first,
         Page(browser, address) as second,
         Page(browser, address) as third,

@@ -21,8 +21,7 @@ from websockets.sync.client import connect as ws_connect
 from dsa_engine import Pipeline
 from dsa_engine.media import stream_encoders
 from dsa_engine.serving.http import realtime
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.settings import Settings
+from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.types import Closed, Queued
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
@@ -115,8 +114,8 @@ def pipe(untrained) -> Pipeline:
 
 
 @contextmanager
-def engine(pipe, wanted=Settings(), stall=realtime.STALL, **limits):  # noqa: B008 frozen
-    backend = LocalBackend(Worker(pipe, Limits(**{"sessions": 3, "jobs": 0, "waiting": 2} | limits)))
+def engine(pipe, wanted=Settings(), stall=realtime.SEND_TIMEOUT_S, **limits):  # noqa: B008 frozen
+    backend = LocalBackend(Worker(pipe, WorkerLimits(**{"max_sessions": 3, "max_jobs": 0, "max_queue": 2} | limits)))
     backend.start()
     try:
         with serving(realtime.router(backend, wanted, stall)) as host:
@@ -126,7 +125,7 @@ def engine(pipe, wanted=Settings(), stall=realtime.STALL, **limits):  # noqa: B0
 
 
 @contextmanager
-def fake(wanted=Settings(), stall=realtime.STALL, **options):  # noqa: B008 frozen
+def fake(wanted=Settings(), stall=realtime.SEND_TIMEOUT_S, **options):  # noqa: B008 frozen
     backend = FakeBackend(**options)
     with serving(realtime.router(backend, wanted, stall)) as host:
         yield host, backend
@@ -236,9 +235,9 @@ def test_refused_changes_do_not_count_among_those_that_wait(pipe):
     with engine(pipe) as (host, _), Client(host) as client:
         client.start(format="rgb24").until("video.start")
         for _ in range(2):
-            for _ in range(realtime.CHANGES):
+            for _ in range(realtime.MAX_PENDING_UPDATES):
                 client.change(prompt="a dog")
-            errors = [client.until("error") for _ in range(realtime.CHANGES)]
+            errors = [client.until("error") for _ in range(realtime.MAX_PENDING_UPDATES)]
             assert {error["code"] for error in errors} == {"invalid_value"}
 
 
@@ -289,7 +288,7 @@ def test_nothing_that_is_said_wrongly_ends_or_changes_a_stream(pipe):
 
 
 def test_queue_positions_and_a_full_house(pipe):
-    with engine(pipe, sessions=1, waiting=2) as (host, backend):
+    with engine(pipe, max_sessions=1, max_queue=2) as (host, backend):
         first = Client(host).start()
         first.until("video.start")
         second, third = Client(host).start(num_frames=3), Client(host)
@@ -311,7 +310,7 @@ def test_queue_positions_and_a_full_house(pipe):
 
 @pytest.mark.parametrize("when", ["before", "opened", "running", "told", "stopped"])
 def test_a_client_that_vanishes_frees_its_place_at_once(pipe, when):
-    with engine(pipe, sessions=1, waiting=0, idle=3600) as (host, backend):
+    with engine(pipe, max_sessions=1, max_queue=0, idle_timeout=3600) as (host, backend):
         client = Client(host)
         if when != "before":
             client.start()
@@ -354,7 +353,7 @@ def test_an_order_that_is_not_possible_may_be_said_again(pipe):
 
 
 def test_who_says_nothing_is_sent_away():
-    with fake(Settings(start=0.2)) as (host, _), Client(host) as client:
+    with fake(Settings(start_timeout=0.2)) as (host, _), Client(host) as client:
         client.say("session.ping")  # which is not yet what is wanted
         seen, code = client.rest()
     assert [m["type"] for m in seen] == ["session.pong", "error"] and code == 1008
@@ -364,7 +363,7 @@ def test_who_says_nothing_is_sent_away():
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("huge", ["x" * 60_000, b"x" * 60_000])
 def test_a_message_beyond_all_measure_ends_the_connection(running, huge):
-    with fake(Settings(prompt=1000)) as (host, _), Client(host) as client:
+    with fake(Settings(max_prompt=1000)) as (host, _), Client(host) as client:
         if running:
             client.start().until("video.chunk_metadata")
         client.socket.send(huge)
@@ -373,9 +372,9 @@ def test_a_message_beyond_all_measure_ends_the_connection(running, huge):
 
 
 def test_the_longest_prompt_fits_into_a_message():
-    with fake(Settings(prompt=1000), period=60) as (host, backend), Client(host) as client:
+    with fake(Settings(max_prompt=1000), period=60) as (host, backend), Client(host) as client:
         client.start("\U0001f600" * 1000).until("video.start")  # twelve characters each in JSON
-        assert backend.streams[0].order.prompt == "\U0001f600" * 1000
+        assert backend.streams[0].request.prompt == "\U0001f600" * 1000
 
 
 @pytest.mark.parametrize(
@@ -418,12 +417,12 @@ def test_queued_is_said_before_applied_even_of_a_stream_that_answers_at_once():
 def test_changes_do_not_pile_up():
     with fake(deaf=True) as (host, backend), Client(host) as client:
         client.start().until("video.start")
-        for i in range(realtime.CHANGES + 3):
+        for i in range(realtime.MAX_PENDING_UPDATES + 3):
             client.change(f"e{i}", prompt="p")
         errors = [client.until("error") for _ in range(3)]
-        assert [e["event_id"] for e in errors] == [f"e{realtime.CHANGES + i}" for i in range(3)]
+        assert [e["event_id"] for e in errors] == [f"e{realtime.MAX_PENDING_UPDATES + i}" for i in range(3)]
         assert all(e["code"] == "too_many_interactions" and e["retryable"] for e in errors)
-        assert len(backend.streams[0].changes) == realtime.CHANGES
+        assert len(backend.streams[0].changes) == realtime.MAX_PENDING_UPDATES
 
 
 def test_a_ping_is_a_sign_of_life():
@@ -437,8 +436,8 @@ def test_a_ping_is_a_sign_of_life():
 
 
 def test_who_waits_in_the_queue_is_not_idle(pipe, monkeypatch):
-    monkeypatch.setattr(realtime, "ATTENTION", 0.1)
-    with engine(pipe, sessions=1, waiting=1, idle=1.5) as (host, backend):
+    monkeypatch.setattr(realtime, "KEEPALIVE_S", 0.1)
+    with engine(pipe, max_sessions=1, max_queue=1, idle_timeout=1.5) as (host, backend):
         with Client(host).start() as first, Client(host).start(num_frames=3) as second:
             assert second.until("session.queued")["position"] == 1
             threading.Event().wait(3.5)  # more than twice what idle clients are given
@@ -520,7 +519,7 @@ def test_positions_come_before_the_place():
 
 async def _as(kind, opening):
     stream = await opening
-    again = kind(stream.backend, stream.order, stream.id)
+    again = kind(stream.backend, stream.request, stream.id)
     stream.backend.open_streams.discard(stream)
     stream.backend.open_streams.add(again)
     return again
@@ -596,7 +595,7 @@ LEGAL_CODES = {1000, 1008}
 
 @pytest.fixture(scope="module")
 def playground():
-    with fake(Settings(start=60)) as (host, backend):
+    with fake(Settings(start_timeout=60)) as (host, backend):
         yield host, backend
 
 

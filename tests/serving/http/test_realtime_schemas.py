@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsa_engine.serving.http import realtime_schemas
-from dsa_engine.serving.http.realtime_schemas import Interact, Invalid, Ping, Start, Stop
-from dsa_engine.serving.types import Card
+from dsa_engine.serving.http.realtime_schemas import InteractionMessage, Invalid, Ping, Start, Stop
+from dsa_engine.serving.types import ModelCard
 
-CARD = Card("shapes", 64, 48, 12.0, 48, 4, 0.5, {}, None)
+CARD = ModelCard("shapes", 64, 48, 12.0, 48, 4, 0.5, {}, None)
 
 
 def start(**fields) -> str:
@@ -28,7 +28,7 @@ def checked(text: str) -> None:
     message = realtime_schemas.parse(text)
     if isinstance(message, Start):
         realtime_schemas.check(message, CARD, 100)
-    elif isinstance(message, Interact):
+    elif isinstance(message, InteractionMessage):
         realtime_schemas.check_change(message.interaction, 100)
 
 
@@ -53,7 +53,7 @@ def test_every_message_is_understood():
     plain = realtime_schemas.parse(start())
     assert (plain.format, plain.seed, plain.num_frames, plain.step_policy) == ("m4s", 0, None, None)
     change = realtime_schemas.parse(interaction({"prompt": "b"}, event_id="e", transition_chunks=0))
-    assert isinstance(change, Interact) and change.interaction.event.prompt == "b"
+    assert isinstance(change, InteractionMessage) and change.interaction.event.prompt == "b"
     assert isinstance(realtime_schemas.parse('{"type": "session.ping"}'), Ping)
     assert isinstance(realtime_schemas.parse('{"type": "session.stop"}'), Stop)
 

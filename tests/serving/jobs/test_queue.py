@@ -15,8 +15,8 @@ from dsa_engine.media.mp4 import Mp4Writer, read_mp4
 from dsa_engine.serving.jobs import queue as module
 from dsa_engine.serving.jobs.queue import Jobs
 from dsa_engine.serving.jobs.store import Store
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.types import Busy, Order
+from dsa_engine.serving.settings import WorkerLimits
+from dsa_engine.serving.types import Overloaded, StreamRequest
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
 from tests.support.instant import CARD, Instant, frames_of
@@ -29,9 +29,9 @@ def hasty(monkeypatch):
     monkeypatch.setattr(module, "PAUSE", 0.01)
 
 
-def order(seed: int, frames: int = 12, **options) -> Order:
+def order(seed: int, frames: int = 12, **options) -> StreamRequest:
     size = {"height": CARD.height, "width": CARD.width}
-    return Order(PROMPT, seed=seed, num_frames=frames, live=False, **size, **options)
+    return StreamRequest(PROMPT, seed=seed, num_frames=frames, live=False, **size, **options)
 
 
 async def until(condition, seconds: float = 60.0) -> None:
@@ -89,7 +89,7 @@ def test_every_frame_of_every_job_is_in_its_file(tmp_path):
                 job = bench.store.get(id)
                 assert bench.store.video(id).read_bytes() == written(tmp_path, frames_of(seed, 12))
                 assert (job.steps, job.confidence) == ([2] * 4, [[0.5, 0.25, 0.75]] * 4)
-                assert job.completed >= job.created and job.took >= 0
+                assert job.completed >= job.created and job.duration_s >= 0
             assert bench.backend.seen == [("open", seed) for seed in range(1, 6)]
             assert left(bench.store) == sorted(f"{id}.mp4" for id in ids)
 
@@ -311,21 +311,21 @@ def test_a_stopping_runner_takes_no_orders(tmp_path):
     async def run():
         async with Bench(tmp_path) as bench:
             bench.jobs.stop()
-            with pytest.raises(Busy, match="stopping"):
+            with pytest.raises(Overloaded, match="stopping"):
                 await bench.add(1)
 
     asyncio.run(run())
 
 
 def test_too_many_that_wait_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "WAITING", 2)
+    monkeypatch.setattr(module, "MAX_QUEUED_JOBS", 2)
 
     async def run():
         async with Bench(tmp_path, most=1, go=False) as bench:
             await bench.add(1)
             await until(lambda: bench.backend.open_streams)
             await bench.add(2, 3)
-            with pytest.raises(Busy, match="2 jobs are queued"):
+            with pytest.raises(Overloaded, match="2 jobs are queued"):
                 await bench.add(4)
             assert bench.store.counts()["queued"] == 2
 
@@ -336,7 +336,7 @@ def test_an_impossible_order_is_not_stored(tmp_path):
     async def run():
         async with Bench(tmp_path) as bench:
             with pytest.raises(ValueError, match="cannot be made"):
-                await bench.jobs.add(Order("impossible", num_frames=12, live=False))
+                await bench.jobs.add(StreamRequest("impossible", num_frames=12, live=False))
             assert bench.store.page(9) == ([], False)
 
     asyncio.run(run())
@@ -437,14 +437,14 @@ def test_a_job_on_the_engine_is_what_a_session_makes(tmp_path, untrained):
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
     async def run():
-        backend = LocalBackend(Worker(pipe, Limits(sessions=1, jobs=2, steps=None)))
-        backend.worker.governor.pressure = 0.9  # of live streams, which a job has nothing to do with
+        backend = LocalBackend(Worker(pipe, WorkerLimits(max_sessions=1, max_jobs=2, steps=None)))
+        backend.worker.controller.pressure = 0.9  # of live streams, which a job has nothing to do with
         backend.start()
         bench = Bench(tmp_path / "data", backend)
         async with bench:
             options = {"height": 64, "width": 64, "live": False}
-            orders = [Order(PROMPT, seed=i, num_frames=12, **options) for i in (1, 2, 1)]
-            orders.append(Order(PROMPT, seed=3, num_frames=7, image=picture, **options))
+            orders = [StreamRequest(PROMPT, seed=i, num_frames=12, **options) for i in (1, 2, 1)]
+            orders.append(StreamRequest(PROMPT, seed=3, num_frames=7, image=picture, **options))
             ids = [(await bench.jobs.add(order)).id for order in orders]
             await bench.done(ids)
             assert bench.states(ids) == ["completed"] * 4

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsa_engine.serving.jobs.store import STATES, Store, Unstorable
+from dsa_engine.serving.jobs.store import STATES, StorageError, Store
 
 ORDER = {"prompt": "é☃\0 'x'", "seed": 2**64 - 1, "num_frames": 12, "height": 32, "width": 48, "threshold": 0.1}
 
@@ -32,17 +32,17 @@ def add(store: Store, **order):
 
 def test_a_job_comes_back_as_it_was(store):
     job = add(store)
-    store.update(job.id, status="completed", steps=[2, 1], confidence=[[0.1, 0.7]], took=1.5)
+    store.update(job.id, status="completed", steps=[2, 1], confidence=[[0.1, 0.7]], duration_s=1.5)
     found = store.get(job.id)
-    assert found.order == ORDER and (found.model, found.fps, found.status) == ("shapes", 12.0, "completed")
-    assert (found.steps, found.confidence, found.took, found.error) == ([2, 1], [[0.1, 0.7]], 1.5, None)
+    assert found.request == ORDER and (found.model, found.fps, found.status) == ("shapes", 12.0, "completed")
+    assert (found.steps, found.confidence, found.duration_s, found.error) == ([2, 1], [[0.1, 0.7]], 1.5, None)
 
 
 def test_it_comes_back_after_a_restart(store):
     ids = [add(store, seed=i).id for i in range(3)]
     store.close()
     again = Store(store.folder)
-    assert [again.get(id).order["seed"] for id in ids] == [0, 1, 2]
+    assert [again.get(id).request["seed"] for id in ids] == [0, 1, 2]
     again.close()
 
 
@@ -175,26 +175,26 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(store):
     first = add(store)
     with store._transaction() as session:
         session.connection().exec_driver_sql("PRAGMA max_page_count = 1")  # SQLite's own words for a disk that is full
-    with pytest.raises(Unstorable, match="jobs.sqlite: database or disk is full"):
+    with pytest.raises(StorageError, match="jobs.sqlite: database or disk is full"):
         for _ in range(200):
             add(store, prompt="x" * 4000)
     with store._transaction() as session:
         session.connection().exec_driver_sql("PRAGMA max_page_count = 1000000")
     jobs, _ = store.page(100, newest=False)
-    assert jobs[0].id == first.id and all(job.order["num_frames"] == 12 for job in jobs)
+    assert jobs[0].id == first.id and all(job.request["num_frames"] == 12 for job in jobs)
     assert add(store).number == len(jobs) + 1
 
 
 def test_a_picture_that_does_not_fit_leaves_no_job(store):
     shutil.rmtree(store.pictures)
     store.pictures.write_text("a file where the folder was")
-    with pytest.raises(Unstorable, match="pictures"):
+    with pytest.raises(StorageError, match="pictures"):
         store.add(ORDER, "shapes", 12.0, np.zeros((4, 4, 3), np.uint8))
     assert store.page(5) == ([], False)
 
 
 def test_a_closed_store_stays_closed(store):
     store.close()
-    with pytest.raises(Unstorable, match="is closed"):
+    with pytest.raises(StorageError, match="is closed"):
         store.counts()
     assert os.listdir(store.folder) and not (store.folder / "jobs.sqlite-wal").exists()

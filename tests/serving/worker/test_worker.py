@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsa_engine import Pipeline
-from dsa_engine.serving.limits import Limits
-from dsa_engine.serving.types import Applied, Closed, Made, Opened, Order, Queued, Refused
+from dsa_engine.serving.settings import WorkerLimits
+from dsa_engine.serving.types import ChunkReady, Closed, Opened, Queued, StreamRequest, UpdateApplied, UpdateRejected
+from dsa_engine.serving.worker.stream import StreamState
 from dsa_engine.serving.worker.worker import Worker
 
 PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
@@ -48,7 +49,10 @@ class Bench:
     def __init__(self, pipe, **limits):
         self.now, self.took = 0.0, 0.0
         self.worker = Worker(
-            pipe, Limits(**{"sessions": 2, "jobs": 2, "waiting": 1} | limits), lambda: self.now, overlap=False
+            pipe,
+            WorkerLimits(**{"max_sessions": 2, "max_jobs": 2, "max_queue": 1} | limits),
+            lambda: self.now,
+            overlap=False,
         )
         self.events: dict[str, list] = {}
         self.pipe = pipe
@@ -56,28 +60,28 @@ class Bench:
     def open(self, i=0, **order):
         events = []
         options = {"prompt": PROMPTS[i % 3], "seed": i, "num_frames": FRAMES, "live": False, "steps": "fixed:2"}
-        task = self.worker.open(Order(**options | order), events.append)
-        self.events[task.id] = events
-        return task
+        stream = self.worker.open(StreamRequest(**options | order), events.append)
+        self.events[stream.id] = events
+        return stream
 
     def turn(self):
         self.now += self.took
         return self.worker.turn()
 
-    def run(self, *tasks, turns=400):
+    def run(self, *streams, turns=400):
         """Until they are closed; every chunk is taken at once, and time goes to when something is to be done."""
         for _ in range(turns):
             wait = self.turn()
-            for task in tasks:
-                if self.events[task.id] and isinstance(self.events[task.id][-1], Made):
-                    task.taken()
-            if all(self.of(task, Closed) for task in tasks):
+            for stream in streams:
+                if self.events[stream.id] and isinstance(self.events[stream.id][-1], ChunkReady):
+                    stream.ack()
+            if all(self.of(stream, Closed) for stream in streams):
                 return
             self.now += wait or 0.0
         raise AssertionError(f"not closed after {turns} turns")
 
-    def of(self, task, kind) -> list:
-        return [event for event in self.events[task.id] if isinstance(event, kind)]
+    def of(self, stream, kind) -> list:
+        return [event for event in self.events[stream.id] if isinstance(event, kind)]
 
     @property
     def slots(self) -> int:
@@ -101,20 +105,20 @@ def shown(events) -> np.ndarray:
 @pytest.mark.parametrize("live", [False, True])
 def test_streams_together_are_each_the_one_alone(pipe, open_bench, live):
     bench = open_bench()
-    tasks = [bench.open(i, live=live) for i in range(2)] + [bench.open(2)] * live
-    bench.run(*tasks)
-    for i, task in enumerate(tasks):
-        kinds = [type(event) for event in bench.events[task.id]]
-        assert kinds == [Opened, Made, Made, Made, Made, Closed]
-        assert bench.events[task.id][-1] == Closed("done")
-        assert np.array_equal(shown(bench.of(task, Made)), frames_of(pipe, i))
+    streams = [bench.open(i, live=live) for i in range(2)] + [bench.open(2)] * live
+    bench.run(*streams)
+    for i, stream in enumerate(streams):
+        kinds = [type(event) for event in bench.events[stream.id]]
+        assert kinds == [Opened, ChunkReady, ChunkReady, ChunkReady, ChunkReady, Closed]
+        assert bench.events[stream.id][-1] == Closed("done")
+        assert np.array_equal(shown(bench.of(stream, ChunkReady)), frames_of(pipe, i))
     assert bench.slots == 0
 
 
 def test_a_live_stream_is_at_most_a_chunk_ahead_of_its_player(pipe, open_bench):
     bench = open_bench()
-    task, times = bench.open(live=True, num_frames=None), []
-    task.listener = lambda e: isinstance(e, Made) and (times.append(bench.now), task.taken())
+    stream, times = bench.open(live=True, num_frames=None), []
+    stream.listener = lambda e: isinstance(e, ChunkReady) and (times.append(bench.now), stream.ack())
     while bench.now < 3.0:
         wait = bench.turn() or 0.0
         bench.now += wait
@@ -123,7 +127,7 @@ def test_a_live_stream_is_at_most_a_chunk_ahead_of_its_player(pipe, open_bench):
     assert times[0] == 0.0
     assert all(time >= begin - frames / fps - 1e-9 for time, begin in zip(times, shown_by))
     assert len(times) == pytest.approx(3.0 * fps / frames + 1, abs=1)
-    task.close()
+    stream.close()
     bench.turn()
     assert bench.slots == 0
 
@@ -132,29 +136,29 @@ def test_who_does_not_take_a_chunk_gets_no_other_and_holds_nobody_up(pipe, open_
     bench = open_bench()
     slow, quick = bench.open(0), bench.open(1)
     bench.run(quick)
-    assert len(bench.of(slow, Made)) == 1 and len(bench.of(quick, Made)) == 4
-    slow.taken()
+    assert len(bench.of(slow, ChunkReady)) == 1 and len(bench.of(quick, ChunkReady)) == 4
+    slow.ack()
     bench.run(slow)
-    assert np.array_equal(shown(bench.of(slow, Made)), frames_of(pipe, 0))
+    assert np.array_equal(shown(bench.of(slow, ChunkReady)), frames_of(pipe, 0))
 
 
 def test_places_queue_and_positions(pipe, open_bench):
-    bench = open_bench(waiting=2)
-    tasks = [bench.open(i, live=True, num_frames=None) for i in range(5)]
+    bench = open_bench(max_queue=2)
+    streams = [bench.open(i, live=True, num_frames=None) for i in range(5)]
     bench.turn()
-    opened = [bool(bench.of(task, Opened)) for task in tasks]
+    opened = [bool(bench.of(stream, Opened)) for stream in streams]
     assert opened == [True, True, False, False, False]
-    assert [bench.events[task.id] for task in tasks[2:4]] == [[Queued(1)], [Queued(2)]]
-    (closed,) = bench.events[tasks[4].id]
+    assert [bench.events[stream.id] for stream in streams[2:4]] == [[Queued(1)], [Queued(2)]]
+    (closed,) = bench.events[streams[4].id]
     assert closed.reason == "busy" and "2 places" in closed.error
-    tasks[0].close()
+    streams[0].close()
     bench.turn()
-    assert bench.of(tasks[2], Opened) and bench.events[tasks[3].id] == [Queued(2), Queued(1)]
-    tasks[3].close()  # also who waits can leave
+    assert bench.of(streams[2], Opened) and bench.events[streams[3].id] == [Queued(2), Queued(1)]
+    streams[3].close()  # also who waits can leave
     bench.turn()
-    assert bench.events[tasks[3].id][-1] == Closed("closed")
-    for task in tasks:
-        task.close()
+    assert bench.events[streams[3].id][-1] == Closed("closed")
+    for stream in streams:
+        stream.close()
     bench.turn()
     assert bench.slots == 0 and bench.worker.stats()["waiting"] == 0
 
@@ -165,39 +169,39 @@ def test_jobs_have_places_of_their_own(pipe, open_bench):
     job = bench.open(0)
     bench.turn()
     assert bench.of(job, Opened) and not bench.of(live[2], Opened)
-    for task in (*live, job):
-        task.close()
+    for stream in (*live, job):
+        stream.close()
     bench.turn()
 
 
 def test_a_prompt_is_in_force_from_the_chunk_that_it_says(pipe, open_bench):
     bench = open_bench()
-    task = bench.open()
-    while len(bench.of(task, Made)) < 2:
+    stream = bench.open()
+    while len(bench.of(stream, ChunkReady)) < 2:
         bench.turn()
-        if len(bench.of(task, Made)) == 1:
-            task.taken()
-    task.tell("no such thing", "e1")
-    task.tell(PROMPTS[1], "e2")
-    task.taken()
-    bench.run(task)
-    (refused,), (applied,) = bench.of(task, Refused), bench.of(task, Applied)
+        if len(bench.of(stream, ChunkReady)) == 1:
+            stream.ack()
+    stream.update("no such thing", "e1")
+    stream.update(PROMPTS[1], "e2")
+    stream.ack()
+    bench.run(stream)
+    (refused,), (applied,) = bench.of(stream, UpdateRejected), bench.of(stream, UpdateApplied)
     assert refused.event_id == "e1" and "nearest" in refused.error
-    assert applied == Applied("e2", PROMPTS[1], 2)
-    assert [event.chunk.prompt for event in bench.of(task, Made)] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
-    assert np.array_equal(shown(bench.of(task, Made)), frames_of(pipe, switch=2, prompt=PROMPTS[1]))
+    assert applied == UpdateApplied("e2", PROMPTS[1], 2)
+    assert [event.chunk.prompt for event in bench.of(stream, ChunkReady)] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert np.array_equal(shown(bench.of(stream, ChunkReady)), frames_of(pipe, switch=2, prompt=PROMPTS[1]))
 
 
 def test_who_leaves_in_the_middle_of_a_chunk_changes_nothing_for_others(pipe, open_bench):
     bench = open_bench()
     leaver, stayer = bench.open(0), bench.open(1)
     bench.turn()  # one forward of two: both chunks are half made
-    assert leaver.runner is not None and bench.slots == 2
+    assert leaver.state is StreamState.DENOISING and bench.slots == 2
     leaver.close()
     bench.turn()
     assert bench.events[leaver.id][-1] == Closed("closed") and bench.slots == 1
     bench.run(stayer)
-    assert np.array_equal(shown(bench.of(stayer, Made)), frames_of(pipe, 1))
+    assert np.array_equal(shown(bench.of(stayer, ChunkReady)), frames_of(pipe, 1))
 
 
 @pytest.mark.parametrize(
@@ -217,9 +221,9 @@ def test_who_leaves_in_the_middle_of_a_chunk_changes_nothing_for_others(pipe, op
 )
 def test_what_cannot_be_made_is_refused_before_a_place_is_given(pipe, open_bench, order, words):
     bench = open_bench()
-    task, checked = bench.open(**order), bench.worker.check(Order(**{"prompt": PROMPTS[0]} | order))
+    stream, checked = bench.open(**order), bench.worker.check(StreamRequest(**{"prompt": PROMPTS[0]} | order))
     bench.turn()
-    (closed,) = bench.events[task.id]
+    (closed,) = bench.events[stream.id]
     assert closed.reason == "refused" and words in closed.error
     with pytest.raises(ValueError, match=words):
         checked.result(0)
@@ -233,15 +237,15 @@ def test_a_fault_of_one_stream_is_not_the_others(pipe, open_bench, monkeypatch):
     monkeypatch.setattr(bad.session, "hand_over", lambda: lambda: 1 / 0)
     bench.run(bad, good)
     assert bench.events[bad.id][-1].reason == "failed" and bench.events[good.id][-1] == Closed("done")
-    assert np.array_equal(shown(bench.of(good, Made)), frames_of(pipe, 1))
+    assert np.array_equal(shown(bench.of(good, ChunkReady)), frames_of(pipe, 1))
     assert bench.slots == 0
 
 
 def test_a_forward_that_fails_is_tried_again_once(pipe, open_bench, monkeypatch):
     bench = open_bench()
-    task = bench.open()
+    stream = bench.open()
     bench.turn()
-    run, faults = task.session.rollout.inputs.run, []
+    run, faults = stream.session.rollout.inputs.run, []
 
     def fails(*args):
         if len(faults) < count:
@@ -249,16 +253,16 @@ def test_a_forward_that_fails_is_tried_again_once(pipe, open_bench, monkeypatch)
             raise RuntimeError("out of memory")
         run(*args)
 
-    monkeypatch.setattr(task.session.rollout.inputs, "run", fails)
+    monkeypatch.setattr(stream.session.rollout.inputs, "run", fails)
     count = 1
-    bench.run(task)
-    assert faults and np.array_equal(shown(bench.of(task, Made)), frames_of(pipe))
+    bench.run(stream)
+    assert faults and np.array_equal(shown(bench.of(stream, ChunkReady)), frames_of(pipe))
     faults, count, again = [], 2, bench.open()
     bench.run(again)
     assert bench.events[again.id][-1] == Closed("failed", "out of memory") and bench.slots == 0
     after = bench.open()
     bench.run(after)
-    assert np.array_equal(shown(bench.of(after, Made)), frames_of(pipe))
+    assert np.array_equal(shown(bench.of(after, ChunkReady)), frames_of(pipe))
 
 
 def test_a_listener_that_fails_does_not_stop_the_worker(pipe, open_bench):
@@ -273,14 +277,14 @@ def test_a_listener_that_fails_does_not_stop_the_worker(pipe, open_bench):
 
 
 def test_idle_and_lifetime(pipe, open_bench):
-    bench = open_bench(idle=5.0, lifetime=20.0)
+    bench = open_bench(idle_timeout=5.0, lifetime=20.0)
     silent, alive, waits = (bench.open(i, live=True, num_frames=None) for i in range(3))
-    alive.listener = lambda e: (bench.events[alive.id].append(e), isinstance(e, Made) and alive.taken())
+    alive.listener = lambda e: (bench.events[alive.id].append(e), isinstance(e, ChunkReady) and alive.ack())
     while bench.now < 30.0:
         wait = bench.turn()
         bench.now += 0.05 if wait is None else min(wait, 0.05)
         if bench.now < 12:
-            waits.touch()
+            waits.keepalive()
     assert bench.events[silent.id][-1].reason == "idle"
     assert bench.events[alive.id][-1].reason == "lifetime"
     assert bench.of(waits, Opened) and bench.events[waits.id][-1].reason == "idle"
@@ -290,55 +294,55 @@ def test_idle_and_lifetime(pipe, open_bench):
 def test_a_stop_finishes_the_chunks_that_are_being_made(pipe, open_bench):
     bench = open_bench()
     running, slow = bench.open(0), bench.open(1)
-    while not bench.of(slow, Made):
+    while not bench.of(slow, ChunkReady):
         bench.turn()
-    running.taken()
+    running.ack()
     bench.turn()  # running is in the middle of its second chunk, slow has not taken its first
-    assert running.runner is not None
+    assert running.state is StreamState.DENOISING
     bench.worker.call(bench.worker._stop)
     late = bench.open(2)
     bench.turn()
     bench.turn()
-    assert [type(e) for e in bench.events[running.id]] == [Opened, Made, Made, Closed]
-    assert [bench.events[task.id][-1].reason for task in (running, slow, late)] == ["shutdown"] * 3
+    assert [type(e) for e in bench.events[running.id]] == [Opened, ChunkReady, ChunkReady, Closed]
+    assert [bench.events[stream.id][-1].reason for stream in (running, slow, late)] == ["shutdown"] * 3
     assert bench.slots == 0
 
 
 def test_under_load_budget_takes_fewer_steps_and_sure_chunks_go_first(pipe, open_bench):
     bench = open_bench()
-    tasks = [bench.open(i, live=True, num_frames=None, steps="budget", threshold=1.0) for i in range(2)]
-    for task in tasks:
-        events = bench.events[task.id]
-        task.listener = lambda e, t=task, events=events: (events.append(e), isinstance(e, Made) and t.taken())
+    streams = [bench.open(i, live=True, num_frames=None, steps="budget", threshold=1.0) for i in range(2)]
+    for stream in streams:
+        events = bench.events[stream.id]
+        stream.listener = lambda e, t=stream, events=events: (events.append(e), isinstance(e, ChunkReady) and t.ack())
     bench.took = 0.12  # a forward: four a chunk of 0.25 s are too many
     while bench.now < 30:
         wait = bench.turn() or 0.0
         bench.now += wait
-    made = [event for task in tasks for event in bench.of(task, Made)]
+    made = [event for stream in streams for event in bench.of(stream, ChunkReady)]
     early, late = ([e for e in made if (e.chunk.index < 2) == first] for first in (True, False))
     assert np.mean([e.chunk.steps for e in early]) == 4 > 2.6 > np.mean([e.chunk.steps for e in late])
-    assert 0 < bench.worker.governor.pressure <= 1
+    assert 0 < bench.worker.controller.pressure <= 1
     for event in late:  # one rule for all: who stopped early had reached the threshold
         assert event.chunk.steps == 4 or min(event.chunk.confidence) >= event.threshold
-    tasks[0].close()
+    streams[0].close()
     bench.turn()
-    assert bench.worker.governor.pressure > 0
-    tasks[1].close()
+    assert bench.worker.controller.pressure > 0
+    streams[1].close()
     bench.turn()
-    assert bench.worker.governor.pressure == 0  # whoever comes next finds no load
+    assert bench.worker.controller.pressure == 0  # whoever comes next finds no load
 
 
 def test_a_stream_goes_on_from_a_snapshot(pipe, open_bench):
     bench = open_bench()
     first = bench.open(snapshot_every=1)
-    while not bench.of(first, Made):
+    while not bench.of(first, ChunkReady):
         bench.turn()
-    snapshot = bench.of(first, Made)[0].snapshot
+    snapshot = bench.of(first, ChunkReady)[0].snapshot
     first.close()
     again = bench.open(snapshot=snapshot)
     bench.run(again)
     assert bench.of(again, Opened)[0].index == 1
-    assert np.array_equal(shown(bench.of(again, Made)), frames_of(pipe)[len(snapshot_frames(pipe)) :])
+    assert np.array_equal(shown(bench.of(again, ChunkReady)), frames_of(pipe)[len(snapshot_frames(pipe)) :])
 
 
 def snapshot_frames(pipe):
@@ -347,7 +351,7 @@ def snapshot_frames(pipe):
 
 
 ACTIONS = st.lists(
-    st.tuples(st.sampled_from(["open", "live", "turn", "turn", "take", "tell", "close", "wait"]), st.integers(0, 5)),
+    st.tuples(st.sampled_from(["open", "live", "turn", "turn", "take", "update", "close", "wait"]), st.integers(0, 5)),
     max_size=40,
 )
 
@@ -355,60 +359,63 @@ ACTIONS = st.lists(
 @settings(max_examples=25)
 @given(ACTIONS)
 def test_whatever_happens_every_stream_closes_once_and_every_place_is_free(pipe, actions):
-    bench, tasks = Bench(pipe), []
+    bench, streams = Bench(pipe), []
     for action, i in actions:
         if action in ("open", "live"):
-            tasks.append(bench.open(i, live=action == "live", steps="budget"))
+            streams.append(bench.open(i, live=action == "live", steps="budget"))
         elif action == "turn":
             bench.turn()
         elif action == "wait":
             bench.now += i
-        elif tasks:
-            task = tasks[i % len(tasks)]
-            {"take": task.taken, "tell": partial(task.tell, PROMPTS[i % 3]), "close": task.close}[action]()
+        elif streams:
+            stream = streams[i % len(streams)]
+            {"take": stream.ack, "update": partial(stream.update, PROMPTS[i % 3]), "close": stream.close}[action]()
     bench.worker.call(bench.worker._stop)
     bench.worker.call(bench.worker._abort)
     bench.turn()
-    for task in tasks:
-        assert [isinstance(event, Closed) for event in bench.events[task.id]].count(True) == 1
-        assert isinstance(bench.events[task.id][-1], Closed)
-        chunks = [event.chunk.index for event in bench.of(task, Made)]
+    for stream in streams:
+        assert [isinstance(event, Closed) for event in bench.events[stream.id]].count(True) == 1
+        assert isinstance(bench.events[stream.id][-1], Closed)
+        chunks = [event.chunk.index for event in bench.of(stream, ChunkReady)]
         assert chunks == list(range(len(chunks)))
-    assert bench.slots == 0 and not bench.worker._tasks()
+    assert bench.slots == 0 and not bench.worker._streams
 
 
 def test_in_its_thread(pipe):
-    worker, events, closed = Worker(pipe, Limits(sessions=2, jobs=2)), [], threading.Event()
+    worker, events, closed = Worker(pipe, WorkerLimits(max_sessions=2, max_jobs=2)), [], threading.Event()
     worker.start()
     with pytest.raises(RuntimeError, match="runs already"):
         worker.start()
 
     def listener(event):
         events.append(event)
-        if isinstance(event, Made):
+        if isinstance(event, ChunkReady):
             assert threading.current_thread().name == "dsa-engine-worker"
-            task.taken()
+            stream.ack()
         if isinstance(event, Closed):
             closed.set()
 
-    task = worker.open(Order(PROMPTS[0], num_frames=FRAMES, live=False, steps="fixed:2"), listener)
+    stream = worker.open(StreamRequest(PROMPTS[0], num_frames=FRAMES, live=False, steps="fixed:2"), listener)
     assert closed.wait(30)
-    assert np.array_equal(shown([e for e in events if isinstance(e, Made)]), frames_of(pipe))
+    assert np.array_equal(shown([e for e in events if isinstance(e, ChunkReady)]), frames_of(pipe))
     worker.stop()
     late = []
-    worker.open(Order(PROMPTS[0]), late.append)  # the thread has gone; who asks is told at once all the same
+    worker.open(StreamRequest(PROMPTS[0]), late.append)  # the thread has gone; who asks is told at once all the same
     assert late[0].reason == "shutdown"
 
 
-@pytest.mark.parametrize("wrong", [{"sessions": 0}, {"jobs": -1}, {"rows": True}, {"idle": 0.0}, {"lifetime": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_sessions": 0}, {"max_jobs": -1}, {"max_batch_rows": True}, {"idle_timeout": 0.0}, {"lifetime": -1.0}],
+)
 def test_limits_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Limits(**wrong)
+        WorkerLimits(**wrong)
 
 
 def test_a_pipeline_with_too_few_places_is_refused(pipe):
     with pytest.raises(ValueError, match="make it with 9"):
-        Worker(pipe, Limits(sessions=5, jobs=4))
+        Worker(pipe, WorkerLimits(max_sessions=5, max_jobs=4))
 
 
 def test_the_thread_that_decodes_warms_up_before_anybody_is_served(pipe, monkeypatch):
@@ -420,12 +427,12 @@ def test_the_thread_that_decodes_warms_up_before_anybody_is_served(pipe, monkeyp
         return decode(x, state)
 
     monkeypatch.setattr(pipe.engine.decoder, "decode", seen)
-    worker = Worker(pipe, Limits(sessions=1, jobs=0))
+    worker = Worker(pipe, WorkerLimits(max_sessions=1, max_jobs=0))
     worker.start()
     assert not decoded  # there is nothing to choose on a CPU
     worker.stop()
     monkeypatch.setattr(Pipeline, "device", torch.device("cuda", 1))
-    worker = Worker(pipe, Limits(sessions=1, jobs=0))
+    worker = Worker(pipe, WorkerLimits(max_sessions=1, max_jobs=0))
     worker.start()
     worker.stop()
     assert decoded == [("dsa-engine-decoder_0", (1, 3, 16, 8, 8))] * 2  # a clip's first chunk and the next

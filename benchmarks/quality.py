@@ -58,7 +58,7 @@ from benchmarks.common.cli import format_table, positive_int
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.likeness import likeness
 from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, pipeline_inputs
-from dsa_engine.checkpoints.load import shipped
+from dsa_engine.checkpoints.load import shipped_models
 from dsa_engine.config import COMMIT_MODES, ModelConfig
 from dsa_engine.evaluation.rollouts import (
     BATCH_CLIPS,
@@ -422,7 +422,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     if pipe.engine.head is None or limit < 2:
         raise ValueError(f"--model {args.model}: needs a confidence head and at least 2 steps to choose from")
     default = pipeline_inputs.default_threshold(pipe.engine)
-    teacher = None if args.brief else args.teacher or (TEACHER if TEACHER in shipped() else None)
+    teacher = None if args.brief else args.teacher or (TEACHER if TEACHER in shipped_models() else None)
     jobs: dict[str, Job] = {}
     if teacher:  # it takes longest, so it starts first
         options = (("steps", args.teacher_steps), ("guidance", args.guidance))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dsa_engine import pipeline_inputs
-from dsa_engine.checkpoints import load
-from dsa_engine.checkpoints.inspect import Found
+from dsa_engine.checkpoints.components import Calibration, apply_offload
+from dsa_engine.checkpoints.inspect import CheckpointInfo
+from dsa_engine.checkpoints.load import load_components, replace_head
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.device import current, on_device
 from dsa_engine.engine.engine import SESSIONS, Engine
@@ -62,8 +63,8 @@ class Pipeline:
         width: int | None,
         frames: int,
         fps: float,
-        calibration: load.Calibration = (),
-        found: Found | None = None,
+        calibration: Calibration = (),
+        found: CheckpointInfo | None = None,
         quantization: str | None = None,
     ):
         self.engine, self.name, self.found = engine, name, found
@@ -125,17 +126,17 @@ class Pipeline:
         dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         fp8 = named_quantization(quantization, device)  # before anything is read
         with current(device):
-            parts = load.load(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
+            parts = load_components(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
             if fp8.linear:
                 quantise_linears(parts.dit)
         if head is not None:
-            parts = load.with_head(parts, head)
+            parts = replace_head(parts, head)
         steps = None if steps is None else tuple(steps)
         config = changed(
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames
         )
         Schedule(config.steps, config.shift)  # a bad schedule is an error now, not at the first prompt
-        parts = load.place(parts, offload, config, max_sessions or SESSIONS, E4M3 if fp8.cache else None)
+        parts = apply_offload(parts, offload, config, max_sessions or SESSIONS, E4M3 if fp8.cache else None)
         engine = Engine(
             parts.dit, parts.head, parts.decoder, parts.text, config, max_sessions, deterministic, fp8.cache
         )
@@ -147,7 +148,7 @@ class Pipeline:
             frames=parts.frames,
             fps=parts.fps,
             calibration=parts.calibration,
-            found=parts.found,
+            found=parts.info,
             quantization=quantization,
         )
 

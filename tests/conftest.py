@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.common.limit import UNFINISHED, Limit
 from dsa_engine import Pipeline
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.model_folder import save_model_folder
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
@@ -105,7 +105,7 @@ def untrained(tmp_path_factory):
     modules = {"generator": dit, "confidence": head, "codec": PixelCodec(), "text": SlotTextEncoder(16)}
     rollout = RolloutConfig(window=9, sink=0, shift=3.0, threshold=0.5)
     video = {"height": 64, "width": 64, "frames": 12, "fps": 12.0}
-    load.save(folder, "untrained", modules, rollout, video, dtype=torch.float32)
+    save_model_folder(folder, "untrained", modules, rollout, video, dtype=torch.float32)
     return folder
 
 

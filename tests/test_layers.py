@@ -96,12 +96,9 @@ def test_every_file_belongs_to_a_layer():
     assert [module for _, module, _ in sources() if unit_of(module) not in placed] == []
 
 
-MOVING = ("taehv", "umt5", "wan_vae")  # modules of models/ whose loaders still have to move to checkpoints/
-
-
 def test_imports_point_down():
     found = [v for path, module, is_package in sources() for v in violations(path.read_text(), module, is_package)]
-    assert [v for v in found if not ("(checkpoints)" in v and v.split(":")[0].split(".")[-1] in MOVING)] == []
+    assert found == []
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def checkpoint(request, skyreels, tmp_path_factory):
     if request.param.startswith("safetensors"):
         save_file(skyreels.state_dict(), folder / "model.safetensors")
         return folder / "model.safetensors"
-    from dsa_engine.checkpoints.wan import wan_names
+    from dsa_engine.checkpoints.key_maps import wan_names
 
     inner = {f"model._fsdp_wrapped_module.{k}": v for k, v in wan_names(skyreels.state_dict()).items()}
     wrong = {k: torch.zeros_like(v) for k, v in inner.items()}

@@ -16,7 +16,7 @@ from benchmarks.e2e.eager_baseline import Baseline, BaselineStream
 from benchmarks.e2e.timeline import EngineStream, Run, Stopwatch, play
 from benchmarks.micro import roofline
 from dsa_engine import PerChunk, Pipeline, Policy, pipeline_inputs
-from dsa_engine.checkpoints.key_maps import FAMILIES
+from dsa_engine.checkpoints.families import FAMILIES
 from dsa_engine.config import PRESETS, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.confidence import ConfidenceHead

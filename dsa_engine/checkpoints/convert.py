@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from dsa_engine.checkpoints import key_maps
-from dsa_engine.checkpoints.inspect import Found, inspect
-from dsa_engine.checkpoints.load import WAN_VIDEO, load, save, title, write_json
+from dsa_engine.checkpoints.inspect import CheckpointInfo, inspect
+from dsa_engine.checkpoints.load import WAN_VIDEO, load_components, model_name
 from dsa_engine.checkpoints.lora import Lora
+from dsa_engine.checkpoints.model_folder import save_model_folder, write_json
 from dsa_engine.checkpoints.tensor_io import write_tensors
 from dsa_engine.checkpoints.wan import build_dit, open_dit
 from dsa_engine.config import ModelConfig
@@ -26,12 +27,12 @@ def convert(
     dtype: torch.dtype | None = None,
     family: str | None = None,
     lora: str | Path | Lora | None = None,
-) -> Found:
+) -> CheckpointInfo:
     """A checkpoint of any dialect as a folder of this project's ("engine") or diffusers' format, an adapter merged in.
     A folder of this project goes to diffusers' format alone.
 
     dtype: None keeps the floating-point dtype that most of its weights have, bfloat16 for FP8. family: whose rollout is
-    written into this project's config.json, as in `package.load`. Returns what the source was.
+    written into this project's config.json, as in `load_components`. Returns what the source was.
     Raises ValueError for an unknown format, or a target that has files in it.
     """
     if to not in FORMATS:
@@ -39,20 +40,20 @@ def convert(
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give a folder that is empty or new")
-    found = inspect(source, family)
-    dtype = dtype or usual_dtype(found)
-    if found.kind == key_maps.ENGINE:
+    info = inspect(source, family)
+    dtype = dtype or usual_dtype(info)
+    if info.kind == key_maps.ENGINE:
         if to == "engine" or family or lora:
             raise ValueError(f"{source}: is a model of this project already: only to='diffusers' is left, without more")
-        save_diffusers(target, load(source, dtype=dtype).dit)
-        return found
-    found, config, entries = open_dit(source, family=family)
-    dit = build_dit(config, entries, found.weights, "cpu", dtype, lora)
+        save_diffusers(target, load_components(source, dtype=dtype).dit)
+        return info
+    info, config, weights = open_dit(source, family=family)
+    dit = build_dit(config, weights, info.weights, "cpu", dtype, lora)
     if to == "diffusers":
         save_diffusers(target, dit)
     else:
-        save(target, title(source), {"generator": dit}, found.rollout, WAN_VIDEO, dtype)
-    return found
+        save_model_folder(target, model_name(source), {"generator": dit}, info.rollout, WAN_VIDEO, dtype)
+    return info
 
 
 def save_diffusers(folder: str | Path, dit: CausalDiT, dtype: torch.dtype | None = None) -> None:
@@ -65,13 +66,13 @@ def save_diffusers(folder: str | Path, dit: CausalDiT, dtype: torch.dtype | None
     if config.text_len == ModelConfig.text_len:
         del values["text_len"]  # a setting of the pipeline there; kept where it is not the usual one
     values |= {"attention_head_dim": config.head_dim, **key_maps.CONFIG_FIXED, "patch_size": list(config.patch_size)}
-    tensors = {key_maps.to_dialect(name, key_maps.DIFFUSERS): value for name, value in dit.state_dict().items()}
+    tensors = {key_maps.rename(name, key_maps.DIFFUSERS_KEYS): value for name, value in dit.state_dict().items()}
     target = Path(folder) / "transformer"
     write_tensors(target / "diffusion_pytorch_model.safetensors", tensors, dtype=dtype)
     write_json(target / "config.json", {"_class_name": "WanTransformer3DModel", **values})
 
 
-def usual_dtype(found: Found) -> torch.dtype:
+def usual_dtype(info: CheckpointInfo) -> torch.dtype:
     """The dtype of most elements, or bfloat16 where that is too narrow to hold what they stand for."""
-    dtype = getattr(torch, next(iter(found.dtypes)))
-    return dtype if not found.quantised and dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+    dtype = getattr(torch, next(iter(info.dtypes)))
+    return dtype if not info.quantized and dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16

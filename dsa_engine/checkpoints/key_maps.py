@@ -1,7 +1,7 @@
-"""What public checkpoints of the Wan family call things, and how each family is rolled out: data, hardly any code.
+"""How public checkpoints of the Wan family name their weights: data, and the one function that renames.
 
-Sources of the names: Wan 2.1 `wan/modules/{model,t5}.py`; diffusers `scripts/convert_wan_to_diffusers.py`; FastVideo
-`fastvideo/configs/models/dits/wanvideo.py`; transformers `models/umt5`. Of the rollouts: each project's own inference.
+Sources of the names: Wan 2.1 `wan/modules/{model,t5,vae}.py`; diffusers `scripts/convert_wan_to_diffusers.py`; FastVideo
+`fastvideo/configs/models/dits/wanvideo.py`; transformers `models/umt5`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
-
-from dsa_engine.checkpoints import vae_names
-from dsa_engine.config import RolloutConfig
 
 T = TypeVar("T")
 
@@ -24,8 +22,8 @@ PREFIXES = frozenset(
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """One way to name the weights: Wan's module or parameter -> the dialect's, within a block and outside of one.
+class KeyMap:
+    """One way to name the weights: Wan's module or parameter -> the other's, within a block and outside of one.
 
     blocks: what a block's names begin with, before its number.
     """
@@ -37,8 +35,8 @@ class Dialect:
 
 
 _ATTENTIONS = (("self_attn", "attn1"), ("cross_attn", "attn2"))
-WAN = Dialect("wan")
-DIFFUSERS = Dialect(
+WAN_KEYS = KeyMap("wan")
+DIFFUSERS_KEYS = KeyMap(
     "diffusers",
     {
         "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -60,7 +58,7 @@ DIFFUSERS = Dialect(
         "ffn.2": "ffn.net.2",
     },
 )
-FASTVIDEO = Dialect(
+FASTVIDEO_KEYS = KeyMap(
     "fastvideo",
     {
         "patch_embedding": "patch_embedding.proj",
@@ -85,10 +83,10 @@ FASTVIDEO = Dialect(
         "ffn.2": "ffn.fc_out",
     },
 )
-DIALECTS = (WAN, DIFFUSERS, FASTVIDEO)
+DIT_KEY_MAPS = (WAN_KEYS, DIFFUSERS_KEYS, FASTVIDEO_KEYS)
 
 # Wan's umT5 -> transformers' UMT5EncoderModel, which is the one that is run here.
-UMT5 = Dialect(
+UMT5_KEYS = KeyMap(
     "transformers",
     {"token_embedding": "shared", "norm": "encoder.final_layer_norm"},
     {
@@ -103,26 +101,62 @@ UMT5 = Dialect(
     blocks="encoder.block.",
 )
 
-# Quantised weights: endings of the name of a weight's scale, and names beside the weights that are of no use here.
+# Where a layer of the Wan VAE is, and what its parts are called; diffusers counts the decoder's layers by level.
+_VAE_LAYERS = {
+    "conv1": "quant_conv",
+    "conv2": "post_quant_conv",
+    **{
+        f"{half}.{wan}": f"{half}.{diffusers}"
+        for half in ("encoder", "decoder")
+        for wan, diffusers in (
+            ("conv1", "conv_in"),
+            ("middle.0", "mid_block.resnets.0"),
+            ("middle.1", "mid_block.attentions.0"),
+            ("middle.2", "mid_block.resnets.1"),
+            ("head.0", "norm_out"),
+            ("head.2", "conv_out"),
+        )
+    },
+    **{f"encoder.downsamples.{i}": f"encoder.down_blocks.{i}" for i in range(11)},
+    **{f"decoder.upsamples.{4 * i + j}": f"decoder.up_blocks.{i}.resnets.{j}" for i in range(4) for j in range(3)},
+    **{f"decoder.upsamples.{4 * i + 3}": f"decoder.up_blocks.{i}.upsamplers.0" for i in range(3)},
+}
+_VAE_PARTS = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+VAE_KEYS = KeyMap(
+    "diffusers",
+    _VAE_LAYERS | {f"{a}.{part}": f"{b}.{other}" for a, b in _VAE_LAYERS.items() for part, other in _VAE_PARTS.items()},
+)
+
+# Quantized weights: endings of the name of a weight's scale, and names beside the weights that are of no use here.
 SCALES = ("weight_scale", "scale_weight")
 IGNORED = re.compile(r"(^|\.)(scaled_fp8|spiece_model|scale_input|input_scale|comfy_quant)$")
 
 DIT, IMAGE_DIT, TEXT, LORA = "a DiT", "a DiT with image or control inputs", "a umT5 text encoder", "a LoRA"
 HEAD, ENGINE, PROMPTS = "a confidence head", "a whole model in this project's format", "encoded prompts"
-VAES = (vae_names.WAN, vae_names.DIFFUSERS, vae_names.TINY)
-# (pattern of a bare name that no kind below it has, what the file holds), asked in this order
-KINDS = (
+WAN_VAE, DIFFUSERS_VAE = "the Wan 2.1 VAE", "the Wan 2.1 VAE under diffusers' names"
+TAEHV = "a tiny VAE (TAEHV)"
+VAES = (WAN_VAE, DIFFUSERS_VAE, TAEHV)
+# (pattern of a stripped name that no kind below it has, what the file holds), asked in this order
+FILE_KINDS = (
     (r"\.lora_(A|B|down|up)(\.|$)", LORA),
     (r"^(confidence|codec|text)\.", ENGINE),
     (r"^(img_emb|vace_blocks|condition_embedder\.image_embedder)\.|\.(k_img|add_k_proj)\.", IMAGE_DIT),
     (r"^blocks\.\d+\.(self_attn|attn1|to_q|modulation|scale_shift_table)\b", DIT),
     (r"^(token_embedding|shared|encoder\.embed_tokens)\.weight$", TEXT),
-    *((pattern, kind) for pattern, kind in vae_names.KINDS if kind in VAES),
+    (r"^decoder\.upsamples\.0\.residual\.0\.gamma$", WAN_VAE),
+    (r"^decoder\.up_blocks\.0\.resnets\.0\.norm1\.gamma$", DIFFUSERS_VAE),
+    (r"^decoder\.\d+\.conv\.0\.weight$", TAEHV),
     (r"^mlp\.2\.weight$", HEAD),
     (r"^prompt_embeds$", PROMPTS),
 )
 # How a file of each kind is put to use.
-USES = {
+USAGE_HINTS = {
     LORA: "give it as lora=, with its base model",
     HEAD: "give it as head=, with its model",
     ENGINE: "Pipeline.from_pretrained takes its folder",
@@ -132,8 +166,8 @@ USES = {
     IMAGE_DIT: "only text-to-video models can be run",
 }
 
-# Where a folder of Wan's or diffusers' layout has its other parts.
-PLACES = {
+# Where a folder of Wan's or diffusers' layout has its other components.
+COMPONENT_PATHS = {
     "vae": ("vae", "Wan2.1_VAE.pth"),
     "text": ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
     "tokenizer": ("tokenizer", "google/umt5-xxl"),
@@ -154,67 +188,9 @@ CONFIG_FIXED = {
     "added_kv_proj_dim": None,
 }
 CONFIG_IGNORED = frozenset({"rope_max_seq_len", "pos_embed_seq_len"})
-# Causal Wan's config.json -> `RolloutConfig`; -1 is global attention there.
-ROLLOUT_KEYS = {"local_attn_size": "window", "sink_size": "sink", "num_frame_per_block": "chunk_frames"}
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the models of one project are rolled out, as its own inference does it.
-
-    keys: the entries of its training dictionaries that it runs, best first. words: in the names of its public files
-    and folders, in small letters and digits only. classes: `_class_name` in its configs. note: what to know of it.
-    """
-
-    rollout: RolloutConfig
-    keys: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    note: str = ""
-
-
-WARPED = (1000.0, 750.0, 500.0, 250.0)
-FAMILIES = {
-    "self-forcing": Family(
-        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=WARPED, shift=5.0),
-        ("generator_ema",),
-        ("selfforcing", "sfwan"),
-        ("CausalWanTransformer3DModel",),
-        "its demo.py warps with shift=8.0 instead",
-    ),
-    "longlive": Family(
-        RolloutConfig(chunk_frames=3, window=12, sink=3, steps=WARPED, shift=5.0),
-        ("generator",),
-        ("longlive",),
-        note="the base needs its LoRA merged: give it as lora=",
-    ),
-    "causvid": Family(
-        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=(1000.0, 757.0, 522.0), shift=1.0),
-        ("generator",),
-        ("causvid", "autoregressivecheckpoint"),
-        note="its steps are the model's timesteps as they are: not warped",
-    ),
-    "streamdiffusionv2": Family(
-        RolloutConfig(chunk_frames=3, window=21, sink=0, steps=WARPED, shift=1.0),
-        ("generator",),
-        ("streamdiffusion", "wancausaldmdv2v"),
-        note="its text-to-video rollout; video to video goes frame by frame (chunk_frames=1, window=6, sink=3)",
-    ),
-    "krea": Family(
-        RolloutConfig(chunk_frames=3, window=6, sink=0, steps=WARPED, shift=5.0),
-        words=("krea",),
-        note="its server computes the cached frames anew for every chunk; here they stay as they were",
-    ),
-    "wan": Family(
-        RolloutConfig(chunk_frames=21, window=None, sink=0, steps=tuple(float(t) for t in range(1000, 0, -20))),
-        words=("wan21t2v",),
-        classes=("WanPipeline",),
-        note="a base model: made for both directions of time, many steps and guidance, which no rollout here gives it",
-    ),
-}
-
-
-def bare(name: str) -> str:
+def strip_wrappers(name: str) -> str:
     """A name without training wrappers and prefixes: `model._fsdp_wrapped_module.head.head.bias` -> head.head.bias."""
     words = [word for word in name.split(".") if word not in WRAPPERS]
     while len(words) > 1 and words[0] in PREFIXES:
@@ -222,55 +198,76 @@ def bare(name: str) -> str:
     return ".".join(words)
 
 
-def to_wan(name: str) -> str:
-    """Wan's name of a weight that is written in any of `DIALECTS`; one that nobody uses stays, without its prefixes."""
-    return _renamed(bare(name), _TO_WAN_OUTSIDE, _TO_WAN_BLOCK, WAN.blocks, WAN.blocks)
+def _inverse(*key_maps: KeyMap) -> KeyMap:
+    """From any of these namings back to Wan's."""
+    return KeyMap(
+        "wan",
+        {theirs: ours for key_map in key_maps for ours, theirs in key_map.outside.items()},
+        {theirs: ours for key_map in key_maps for ours, theirs in key_map.block.items()},
+    )
 
 
-def to_dialect(name: str, dialect: Dialect) -> str:
-    """The name of a weight in a dialect, from Wan's. What is after the module's name, as in `.weight`, is kept."""
-    return _renamed(name, dialect.outside, dialect.block, WAN.blocks, dialect.blocks)
+_DIT_TO_WAN, _VAE_TO_WAN = _inverse(*DIT_KEY_MAPS), _inverse(VAE_KEYS)
 
 
-def wan_names(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The same tensors under Wan's own names: wrappers and prefixes stripped, the other dialects translated."""
+def to_wan(name: str, inverse: KeyMap = _DIT_TO_WAN) -> str:
+    """Wan's name of a DiT's weight in any of `DIT_KEY_MAPS`; an unknown name stays, without its prefixes."""
+    return rename(strip_wrappers(name), inverse)
+
+
+def rename(name: str, key_map: KeyMap) -> str:
+    """A weight's name through a map: the longest beginning that it knows is replaced, the rest is kept."""
+    match = re.fullmatch(r"blocks\.(\d+\.)(.+)", name)
+    start, rest, table = (key_map.blocks + match[1], match[2], key_map.block) if match else ("", name, key_map.outside)
+    words = rest.split(".")
+    for end in range(len(words), 0, -1):
+        module = ".".join(words[:end])
+        if module in table:
+            return start + ".".join((table[module], *words[end:]))
+    return start + rest
+
+
+def wan_names(tensors: Mapping[str, T], inverse: KeyMap = _DIT_TO_WAN) -> dict[str, T]:
+    """The same tensors under Wan's own names: wrappers and prefixes stripped, other namings translated."""
     named: dict[str, T] = {}
     for name, tensor in tensors.items():
-        name = to_wan(name)
+        name = to_wan(name, inverse)
         if name in named:
-            raise ValueError(f"two tensors of the file are both called {name!r} once prefixes are stripped")
+            raise ValueError(f"two tensors of the file are both called {name!r} in Wan's names, without prefixes")
         named[name] = tensor
     return named
 
 
+def wan_vae_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """`wan_names` of a Wan VAE's tensors, in Wan's or diffusers' names."""
+    return wan_names(tensors, _VAE_TO_WAN)
+
+
 def dialect_of(names: Iterable[str]) -> str | None:
-    """Which of `DIALECTS` a DiT's names are in, by its self-attention; None where there is none."""
-    names = [bare(name) for name in names]
-    for dialect in DIALECTS:
-        query = re.compile(rf"blocks\.\d+\.{re.escape(dialect.block.get('self_attn.q', 'self_attn.q'))}\.")
+    """Which of `DIT_KEY_MAPS` a DiT's names are in, by its self-attention; None where there is none."""
+    names = [strip_wrappers(name) for name in names]
+    for key_map in DIT_KEY_MAPS:
+        query = re.compile(rf"blocks\.\d+\.{re.escape(key_map.block.get('self_attn.q', 'self_attn.q'))}\.")
         if any(query.match(name) for name in names):
-            return dialect.name
+            return key_map.name
     return None
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """What the file with these names holds, as `KINDS` says it; None when nothing there is known."""
-    names = [bare(name) for name in names]
-    return next((kind for pattern, kind in KINDS if any(re.search(pattern, name) for name in names)), None)
+    """What the file with these names holds, as `FILE_KINDS` says it; None when nothing there is known."""
+    names = [strip_wrappers(name) for name in names]
+    return next((kind for pattern, kind in FILE_KINDS if any(re.search(pattern, name) for name in names)), None)
 
 
-def family_of(words: Iterable[str], classes: Iterable[str | None]) -> tuple[str | None, str]:
-    """(the family, how it was told) from the configs' `_class_name`, else from the names of the file and its folder."""
-    for class_name in classes:
-        for name, family in FAMILIES.items():
-            if class_name in family.classes:
-                return name, f"its config says {class_name}"
-    for text in words:
-        plain = re.sub(r"[^a-z0-9]", "", text.lower())
-        for name, family in FAMILIES.items():
-            if any(word in plain for word in family.words):
-                return name, f"it is called {text}"
-    return None, "neither its config nor its name tells"
+def check_kind(kind: str | None, names: Iterable[str], source: str | Path, *expected: str) -> None:
+    """Raises ValueError that says what a file holds and how it is put to use, unless it is one of `expected`."""
+    if kind in expected:
+        return
+    if kind is None:
+        held = f"no model that is known here (its first names: {', '.join(list(names)[:3])})"
+    else:
+        held = kind + (f": {USAGE_HINTS[kind]}" if kind in USAGE_HINTS else "")
+    raise ValueError(f"{source}: holds {held}; expected {' or '.join(expected)}")
 
 
 def from_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,19 +285,3 @@ def from_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
     passed = {*CONFIG_KEYS, *CONFIG_FIXED, *CONFIG_IGNORED, *sizes}
     rest = {key: value for key, value in values.items() if key not in passed}
     return {**rest, **known, "dim": values["num_attention_heads"] * values["attention_head_dim"]}
-
-
-def _renamed(name: str, outside: Mapping[str, str], block: Mapping[str, str], old: str, new: str) -> str:
-    """The longest beginning of a name that a table knows, replaced."""
-    match = re.fullmatch(rf"{re.escape(old)}(\d+\.)(.+)", name)
-    start, rest, table = (new + match[1], match[2], block) if match else ("", name, outside)
-    words = rest.split(".")
-    for end in range(len(words), 0, -1):
-        place = ".".join(words[:end])
-        if place in table:
-            return start + ".".join((table[place], *words[end:]))
-    return start + rest
-
-
-_TO_WAN_OUTSIDE = {theirs: ours for dialect in DIALECTS for ours, theirs in dialect.outside.items()}
-_TO_WAN_BLOCK = {theirs: ours for dialect in DIALECTS for ours, theirs in dialect.block.items()}

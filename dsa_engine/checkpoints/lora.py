@@ -2,7 +2,7 @@
 
 PEFT's files: `base_model.model.<module>.lora_A.weight` [r, in] and `lora_B.weight` [out, r], alpha in an
 `adapter_config.json` beside them or, as LongLive does it, nowhere. Also read are `lora_down` and `lora_up` with an
-`alpha` of each module. The modules may be named in any dialect of `names.py`.
+`alpha` of each module. The modules may be named in any naming of `key_maps.py`.
 Source: LoRA (arXiv 2106.09685); PEFT `tuners/lora`; LongLive `utils/lora_utils.py` (r = alpha = 256).
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa_engine.checkpoints.key_maps import LORA, bare, kind_of, to_wan
-from dsa_engine.checkpoints.tensor_io import Entry, TensorFile, open_tensors, read_json
+from dsa_engine.checkpoints.key_maps import LORA, check_kind, kind_of, strip_wrappers, to_wan
+from dsa_engine.checkpoints.tensor_io import LazyTensor, TensorFile, open_checkpoint, read_json
 
 KEYS = ("generator_lora", "lora", "model", "state_dict")
 CONFIG = "adapter_config.json"
@@ -35,9 +35,9 @@ _SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"
 class Pair:
     """One adapted weight: down A [r, in], up B [out, r]; alpha is an entry of the file where it stands there."""
 
-    down: Entry
-    up: Entry
-    alpha: Entry | None = None
+    down: LazyTensor
+    up: LazyTensor
+    alpha: LazyTensor | None = None
 
     @property
     def rank(self) -> int:
@@ -79,18 +79,17 @@ def open_lora(path: str | Path, alpha: float | None = None, strength: float = 1.
     Raises FileNotFoundError, or ValueError for a file that is none, holds half a pair, or a kind of adapter that is
     more than B A (DoRA, a bias, a convolution).
     """
-    lora = lora_of(open_tensors(path, KEYS))
+    lora = lora_of(open_checkpoint(path, KEYS))
     return replace(lora, alpha=lora.alpha if alpha is None else float(alpha), strength=strength)
 
 
 def lora_of(file: TensorFile) -> Lora:
     """`open_lora` of a file that is open."""
-    if (kind := kind_of(file.entries)) != LORA:
-        raise ValueError(f"{file.path}: holds {kind or 'no model that is known here'}; expected {LORA}")
-    parts: dict[str, dict[str, Entry]] = defaultdict(dict)
+    check_kind(kind_of(file.tensors), file.tensors, file.path, LORA)
+    parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
     strange = []
-    for name, entry in file.entries.items():
-        match = _PART.fullmatch(bare(name))
+    for name, entry in file.tensors.items():
+        match = _PART.fullmatch(strip_wrappers(name))
         side = match and ("alpha" if match["alpha"] else _SIDES[match["part"]])
         target = match and to_wan(f"{match['module']}.weight")
         if not match or side in parts[target] or (side != "alpha" and len(entry.shape) != 2):
@@ -111,26 +110,26 @@ def lora_of(file: TensorFile) -> Lora:
     return Lora(file.path, pairs, **_config(file.path.parent / CONFIG))
 
 
-def merge(entries: Mapping[str, Entry], lora: Lora) -> dict[str, Entry]:
-    """The entries of a base model (Wan's names) with an adapter's in them; a weight is computed when it is read.
+def merge(tensors: Mapping[str, LazyTensor], lora: Lora) -> dict[str, LazyTensor]:
+    """The weights of a base model (Wan's names) with an adapter's in them; a weight is computed when it is read.
 
     Raises ValueError for a weight that the base lacks or has in another shape: then the adapter is of another model.
     """
-    merged = dict(entries)
+    merged = dict(tensors)
     for name, pair in lora.pairs.items():
         wanted = (pair.up.shape[0], pair.down.shape[1])
-        if name not in entries or entries[name].shape != wanted:
-            has = f"is {list(entries[name].shape)}" if name in entries else "is not there"
+        if name not in tensors or tensors[name].shape != wanted:
+            has = f"is {list(tensors[name].shape)}" if name in tensors else "is not there"
             raise ValueError(
                 f"{lora.path}: changes {name} of shape {list(wanted)}, which in the base model {has}; it was made for "
                 "another model"
             )
-        read = partial(_merged, entries[name], pair, lora.scale(name))
-        merged[name] = Entry(torch.float32, wanted, read)
+        read = partial(_merged, tensors[name], pair, lora.scale(name))
+        merged[name] = LazyTensor(torch.float32, wanted, read)
     return merged
 
 
-def _merged(weight: Entry, pair: Pair, scale: float, device: Any = "cpu") -> Tensor:
+def _merged(weight: LazyTensor, pair: Pair, scale: float, device: Any = "cpu") -> Tensor:
     base, down, up = (entry.read(device).float() for entry in (weight, pair.down, pair.up))
     return torch.addmm(base, up, down, alpha=scale)
 

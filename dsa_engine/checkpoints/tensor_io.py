@@ -50,7 +50,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
-class Entry(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor that still lies in a file. read(device) gives a tensor of its own, in that dtype and shape."""
 
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class TensorFile:
     """
 
     path: Path
-    entries: dict[str, Entry]
+    tensors: dict[str, LazyTensor]
     files: tuple[Path, ...]
     key: str | None = None
     header: dict[str, str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class TensorFile:
         return sum(file.stat().st_size for file in self.files)
 
 
-def open_tensors(path: str | Path, keys: tuple[str, ...] = NESTED_KEYS) -> TensorFile:
+def open_checkpoint(path: str | Path, keys: tuple[str, ...] = NESTED_KEYS) -> TensorFile:
     """What is in a `.safetensors` or pickle file, or in the shards of a `*.safetensors.index.json`.
 
     keys: the dictionary entries of a pickle to look under, best first.
@@ -97,10 +97,19 @@ def open_tensors(path: str | Path, keys: tuple[str, ...] = NESTED_KEYS) -> Tenso
         raise ValueError(
             f"{path}: a checkpoint must end in one of {', '.join(SUFFIXES)}, not {path.suffix or 'nothing'}"
         )
-    _refuse_foreign(path)
+    _check_magic(path)
     if path.suffix in SAFETENSORS:
         return _open_safetensors(path)
     return _open_pickle(path, keys)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint file, by the names that stand in it.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that is truncated, foreign, or holds anything
+    but tensors; no code from the file is ever run.
+    """
+    return {name: entry.read() for name, entry in open_checkpoint(path).tensors.items()}
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -177,7 +186,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_foreign(path: Path) -> None:
+def _check_magic(path: Path) -> None:
     """What is often saved under a checkpoint's name and is none."""
     with path.open("rb") as file:
         start = file.read(256)
@@ -205,17 +214,17 @@ def _open_safetensors(path: Path) -> TensorFile:
                 raise ValueError(f"its header should have {length} bytes, the file has {size}")
             about = json.loads(file.read(length))
         header = about.pop("__metadata__", {})
-        entries = {name: _entry(path, name, 8 + length, size, **values) for name, values in about.items()}
+        tensors = {name: _entry(path, name, 8 + length, size, **values) for name, values in about.items()}
         end = 8 + length + max((values["data_offsets"][1] for values in about.values()), default=0)
         if end != size:
             raise ValueError(f"{size} bytes, its header says {end}")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path}: not a whole safetensors file ({reason}); copy or download it again") from error
-    return TensorFile(path, entries, (path,), header=header)
+    return TensorFile(path, tensors, (path,), header=header)
 
 
-def _entry(path: Path, name: str, data: int, size: int, *, dtype: str, shape: list, data_offsets: list) -> Entry:
+def _entry(path: Path, name: str, data: int, size: int, *, dtype: str, shape: list, data_offsets: list) -> LazyTensor:
     if dtype not in DTYPES:
         raise ValueError(f"{name} is of dtype {dtype}; known are {', '.join(DTYPES)}")
     begin, end = data_offsets
@@ -226,7 +235,7 @@ def _entry(path: Path, name: str, data: int, size: int, *, dtype: str, shape: li
     if data + end > size:
         raise ValueError(f"{size} bytes, but {name} ends at {data + end}: cut off")
     kind = DTYPES[dtype]
-    return Entry(kind, tuple(shape), partial(_read, path, data + begin, kind, tuple(shape)))
+    return LazyTensor(kind, tuple(shape), partial(_read, path, data + begin, kind, tuple(shape)))
 
 
 def _read(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], device: Any = "cpu") -> Tensor:
@@ -247,7 +256,7 @@ def _open_index(path: Path) -> TensorFile:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
         raise ValueError(f"{path}: lacks a weight_map, which says in which shard each tensor is")
-    entries: dict[str, Entry] = {}
+    tensors: dict[str, LazyTensor] = {}
     shards = sorted(set(places.values()))
     for shard in shards:
         listed = {name for name, place in places.items() if place == shard}
@@ -256,7 +265,7 @@ def _open_index(path: Path) -> TensorFile:
                 f"{path.parent / shard}: no such file; {path.name} puts {len(listed)} tensors there, such as "
                 f"{min(listed)}; the {len(shards)} shards belong beside it"
             )
-        held = open_tensors(path.parent / shard).entries
+        held = open_checkpoint(path.parent / shard).tensors
         for what, names in ((f"puts into {shard}", listed - held.keys()), ("does not name", held.keys() - listed)):
             if names:
                 where = "which are not there" if names <= listed else f"which {shard} holds"
@@ -264,8 +273,8 @@ def _open_index(path: Path) -> TensorFile:
                     f"{path}: {what} {len(names)} tensors, {where}: {', '.join(sorted(names)[:4])}; index and shards "
                     "are not of one download"
                 )
-        entries |= held
-    return TensorFile(path, entries, (path, *(path.parent / shard for shard in shards)))
+        tensors |= held
+    return TensorFile(path, tensors, (path, *(path.parent / shard for shard in shards)))
 
 
 def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
@@ -274,15 +283,15 @@ def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
         key, tensors = _plain_tensors(path, _unpickle(path, map_location="meta"), keys)
         offsets = {name: getattr(t.untyped_storage(), "_checkpoint_offset", None) for name, t in tensors.items()}
         if all(records.get(offsets[name]) == t.untyped_storage().nbytes() for name, t in tensors.items()):
-            entries = {
-                name: Entry(t.dtype, tuple(t.shape), partial(_read_strided, path, offsets[name], t))
+            tensors = {
+                name: LazyTensor(t.dtype, tuple(t.shape), partial(_read_strided, path, offsets[name], t))
                 for name, t in tensors.items()
             }
-            return TensorFile(path, entries, (path,), key)
+            return TensorFile(path, tensors, (path,), key)
     # An older layout, in which only torch itself finds its way; plain records can at least be mapped.
     key, tensors = _plain_tensors(path, _unpickle(path, map_location="cpu", mmap=bool(records)), keys)
-    entries = {name: Entry(t.dtype, tuple(t.shape), partial(_own, t)) for name, t in tensors.items()}
-    return TensorFile(path, entries, (path,), key)
+    tensors = {name: LazyTensor(t.dtype, tuple(t.shape), partial(_own, t)) for name, t in tensors.items()}
+    return TensorFile(path, tensors, (path,), key)
 
 
 def _records(path: Path) -> dict[int, int]:

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from dsa_engine.checkpoints import convert
+from dsa_engine.checkpoints.convert import FORMATS, convert
 from dsa_engine.cli.options import Result, add_family, table
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", help="checkpoint file or folder, in any layout that generate reads")
     add("target", help="folder to write, which must not be there or be empty")
-    add("--to", choices=convert.FORMATS, default=convert.FORMATS[0])
+    add("--to", choices=FORMATS, default=FORMATS[0])
     add_family(parser)
     add("--lora", metavar="FILE", help="an adapter to merge")
     add("--dtype", choices=DTYPES, help="of the written weights (default: as they are)")
@@ -25,6 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     """What was found in the source; the target is there when this returns."""
     dtype = args.dtype and getattr(torch, args.dtype)
-    found = convert.convert(args.source, args.target, args.to, dtype=dtype, family=args.family, lora=args.lora)
+    found = convert(args.source, args.target, args.to, dtype=dtype, family=args.family, lora=args.lora)
     facts = {**found.to_dict(), "wrote": args.target, "to": args.to}
     return facts, table(facts), 0

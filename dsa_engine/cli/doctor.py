@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.load import shipped_models
 from dsa_engine.cli.options import Result, table
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
@@ -52,14 +52,14 @@ def run(args: argparse.Namespace) -> Result:
             optional[name] = version(name) or f"missing; it comes with dsa-engine[{extra}]"
     works, fails = {}, {}
     checks: dict[str, Callable[[], str]] = {"video": try_video, "engine": try_engine}
-    checks |= {f"model {name}": lambda name=name: try_model(name) for name in load.shipped()}
+    checks |= {f"model {name}": lambda name=name: try_model(name) for name in shipped_models()}
     for name, check in checks.items():
         try:
             works[name] = check()
         except Exception as error:  # whatever a broken installation raises is the diagnosis
             fails[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     warnings = known_problems(torch.__version__, cudnn)
-    if not load.shipped():
+    if not shipped_models():
         warnings.append("no model comes with this installation; generate needs --model FOLDER")
     required = {name: version(name) or "not installed" for name in REQUIRED}
     facts = {
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> Result:
         "ops": backends("cuda" if cuda else "cpu"),
         **({"attention": attention()} if cuda else {}),
         "optional": optional,
-        "models": load.shipped(),
+        "models": shipped_models(),
         "works": works,
         "warnings": warnings,
         "fails": fails,

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from dsa_engine.checkpoints import key_maps, load
+from dsa_engine.checkpoints import key_maps
 from dsa_engine.checkpoints.inspect import inspect
+from dsa_engine.checkpoints.load import shipped_models
 from dsa_engine.cli.options import Result, add_family, add_quantization, table
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> Result:
     """A model as `generate` loads it, a preset of Wan's sizes without weights, or another checkpoint by its headers."""
     path = Path(args.model)
     preset = args.model in WAN and not path.exists()
-    if not preset and args.model not in load.shipped() and path.exists():
+    if not preset and args.model not in shipped_models() and path.exists():
         found = inspect(path, args.family)
         if found.kind != key_maps.ENGINE:
             facts = found.to_dict()

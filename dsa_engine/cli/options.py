@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsa_engine.checkpoints import key_maps
+from dsa_engine.checkpoints.families import FAMILIES
 from dsa_engine.models.fp8 import QUANTIZATIONS
 from dsa_engine.pipeline import Pipeline
 
@@ -17,8 +17,8 @@ LOADING = ("family", "lora", "vae", "text", "offload", "quantization")  # what P
 
 
 def add_family(parser: argparse.ArgumentParser) -> None:
-    text = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(key_maps.FAMILIES)
-    parser.add_argument("--family", choices=tuple(key_maps.FAMILIES), help=text)
+    text = "whose chunks, window and schedule a checkpoint gets: " + ", ".join(FAMILIES)
+    parser.add_argument("--family", choices=tuple(FAMILIES), help=text)
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:

@@ -8,14 +8,9 @@ Source: github.com/madebyollin/taehv (MIT), `taew2_1.pth` for Wan 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
-from dsa_engine.checkpoints.vae_names import TINY, expect
-from dsa_engine.checkpoints.wan import load_strict, read_tensors
 from dsa_engine.models.streaming_vae import Stream, StreamingVAE
 
 POOLS = (2, 2, 1)  # frames that each of the encoder's three stages turns into one
@@ -136,31 +131,3 @@ def _apply(layers: nn.Sequential, x: Tensor, stream: Stream) -> Tensor:
         else:
             x = layer(x)
     return x.unflatten(0, (batch, -1))
-
-
-def last_frames(vae: TAEHV, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with the decoder's TGrow weights cut to the frames that `vae` makes: the last ones.
-
-    A file may hold a stage that makes two frames of one where the model makes one; the later frame is the one to keep.
-    """
-    tensors = dict(tensors)
-    for i, layer in enumerate(vae.decoder):
-        name = f"decoder.{i}.conv.weight"
-        if isinstance(layer, TGrow) and name in tensors:
-            tensors[name] = tensors[name][-layer.conv.out_channels :].clone()
-    return tensors
-
-
-def load_taehv(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TAEHV:
-    """TAEHV from `taew2_1.pth` or the same tensors as safetensors.
-
-    Not for `lighttaew2_1.pth`: the same names and shapes, but latents with Wan's mean and deviation in them. Nothing in
-    the file tells, so it would load and decode to wrong colours.
-    Raises FileNotFoundError, and ValueError for a file that is broken, of another model, or does not fit.
-    """
-    tensors = read_tensors(path)
-    expect(tensors, (TINY,), path)
-    with torch.device("meta"):
-        vae = TAEHV()
-    load_strict(vae, last_frames(vae, tensors), path)
-    return vae.to(device=device, dtype=dtype).requires_grad_(False).eval()

@@ -18,15 +18,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsa_engine import ops
-from dsa_engine.checkpoints.vae_names import DIFFUSERS, WAN, expect, to_wan
-from dsa_engine.checkpoints.wan import load_strict, read_tensors
 from dsa_engine.models.streaming_vae import State, Stream, StreamingVAE
 
 # Mean and standard deviation of each latent channel over Wan's training videos (from `wan/modules/vae.py`).
@@ -380,18 +377,3 @@ class WanVAE(StreamingVAE):
     def _decode(self, latents: Tensor, stream: Stream) -> Tensor:
         z = (latents * self.std + self.mean).transpose(1, 2)
         return self.decoder(self.conv2(z), stream).transpose(1, 2).clamp(-1, 1) / 2 + 0.5
-
-
-def load_vae(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
-    """The Wan VAE from `Wan2.1_VAE.pth` or diffusers' `vae/diffusion_pytorch_model.safetensors`, told by their names.
-
-    The width is the file's own, so a narrower VAE of the same layers loads too.
-    Raises FileNotFoundError, and ValueError for a file that is broken, of another model, or does not fit.
-    """
-    tensors = read_tensors(path)
-    if expect(tensors, (WAN, DIFFUSERS), path) == DIFFUSERS:
-        tensors = to_wan(tensors)
-    with torch.device("meta"):
-        vae = WanVAE(dim=tensors["decoder.upsamples.0.residual.0.gamma"].numel() // 4)
-    load_strict(vae, tensors, path)
-    return vae.to(device=device, dtype=dtype).requires_grad_(False).eval().lay_out()

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dsa_engine.checkpoints.load import save_head
+from dsa_engine.checkpoints.model_folder import save_head
 from dsa_engine.evaluation.statistics import spearman
 from dsa_engine.files import atomic_write
 from dsa_engine.models.confidence import ConfidenceHead

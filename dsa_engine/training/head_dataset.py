@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsa_engine import pipeline_inputs
-from dsa_engine.checkpoints.load import read_metadata, write_tensors
-from dsa_engine.checkpoints.wan import read_tensors
+from dsa_engine.checkpoints.model_folder import read_metadata
+from dsa_engine.checkpoints.tensor_io import read_tensors, write_tensors
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.confidence import ConfidenceHead

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dsa_engine.checkpoints.wan import read_tensors
+from dsa_engine.checkpoints.tensor_io import read_tensors
 
 TENSOR = "prompt_embeds"
 KINDS = f"a .txt file (a prompt a line) or a .safetensors file with a tensor {TENSOR} [P, L, text_dim]"

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.model_folder import save_head, save_model_folder
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.evaluation.rollouts import BATCH_CLIPS, EvalRollouts, held_out, roll_out, roll_out_teacher
@@ -190,7 +190,7 @@ def train_teacher(ctx: StageContext) -> dict[str, float]:
     )
     if rank() == 0:
         modules = {"generator": main.ema["dit"], "codec": codec, "text": main.ema["text"]}
-        load.save(trainer.folder / "model", f"{ctx.recipe.name}-teacher", modules, ctx.recipe.rollout, VIDEO)
+        save_model_folder(trainer.folder / "model", f"{ctx.recipe.name}-teacher", modules, ctx.recipe.rollout, VIDEO)
     return trainer.log.rows[-1] if rank() == 0 else {}
 
 
@@ -258,7 +258,7 @@ def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
     trainer.run(prepare, save_every=SAVE_EVERY[kind], note=kind, report=lambda: losses.report, on_save=on_save)
     if rank() == 0:
         modules = {"generator": student.ema["dit"], "codec": codec, "text": teacher["text"]}
-        load.save(trainer.folder / "model", f"{ctx.recipe.name}-{kind}", modules, rollout, VIDEO)
+        save_model_folder(trainer.folder / "model", f"{ctx.recipe.name}-{kind}", modules, rollout, VIDEO)
     return trainer.log.rows[-1] if rank() == 0 else {}
 
 
@@ -275,7 +275,7 @@ def fit_heads(ctx: StageContext) -> dict[str, Any]:
     load_tensors(model, ctx.out / "joint" / "weights.safetensors", "joint")
     modules = {"generator": model["dit"], "codec": codec, "text": teacher["text"]}
     folder = ctx.out / "model"
-    load.save(folder, ctx.recipe.name, modules, rollout, VIDEO)
+    save_model_folder(folder, ctx.recipe.name, modules, rollout, VIDEO)
     pipe = Pipeline.from_pretrained(folder, device=ctx.device)  # heads are made for the weights as they ship, rounded
     captions = held_out(stage.clips + stage.calibration_clips, chunks=CHUNKS, seed=HEAD_SEED)
     rollouts = collect(pipe, captions, batch=BATCH_CLIPS, seed=HEAD_SEED)
@@ -296,13 +296,11 @@ def fit_heads(ctx: StageContext) -> dict[str, Any]:
             "presets": pipe.config.presets,
         }
         facts[kind] |= {"median_confidence_by_step": np.median(by_step, axis=0).round(3).tolist()}
-        load.save_head(
-            ctx.out / "head" / f"{kind}.safetensors", head, pipe.engine.dit.config, pipe.config, pipe.calibration
-        )
+        save_head(ctx.out / "head" / f"{kind}.safetensors", head, pipe.engine.dit.config, pipe.config, pipe.calibration)
         head_stage.draw_head(ctx.out / "head" / f"{kind}.png", table, by_step, pipe.config.presets)
         if kind == stage.kind:
             modules["confidence"] = head
-            load.save(folder, ctx.recipe.name, modules, pipe.config, VIDEO, calibration=pipe.calibration)
+            save_model_folder(folder, ctx.recipe.name, modules, pipe.config, VIDEO, calibration=pipe.calibration)
     return facts
 
 

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dsa_engine import Pipeline
-from dsa_engine.checkpoints import load
 from dsa_engine.checkpoints.convert import convert, save_diffusers
-from dsa_engine.checkpoints.key_maps import FAMILIES
+from dsa_engine.checkpoints.families import FAMILIES
+from dsa_engine.checkpoints.load import load_components
 from dsa_engine.checkpoints.lora import open_lora
 from dsa_engine.checkpoints.wan import load_dit
 from dsa_engine.config import ModelConfig
@@ -63,7 +63,7 @@ def test_diffusers_reads_what_is_written_and_computes_the_same(source, tmp_path,
 
 def test_this_projects_folder_keeps_the_familys_rollout(source, tmp_path, weights):
     convert(source, tmp_path / "out")
-    parts = load.load(tmp_path / "out")
+    parts = load_components(tmp_path / "out")
     assert parts.rollout == FAMILIES["longlive"].rollout and parts.name == "longlive_base"
     assert (parts.height, parts.width, parts.frames, parts.fps) == (480, 832, 81, 16.0)
     assert all(tensor.equal(weights[name]) for name, tensor in parts.dit.state_dict().items())
@@ -80,7 +80,7 @@ def test_an_adapter_is_merged_once(source, tmp_path, weights, to, close):
     lora = tmp_path / "lora.safetensors"
     save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, lora)
     convert(source, tmp_path / "out", to, lora=open_lora(lora, alpha=2))
-    dit = load.load(tmp_path / "out").dit if to == "engine" else load_dit(tmp_path / "out")
+    dit = load_components(tmp_path / "out").dit if to == "engine" else load_dit(tmp_path / "out")
     close(dit.blocks[1].ffn[0].weight, weights[f"{name}.weight"] + 0.5 * b @ a, 1e-6)
     assert dit.blocks[0].ffn[0].weight.equal(weights["blocks.0.ffn.0.weight"])
 

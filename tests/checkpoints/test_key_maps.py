@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dsa_engine.checkpoints import key_maps
+from dsa_engine.checkpoints.families import FAMILIES, family_of
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
@@ -104,16 +105,16 @@ def test_every_name_of_diffusers_is_found_with_its_shape():
     with torch.device("meta"):
         theirs = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=FFN, num_layers=LAYERS)
     assert {key_maps.to_wan(name): shape for name, shape in shapes_of(theirs).items()} == wan_1_3b()
-    assert {key_maps.to_dialect(name, key_maps.DIFFUSERS): shape for name, shape in wan_1_3b().items()} == shapes_of(
+    assert {key_maps.rename(name, key_maps.DIFFUSERS_KEYS): shape for name, shape in wan_1_3b().items()} == shapes_of(
         theirs
     )
     config = ModelConfig.from_dict(key_maps.from_diffusers_config(dict(theirs.config)))
     assert config == ModelConfig.preset("wan2.1-t2v-1.3b")
 
 
-@pytest.mark.parametrize("dialect", key_maps.DIALECTS, ids=lambda d: d.name)
+@pytest.mark.parametrize("dialect", key_maps.DIT_KEY_MAPS, ids=lambda d: d.name)
 def test_a_dialect_renames_back_and_tells_itself(dialect):
-    renamed = [key_maps.to_dialect(name, dialect) for name in wan_1_3b()]
+    renamed = [key_maps.rename(name, dialect) for name in wan_1_3b()]
     assert len(set(renamed)) == 825
     assert [key_maps.to_wan(name) for name in renamed] == list(wan_1_3b())
     assert key_maps.dialect_of(renamed) == dialect.name and key_maps.kind_of(renamed) == key_maps.DIT
@@ -130,10 +131,10 @@ def test_fastvideos_names_are_those_of_its_own_list():
     st.sampled_from(sorted(wan_1_3b())),
     st.lists(st.sampled_from(sorted(key_maps.PREFIXES)), max_size=3),
     st.lists(st.tuples(st.integers(0, 9), st.sampled_from(sorted(key_maps.WRAPPERS))), max_size=4),
-    st.sampled_from(key_maps.DIALECTS),
+    st.sampled_from(key_maps.DIT_KEY_MAPS),
 )
 def test_wrappers_anywhere_and_prefixes_in_front_are_stripped(name, prefixes, wrappers, dialect):
-    words = [*prefixes, *key_maps.to_dialect(name, dialect).split(".")]
+    words = [*prefixes, *key_maps.rename(name, dialect).split(".")]
     for place, wrapper in wrappers:
         words.insert(min(place, len(words) - 1), wrapper)
     assert key_maps.to_wan(".".join(words)) == name
@@ -153,7 +154,7 @@ def test_umt5_has_the_tensors_of_the_published_one():
     assert (len(table), sum(math.prod(s) for s in table.values())) == (242, 5_680_910_336)
     shapes = shapes_of(theirs)
     shapes.pop("encoder.embed_tokens.weight")  # the same parameter as shared.weight
-    assert {key_maps.to_dialect(name, key_maps.UMT5): shape for name, shape in table.items()} == shapes
+    assert {key_maps.rename(name, key_maps.UMT5_KEYS): shape for name, shape in table.items()} == shapes
     assert key_maps.kind_of(table) == key_maps.kind_of(shapes) == key_maps.TEXT
 
 
@@ -175,9 +176,9 @@ def files():
         yield key_maps.LORA, {"base_model.model.blocks.0.ffn.0.lora_A.weight": 0}
         yield key_maps.LORA, {"diffusion_model.blocks.0.ffn.0.lora_down.weight": 0}
         yield key_maps.HEAD, ConfidenceHead(config).state_dict()
-        yield key_maps.vae_names.WAN, WanVAE(dim=8).state_dict()
-        yield key_maps.vae_names.DIFFUSERS, AutoencoderKLWan(base_dim=8).state_dict()
-        yield key_maps.vae_names.TINY, TAEHV().state_dict()
+        yield key_maps.WAN_VAE, WanVAE(dim=8).state_dict()
+        yield key_maps.DIFFUSERS_VAE, AutoencoderKLWan(base_dim=8).state_dict()
+        yield key_maps.TAEHV, TAEHV().state_dict()
         yield key_maps.PROMPTS, {"prompt_embeds": 0}
         yield None, {"visual.transformer.resblocks.0.attn.in_proj_weight": 0}
         yield None, {}
@@ -200,14 +201,14 @@ def test_a_file_is_told_by_its_names(number):
     ],
 )
 def test_a_family_is_rolled_out_as_its_project_does_it(family, chunk, window, sink, timesteps):
-    rollout = key_maps.FAMILIES[family].rollout
+    rollout = FAMILIES[family].rollout
     assert (rollout.chunk_frames, rollout.window, rollout.sink) == (chunk, window, sink)
     warped = [1000 * sigma for sigma in Schedule(rollout.steps, rollout.shift).sigmas]
     assert warped == pytest.approx(timesteps, abs=0.01)
 
 
 def test_the_base_model_is_a_family_too():
-    rollout = key_maps.FAMILIES["wan"].rollout
+    rollout = FAMILIES["wan"].rollout
     assert (len(Schedule(rollout.steps, rollout.shift)), rollout.chunk_frames) == (50, 21)
 
 
@@ -229,7 +230,7 @@ def test_the_base_model_is_a_family_too():
     ],
 )
 def test_a_family_is_told_by_public_names(words, classes, family):
-    told, by = key_maps.family_of(words, classes)
+    told, by = family_of(words, classes)
     assert told == family and by
 
 

@@ -22,7 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dsa_engine import Pipeline
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.components import apply_offload
+from dsa_engine.checkpoints.load import load_components, logger
+from dsa_engine.checkpoints.model_folder import load_head, save_head, save_model_folder
+from dsa_engine.checkpoints.text import save_prompts
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models import memory_estimate, offload
@@ -30,7 +33,6 @@ from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.taehv import TAEHV
-from dsa_engine.models.umt5 import save_prompts
 from dsa_engine.models.wan_vae import WanVAE
 
 ROLLOUT = RolloutConfig(threshold=0.4, presets={"fast": 0.3, "balanced": 0.4})
@@ -48,17 +50,17 @@ def head(tiny_config) -> ConfidenceHead:
 @pytest.fixture
 def saved(tmp_path, head, tiny_config):
     path = tmp_path / "new" / "head.safetensors"
-    load.save_head(path, head, tiny_config, ROLLOUT, POINTS)
+    save_head(path, head, tiny_config, ROLLOUT, POINTS)
     return path
 
 
 def test_a_head_comes_back_with_what_it_was_calibrated_to(saved, head, tiny_config):
-    loaded = load.load_head(saved, tiny_config)
+    loaded = load_head(saved, tiny_config)
     weights = head.state_dict()
     assert all(value.equal(weights[name]) for name, value in loaded.head.state_dict().items())
     assert (loaded.threshold, loaded.presets, loaded.calibration) == (0.4, ROLLOUT.presets, POINTS)
     assert not any(p.requires_grad for p in loaded.head.parameters()) and not loaded.head.training
-    half = load.load_head(saved, tiny_config, dtype=torch.bfloat16)
+    half = load_head(saved, tiny_config, dtype=torch.bfloat16)
     assert {p.dtype for p in half.head.parameters()} == {torch.bfloat16}
 
 
@@ -75,9 +77,9 @@ def test_a_head_is_one_file_that_says_what_it_is(saved):
 
 
 def test_a_heads_path_must_end_as_such_a_file_does(tmp_path, head, tiny_config):
-    for call in (load.save_head, load.load_head):
+    for call in (save_head, load_head):
         with pytest.raises(ValueError, match="head.pt: must end in .safetensors, as in head.safetensors"):
-            call(tmp_path / "head.pt", *([head] if call is load.save_head else []), tiny_config, ROLLOUT)
+            call(tmp_path / "head.pt", *([head] if call is save_head else []), tiny_config, ROLLOUT)
 
 
 def rewritten(path, tensors=None, **changes):
@@ -109,21 +111,21 @@ def rewritten(path, tensors=None, **changes):
 def test_a_file_that_is_no_head_for_the_model_is_named(saved, tiny_config, changes, words):
     path = rewritten(saved, **changes)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{words}"):
-        load.load_head(path, tiny_config)
+        load_head(path, tiny_config)
 
 
 def test_a_head_that_is_missing_or_not_whole_is_named(saved, tiny_config):
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
-        load.load_head(saved.with_name("absent.safetensors"), tiny_config)
+        load_head(saved.with_name("absent.safetensors"), tiny_config)
     saved.write_bytes(saved.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{re.escape(str(saved))}: not a whole safetensors file"):
-        load.load_head(saved, tiny_config)
+        load_head(saved, tiny_config)
 
 
 def test_a_given_head_replaces_a_models_own(untrained, tmp_path):
     config = ModelConfig.from_dict(json.loads((untrained / "config.json").read_text())["model"])
     path = tmp_path / "head.safetensors"
-    load.save_head(path, ConfidenceHead(config), config, ROLLOUT, POINTS)  # an untrained one says 0.5 of everything
+    save_head(path, ConfidenceHead(config), config, ROLLOUT, POINTS)  # an untrained one says 0.5 of everything
     own, given = (Pipeline.from_pretrained(untrained, head=head, device="cpu") for head in (None, path))
     assert own.config.threshold == 0.5 and given.config.threshold == 0.4
     assert given.config.presets == ROLLOUT.presets and given.config.window == own.config.window == 9
@@ -132,19 +134,19 @@ def test_a_given_head_replaces_a_models_own(untrained, tmp_path):
 
 
 def test_a_folder_keeps_its_calibration(untrained, tmp_path):
-    parts = load.load(untrained)
+    parts = load_components(untrained)
     assert parts.calibration == ()
     modules = {"generator": parts.dit, "confidence": parts.head}
     video = {"height": 64, "width": 64, "frames": 12, "fps": 12.0}
-    load.save(tmp_path, "again", modules, parts.rollout, video, calibration=POINTS)
-    assert load.load(tmp_path).calibration == POINTS
+    save_model_folder(tmp_path, "again", modules, parts.rollout, video, calibration=POINTS)
+    assert load_components(tmp_path).calibration == POINTS
     values = json.loads((tmp_path / "config.json").read_text())
     values["calibration"] = [[0.5, -1]]
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'config.json'))}: calibration="):
-        load.load(tmp_path)
+        load_components(tmp_path)
     with pytest.raises(ValueError, match="confidences must rise"):
-        load.save(tmp_path, "again", modules, parts.rollout, video, calibration=[(0.5, 0.1), (0.5, 0.1)])
+        save_model_folder(tmp_path, "again", modules, parts.rollout, video, calibration=[(0.5, 0.1), (0.5, 0.1)])
 
 
 def test_the_expected_error_lies_on_the_calibration(untrained):
@@ -190,8 +192,8 @@ def wan(tmp_path_factory):
 
 
 def test_a_folder_brings_all_its_parts(wan):
-    parts = load.load(wan)
-    assert (parts.name, parts.found.family, parts.rollout) == ("SFWan2.1-small", "self-forcing", RolloutConfig())
+    parts = load_components(wan)
+    assert (parts.name, parts.info.family, parts.rollout) == ("SFWan2.1-small", "self-forcing", RolloutConfig())
     assert parts.dit.config == SMALL and (parts.height, parts.width, parts.frames, parts.fps) == (480, 832, 81, 16.0)
     embeds = parts.text.encode(["a red panda"])
     assert embeds.shape == (1, 512, 24) and embeds[0, :4].ne(0).any(-1).all() and not embeds[0, 4:].any()
@@ -204,59 +206,59 @@ def test_a_folder_brings_all_its_parts(wan):
 def test_a_file_takes_its_parts_from_elsewhere(wan, tmp_path):
     bare = tmp_path / "longlive.safetensors"
     save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), bare)
-    assert load.load(bare).decoder is None and load.load(bare).text is None
+    assert load_components(bare).decoder is None and load_components(bare).text is None
     for vae, text in ((wan, wan), (wan / "vae", wan / "text_encoder")):
-        parts = load.load(bare, vae=vae, text=text)
+        parts = load_components(bare, vae=vae, text=text)
         assert parts.rollout.window == 12 and parts.text.text_dim == 24 and parts.decoder.latent_channels == 16
-    again = load.load(bare, vae=parts.decoder, text=parts.text, family="krea")
+    again = load_components(bare, vae=parts.decoder, text=parts.text, family="krea")
     assert (again.decoder, again.text, again.rollout.window) == (parts.decoder, parts.text, 6)
     save_prompts(tmp_path / "prompts.safetensors", parts.text, ["a red panda"])
-    known = load.load(bare, text=tmp_path / "prompts.safetensors")
+    known = load_components(bare, text=tmp_path / "prompts.safetensors")
     assert known.text.encode(["a red panda"]).shape == (1, 4, 24)
 
 
 def test_parts_can_be_left_out(wan, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=re.escape("dsa-engine[models]")):
-        load.load(wan)
-    parts = load.load(wan, vae=False, text=False)
+        load_components(wan)
+    parts = load_components(wan, vae=False, text=False)
     assert (parts.decoder, parts.text) == (None, None)
 
 
 def test_the_tiny_vae_is_told_by_its_names(wan, tmp_path):
     torch.save(TAEHV().state_dict(), tmp_path / "taew2_1.pth")
-    assert isinstance(load.load(wan, vae=tmp_path / "taew2_1.pth").decoder, TAEHV)
+    assert isinstance(load_components(wan, vae=tmp_path / "taew2_1.pth").decoder, TAEHV)
 
 
 def test_parts_that_do_not_fit_are_named(wan, tmp_path, untrained):
     with pytest.raises(ValueError, match="a text encoder; expected|holds a umT5|text encoder"):
-        load.load(wan, vae=wan / "text_encoder")
+        load_components(wan, vae=wan / "text_encoder")
     with pytest.raises(ValueError, match="the Wan 2.1 VAE under diffusers' names: give it as vae="):
-        load.load(wan, text=wan / "vae")
+        load_components(wan, text=wan / "vae")
     save_prompts(
         tmp_path / "wide.safetensors", type("Wide", (), {"encode": lambda s, p: torch.ones(1, 3, 40)})(), ["a"]
     )
     with pytest.raises(ValueError, match="text=.*wide.safetensors: text_dim=40, but .* needs 24"):
-        load.load(wan, text=tmp_path / "wide.safetensors")
+        load_components(wan, text=tmp_path / "wide.safetensors")
     with pytest.raises(ValueError, match="latent_channels=4, but .* needs 16"):
-        load.load(wan, vae=WanVAE(dim=8, latent_channels=4, mean=(0.0,) * 4, std=(1.0,) * 4))
+        load_components(wan, vae=WanVAE(dim=8, latent_channels=4, mean=(0.0,) * 4, std=(1.0,) * 4))
     with pytest.raises(ValueError, match="family, vae: .* is a whole model of this project"):
-        load.load(untrained, family="krea", vae=wan)
+        load_components(untrained, family="krea", vae=wan)
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
-        load.load(wan, vae=tmp_path / "absent.safetensors")
+        load_components(wan, vae=tmp_path / "absent.safetensors")
 
 
 def test_the_choice_of_a_rollout_is_said(wan, tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger=load.__name__):
-        load.load(wan)
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        load_components(wan)
         assert caplog.records[-1].levelname == "INFO" and "rollout of self-forcing (it is called" in caplog.text
         unknown = tmp_path / "w.safetensors"
         save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), unknown)
-        load.load(unknown)
+        load_components(unknown)
         assert caplog.records[-1].levelname == "WARNING" and "no known family" in caplog.text
-        load.load(unknown, family="wan")
+        load_components(unknown, family="wan")
         assert caplog.records[-1].levelname == "WARNING" and "a base model" in caplog.text
-        load.load(unknown, family="longlive")
+        load_components(unknown, family="longlive")
         assert caplog.records[-1].levelname == "WARNING" and "needs its LoRA" in caplog.text
 
 
@@ -273,22 +275,22 @@ def checkpoint(wan, tmp_path):
 
 
 def test_a_vae_can_be_asked_for_by_its_name(wan, checkpoint):
-    assert isinstance(load.load(wan, vae="wan", text=False).decoder, WanVAE)
+    assert isinstance(load_components(wan, vae="wan", text=False).decoder, WanVAE)
     with pytest.raises(FileNotFoundError, match="vae='taehv': no taew2_1.pth or .safetensors"):
-        load.load(wan, vae="taehv", text=False)
+        load_components(wan, vae="taehv", text=False)
     (checkpoint.parent / "Wan2.1-T2V-1.3B").mkdir()
     torch.save(WanVAE(dim=8).state_dict(), checkpoint.parent / "Wan2.1-T2V-1.3B" / "Wan2.1_VAE.pth")
     torch.save(TAEHV().state_dict(), checkpoint.parent / "taew2_1.pth")
     for name, kind in (("wan", WanVAE), ("taehv", TAEHV)):
         with Pipeline.from_pretrained(checkpoint, vae=name, device="cpu") as pipe:
             assert isinstance(pipe.engine.decoder, kind)
-    assert load.load(checkpoint).decoder is None  # nothing is taken from elsewhere unasked
+    assert load_components(checkpoint).decoder is None  # nothing is taken from elsewhere unasked
 
 
 def test_light_tae_is_refused_for_its_name(wan, tmp_path):
     torch.save(TAEHV().state_dict(), tmp_path / "lighttaew2_1.pth")
     with pytest.raises(ValueError, match="lighttaew2_1.pth: LightTAE, whose latents have Wan's mean.*taew2_1.pth"):
-        load.load(wan, vae=tmp_path / "lighttaew2_1.pth", text=False)
+        load_components(wan, vae=tmp_path / "lighttaew2_1.pth", text=False)
 
 
 class RunsCode:
@@ -311,10 +313,10 @@ def soon(kind, path, call) -> str:
 
 
 WAYS_IN = {
-    "model": lambda path, model: load.load(path),
-    "vae": lambda path, model: load.load(model, vae=path, text=False),
-    "text": lambda path, model: load.load(model, text=path),
-    "lora": lambda path, model: load.load(model, lora=path),
+    "model": lambda path, model: load_components(path),
+    "vae": lambda path, model: load_components(model, vae=path, text=False),
+    "text": lambda path, model: load_components(model, text=path),
+    "lora": lambda path, model: load_components(model, lora=path),
 }
 
 
@@ -355,7 +357,7 @@ def test_offloaded_parts_make_the_same_clip(wan):
     options = {"height": 32, "width": 32, "num_frames": 21, "step_policy": "fixed:1", "seed": 3}
     clips = []
     for placement in (None, ("text", "vae")):
-        parts = load.place(load.load(wan), placement)
+        parts = apply_offload(load_components(wan), placement)
         engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, parts.rollout)
         pipe = Pipeline(engine, name="x", height=32, width=32, frames=21, fps=16.0)
         clips.append(torch.from_numpy(pipe("a red panda", **options).frames))
@@ -364,22 +366,22 @@ def test_offloaded_parts_make_the_same_clip(wan):
         assert torch.equal(torch.from_numpy(np.concatenate(chunks)), (clips[-1][0] * 255).round().to(torch.uint8))
     torch.testing.assert_close(*clips, rtol=0, atol=1e-5)
     assert isinstance(parts.decoder, Offloaded) and parts.text.offload
-    assert load.place(parts, "text,vae").decoder is parts.decoder  # it is there already
+    assert apply_offload(parts, "text,vae").decoder is parts.decoder  # it is there already
 
 
 def test_what_is_not_there_or_not_movable_is_passed_over(untrained, checkpoint):
-    bare = load.load(checkpoint)
-    assert load.place(bare, "text,vae") == bare
-    small = load.load(untrained)
-    placed = load.place(small, ("text", "vae"))
+    bare = load_components(checkpoint)
+    assert apply_offload(bare, "text,vae") == bare
+    small = load_components(untrained)
+    placed = apply_offload(small, ("text", "vae"))
     assert placed.text is small.text and placed.decoder.codec is small.decoder
     with pytest.raises(ValueError, match="offload=dit: must be 'auto'"):
-        load.place(small, "dit")
+        apply_offload(small, "dit")
 
 
 def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
-    parts = load.load(wan)
-    assert load.place(parts, "auto") is parts and load.place(parts, None) is parts  # a CPU has nothing to spare
+    parts = load_components(wan)
+    assert apply_offload(parts, "auto") is parts and apply_offload(parts, None) is parts  # a CPU has nothing to spare
     there, on_device = memory_estimate.measure(parts.modules), 1000
     there["weights"]["vae"] = {"cpu": 7, "cuda": on_device}
     monkeypatch.setattr(CausalDiT, "device", property(lambda self: torch.device("cuda")))
@@ -398,6 +400,6 @@ def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
             memory_estimate, "room", lambda d, short=short: peaks[0] - memory_estimate.CONTEXT - on_device - short
         )
         with caplog.at_level(logging.INFO, logger=memory_estimate.__name__):
-            placed = load.place(parts, "auto", rollout, sessions=2)
+            placed = apply_offload(parts, "auto", rollout, sessions=2)
         assert (placed.text.offload, isinstance(placed.decoder, Offloaded)) == expected
         assert caplog.records[-1].levelname == "INFO" and caplog.records[-1].message.startswith("offload ")

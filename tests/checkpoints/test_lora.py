@@ -199,7 +199,7 @@ Q = "base_model.model.blocks.0.self_attn.q"
         ),
         ({f"{Q}.lora_A.weight": torch.zeros(4, 96, 1, 1), f"{Q}.lora_B.weight": torch.zeros(96, 4)}, "no pair of"),
         ({f"{Q}.weight": torch.zeros(96, 96)}, "holds a DiT; expected a LoRA"),
-        ({"x": torch.zeros(1)}, "holds no model that is known here; expected a LoRA"),
+        ({"x": torch.zeros(1)}, "holds no model that is known here (its first names: x); expected a LoRA"),
     ],
 )
 def test_what_cannot_be_merged_is_named(base, tensors, words):

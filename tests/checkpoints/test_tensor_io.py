@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 from dsa_engine.checkpoints import tensor_io
-from dsa_engine.checkpoints.tensor_io import DTYPES, open_tensors, write_tensors
+from dsa_engine.checkpoints.tensor_io import DTYPES, open_checkpoint, write_tensors
 
 
 def tensors():
@@ -38,10 +38,10 @@ def assert_same(actual, expected):
 
 def test_what_the_library_writes_is_read(tmp_path):
     save_file(tensors(), tmp_path / "a.safetensors", {"about": "this"})
-    file, made = open_tensors(tmp_path / "a.safetensors"), load_file(tmp_path / "a.safetensors")
+    file, made = open_checkpoint(tmp_path / "a.safetensors"), load_file(tmp_path / "a.safetensors")
     assert file.header == {"about": "this"} and file.files == (tmp_path / "a.safetensors",) and file.key is None
-    assert_same({name: entry.read() for name, entry in file.entries.items()}, made)
-    for name, entry in file.entries.items():
+    assert_same({name: entry.read() for name, entry in file.tensors.items()}, made)
+    for name, entry in file.tensors.items():
         held = made[name]
         assert (entry.dtype, entry.shape, entry.nbytes) == (held.dtype, tuple(held.shape), held.nbytes)
 
@@ -84,9 +84,9 @@ def test_what_torch_saves_is_read(tmp_path, kind, monkeypatch):
                 archive.writestr(name, data)
     if kind == "zip":
         monkeypatch.delattr(tensor_io, "_own")  # these are read by their offsets, not mapped
-    file = open_tensors(path)
+    file = open_checkpoint(path)
     assert file.key == "model"
-    read = {name: entry.read() for name, entry in file.entries.items()}
+    read = {name: entry.read() for name, entry in file.tensors.items()}
     assert_same(read, {name: tensor.detach() for name, tensor in made.items()})
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in read.values())
 
@@ -101,7 +101,7 @@ def test_a_tensor_that_is_read_is_its_readers_own(tmp_path):
     made = {"a": torch.randn(4)}
     for name, writer in (("a.safetensors", save_file), ("a.pt", torch.save)):
         writer(made, tmp_path / name)
-        entry = open_tensors(tmp_path / name).entries["a"]
+        entry = open_checkpoint(tmp_path / name).tensors["a"]
         entry.read().zero_()
         assert entry.read().equal(made["a"])
         assert entry.read("meta").is_meta
@@ -109,7 +109,7 @@ def test_a_tensor_that_is_read_is_its_readers_own(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_used_is_named(tmp_path):
     save_file({"a": torch.randn(400)}, tmp_path / "a.safetensors")
-    entry = open_tensors(tmp_path / "a.safetensors").entries["a"]
+    entry = open_checkpoint(tmp_path / "a.safetensors").tensors["a"]
     os.truncate(tmp_path / "a.safetensors", 900)
     with pytest.raises(ValueError, match="a.safetensors: .* bytes fewer than when it was opened"):
         entry.read()
@@ -128,7 +128,7 @@ def test_a_damaged_file_is_read_as_the_library_reads_it_or_refused(tmp_path_fact
     path = tmp_path_factory.mktemp("damaged") / "a.safetensors"
     path.write_bytes(data)
     try:
-        ours = {name: entry.read() for name, entry in open_tensors(path).entries.items()}
+        ours = {name: entry.read() for name, entry in open_checkpoint(path).tensors.items()}
     except ValueError as error:
         assert str(path) in str(error)
         return
@@ -144,7 +144,7 @@ def test_a_header_whose_length_looks_like_text_is_none(tmp_path):
     for length in range(60, 60 + 256 * 3, 256):
         header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(length)
         (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\7")
-        assert open_tensors(tmp_path / "a.safetensors").entries["a"].read().tolist() == [7]
+        assert open_checkpoint(tmp_path / "a.safetensors").tensors["a"].read().tolist() == [7]
 
 
 @functools.cache
@@ -163,7 +163,7 @@ def test_a_damaged_archive_is_read_or_refused(tmp_path_factory, changes, longer)
     path = tmp_path_factory.mktemp("damaged") / "a.pt"
     path.write_bytes(data)
     try:
-        [entry.read() for entry in open_tensors(path).entries.values()]
+        [entry.read() for entry in open_checkpoint(path).tensors.values()]
     except ValueError as error:
         assert str(path) in str(error)
 
@@ -193,4 +193,4 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
     with pytest.raises(ValueError, match="a.safetensors: not a whole safetensors file"):
-        open_tensors(path)
+        open_checkpoint(path)

@@ -16,8 +16,9 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import save_file
 
 from dsa_engine.checkpoints import tensor_io
-from dsa_engine.checkpoints.tensor_io import read_json
-from dsa_engine.checkpoints.wan import load_dit, load_strict, read_tensors
+from dsa_engine.checkpoints.tensor_io import read_json, read_tensors
+from dsa_engine.checkpoints.wan import load_dit
+from dsa_engine.checkpoints.weights import load_strict
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsa_engine import cli
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.model_folder import save_model_folder
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
@@ -28,7 +28,7 @@ def model(tmp_path_factory) -> Path:
     modules = {"generator": dit, "confidence": head, "codec": PixelCodec(ch=32), "text": SlotTextEncoder(16)}
     folder = tmp_path_factory.mktemp("tiny")
     rollout = RolloutConfig(window=9, shift=3.0, threshold=0.428, presets={"fast": 0.4})
-    load.save(folder, "tiny", modules, rollout, {"height": 32, "width": 32, "frames": 15, "fps": 12.0})
+    save_model_folder(folder, "tiny", modules, rollout, {"height": 32, "width": 32, "frames": 15, "fps": 12.0})
     return folder
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.load import shipped_models
 from dsa_engine.cli import doctor
 from dsa_engine.ops import dispatch
 from tests.support.command_line import ROOT
@@ -30,7 +30,7 @@ def test_doctor_finds_this_machine_fit(facts):
     assert said["device"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert set(said["ops"]) == set(dispatch.STEM_OF)
     assert all(why.startswith("torch: the tensors are on a CPU") for why in said["ops"].values())
-    assert said["models"] == load.shipped()
+    assert said["models"] == shipped_models()
 
 
 @pytest.mark.parametrize("broken", ["media.mp4.write_mp4", "pipeline.Pipeline.generate_latents"])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.model_folder import save_model_folder
 from dsa_engine.config import RolloutConfig
 from dsa_engine.pipeline import Pipeline
 from tests.support.command_line import OTHER, PROMPT, THIRD
@@ -17,7 +17,7 @@ def test_a_head_for_a_checkpoint_from_the_command_line(run, model, tmp_path):
     pipe = Pipeline.from_pretrained(model)
     parts = {"generator": pipe.engine.dit, "codec": pipe.engine.decoder, "text": pipe.engine.text}
     bare = tmp_path / "bare"
-    load.save(
+    save_model_folder(
         bare, "bare", parts, RolloutConfig(window=9, shift=3.0), {"height": 32, "width": 32, "frames": 15, "fps": 12.0}
     )
     (tmp_path / "prompts.txt").write_text(f"# for the head\n{PROMPT}\n{OTHER}\n\n{THIRD}\na red cross rests\n")

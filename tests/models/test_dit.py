@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
 
-from dsa_engine.checkpoints.wan import load_strict, wan_names
+from dsa_engine.checkpoints.key_maps import wan_names
+from dsa_engine.checkpoints.weights import load_strict
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.sampling.kv_cache import KVCache

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dsa_engine.checkpoints.tensor_io import Entry, write_tensors
-from dsa_engine.checkpoints.wan import fill, load_dit
+from dsa_engine.checkpoints.tensor_io import LazyTensor, write_tensors
+from dsa_engine.checkpoints.wan import load_dit
+from dsa_engine.checkpoints.weights import load_weights_streaming
 from dsa_engine.models import dit
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.linear import fused_gemm, fused_linear, pack_parameters
@@ -81,8 +82,8 @@ def transposed_in_place(layers):
 
 def filled(layers):
     tensors = {name: torch.randn_like(p) for name, p in layers.state_dict().items()}
-    entries = {name: Entry(t.dtype, tuple(t.shape), lambda device="cpu", t=t: t) for name, t in tensors.items()}
-    fill(layers, entries, "here")
+    entries = {name: LazyTensor(t.dtype, tuple(t.shape), lambda device="cpu", t=t: t) for name, t in tensors.items()}
+    load_weights_streaming(layers, entries, "here")
     return layers
 
 

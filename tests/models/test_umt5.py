@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from dsa_engine.checkpoints.text import PROMPTS_FORMAT, EncodedPrompts, load_text, load_umt5, save_prompts
 from dsa_engine.models import memory_estimate, offload, umt5
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.umt5 import UMT5, EncodedPrompts, clean_prompt, load_text, load_umt5, save_prompts
+from dsa_engine.models.umt5 import UMT5, clean_prompt
 from dsa_engine.training.prompts import read_prompts
 
 LENGTH = 12
@@ -300,7 +301,7 @@ def test_it_works_inside_inference_mode_and_after_it(folder):
     [
         ({"decoder.upsamples.0.residual.0.gamma": torch.zeros(2)}, "the Wan 2.1 VAE: give it as vae="),
         ({"blocks.0.self_attn.q.weight": torch.zeros(2)}, "holds a DiT; expected a umT5 text encoder"),
-        ({"visual.weight": torch.zeros(2)}, "no model that is known here; expected"),
+        ({"visual.weight": torch.zeros(2)}, "no model that is known here (its first names: visual.weight); expected"),
         ({"shared.weight": torch.zeros(2, 2)}, "sizes can be told; it lacks 'encoder.block.0"),
     ],
 )
@@ -407,7 +408,7 @@ def test_encoded_prompts_are_a_file_to_train_a_head_with(encoded):
 
 
 def test_encoded_prompts_that_are_none_are_named(encoded, tmp_path):
-    header = {"format": umt5.PROMPTS_FORMAT}
+    header = {"format": PROMPTS_FORMAT}
     for number, (tensors, more) in enumerate(
         [
             ({"prompt_embeds": torch.zeros(2, 3, 4)}, {}),

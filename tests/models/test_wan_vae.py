@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 
 import pytest
@@ -13,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from dsa_engine.checkpoints.vae_names import to_diffusers, to_wan
-from dsa_engine.checkpoints.wan import load_strict
+from dsa_engine.checkpoints.key_maps import VAE_KEYS, rename, wan_vae_names
+from dsa_engine.checkpoints.vae import load_vae
+from dsa_engine.checkpoints.weights import load_strict
 from dsa_engine.models import wan_vae as vae_module
-from dsa_engine.models.taehv import TAEHV
-from dsa_engine.models.wan_vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE, load_vae
+from dsa_engine.models.wan_vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE
 
 REL = 1e-4
 # The geometries diffusers is asked for: its own arguments, and ours
@@ -77,7 +76,7 @@ def test_encode_and_decode_equal_diffusers(geometry, unit, close, monkeypatch):
     monkeypatch.setattr(vae_module, "_unit", lambda x: unit)
     theirs, arguments = reference(geometry)
     ours = WanVAE(**arguments).requires_grad_(False)
-    load_strict(ours, to_wan(theirs.state_dict()), "AutoencoderKLWan")
+    load_strict(ours, wan_vae_names(theirs.state_dict()), "AutoencoderKLWan")
     check_parity(theirs, ours, arguments, close)
 
 
@@ -185,7 +184,8 @@ def test_full_size_has_the_names_and_shapes_of_wan_and_of_diffusers():
     }
     assert expected.items() <= shapes.items()
     diffusers = {name: list(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert to_diffusers(shapes) == diffusers and to_wan(diffusers) == shapes
+    assert {rename(name, VAE_KEYS): shape for name, shape in shapes.items()} == diffusers
+    assert wan_vae_names(diffusers) == shapes
     assert sum(isinstance(m, CausalConv3d) for m in ours.decoder.modules()) == 32
 
 
@@ -198,61 +198,6 @@ def test_a_clip_of_21_latent_frames_has_81_frames():
     assert vae.spatial_stride == 8 and vae.temporal_stride == 4 and vae.latent_channels == 16
     assert [vae.frames_of(n, first) for n in (1, 3) for first in (True, False)] == [1, 4, 9, 12]
     assert [vae.latent_frames_of(n) for n in (1, 5, 81)] == [1, 2, 21]
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_of_wan_loads(suffix, tmp_path):
-    weights = random_weights(WanVAE(dim=4)).state_dict()
-    path = tmp_path / f"Wan2.1_VAE{suffix}"
-    (torch.save if suffix == ".pth" else save_file)(weights, path)
-    loaded = load_vae(path)
-    assert loaded.state_dict().keys() == weights.keys()
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
-    half = load_vae(path, dtype=torch.bfloat16)
-    latents = torch.randn(1, 3, 16, 2, 2)
-    (frames, _), (expected, _) = half.decode(latents), loaded.decode(latents)
-    assert frames.dtype == torch.bfloat16
-    torch.testing.assert_close(frames.float(), expected, rtol=0, atol=0.05)
-
-
-def test_a_file_of_another_model_is_named(tmp_path, tiny_dit):
-    path = tmp_path / "x.safetensors"
-    one = torch.zeros(1)
-    for weights, held in [
-        (tiny_dit.state_dict(), "holds a DiT, which load_dit reads"),
-        ({f"model.{k}": v for k, v in tiny_dit.state_dict().items()}, "holds a DiT"),
-        (TAEHV(widths=(4, 4, 4, 4)).state_dict(), "holds a tiny VAE (TAEHV), which load_taehv reads"),
-        ({"shared.weight": one}, "holds a text encoder; expected the Wan 2.1 VAE or"),
-        ({"a": one}, "holds no model that is known here (its first names: a); expected"),
-    ]:
-        save_file(weights, path)
-        with pytest.raises(ValueError, match=re.escape(held)) as error:
-            load_vae(path)
-        assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_truncated_file_is_named(suffix, tmp_path):
-    path = tmp_path / f"vae{suffix}"
-    (torch.save if suffix == ".pth" else save_file)(WanVAE(dim=2).state_dict(), path)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=re.escape(str(path))):
-        load_vae(path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_vae(tmp_path / "none.pth")
-
-
-def test_missing_misshapen_and_doubled_tensors_are_named(tmp_path):
-    path = tmp_path / "vae.safetensors"
-    weights = WanVAE(dim=2).state_dict()
-    save_file({name: tensor for name, tensor in weights.items() if not name.startswith("encoder.conv1")}, path)
-    with pytest.raises(ValueError, match="2 missing: encoder.conv1.bias, encoder.conv1.weight"):
-        load_vae(path)
-    save_file(weights | {"conv2.bias": torch.zeros(48)}, path)
-    with pytest.raises(ValueError, match=re.escape("conv2.bias [48] instead of [16]")):
-        load_vae(path)
-    with pytest.raises(ValueError, match="twice"):
-        to_wan(weights | {"quant_conv.bias": torch.zeros(32)})
 
 
 def test_what_does_not_fit_is_refused(vae):

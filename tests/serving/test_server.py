@@ -19,7 +19,7 @@ import torch
 import websockets
 
 from dsa_engine import Pipeline, cli
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.model_folder import save_model_folder
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.media.mp4 import Mp4Writer
 from dsa_engine.models.confidence import ConfidenceHead
@@ -43,7 +43,7 @@ def model(tmp_path_factory):
     modules = {"generator": dit, "confidence": head, "codec": PixelCodec(ch=32), "text": SlotTextEncoder(16)}
     folder = tmp_path_factory.mktemp("tiny")
     rollout = RolloutConfig(window=9, shift=3.0, threshold=0.428)
-    load.save(folder, "tiny", modules, rollout, {"height": 32, "width": 32, "frames": 15, "fps": 12.0})
+    save_model_folder(folder, "tiny", modules, rollout, {"height": 32, "width": 32, "frames": 15, "fps": 12.0})
     return folder
 
 

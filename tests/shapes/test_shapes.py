@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsa_engine import Confidence, Fixed, Pipeline
-from dsa_engine.checkpoints import load
+from dsa_engine.checkpoints.load import ASSETS, shipped_models
 from dsa_engine.evaluation.rollouts import quality, roll_out
 from dsa_engine.shapes import metrics, world
 from dsa_engine.shapes.world import Caption
@@ -42,11 +42,11 @@ def rolled(request, shapes):
 
 
 def test_assets_are_small_and_whole():
-    files = [p for p in load.ASSETS.rglob("*") if p.suffix in (".safetensors", ".json")]
+    files = [p for p in ASSETS.rglob("*") if p.suffix in (".safetensors", ".json")]
     assert sum(p.stat().st_size for p in files) <= 16 * 2**20
-    assert load.shipped() == ["shapes", "shapes-teacher"]
-    names = {p.relative_to(load.ASSETS).as_posix() for p in files}
-    assert names == {f"{m}/{f}" for m in load.shipped() for f in ("config.json", "model.safetensors")}
+    assert shipped_models() == ["shapes", "shapes-teacher"]
+    names = {p.relative_to(ASSETS).as_posix() for p in files}
+    assert names == {f"{m}/{f}" for m in shipped_models() for f in ("config.json", "model.safetensors")}
 
 
 def test_head_is_light(shapes):
@@ -134,7 +134,7 @@ def test_the_wheel_takes_the_assets_along():
 
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     patterns = re.findall(r'"([^"]+)"', re.search(r'"dsa_engine.assets" = \[(.*?)\]', text).group(1))
-    for path in load.ASSETS.rglob("*"):
-        name = path.relative_to(load.ASSETS).as_posix()
+    for path in ASSETS.rglob("*"):
+        name = path.relative_to(ASSETS).as_posix()
         if path.is_file() and path.suffix != ".py" and path.suffix != ".pyc":
             assert any(fnmatch.fnmatch(name, p.replace("**/", "*")) for p in patterns), name

@@ -9,10 +9,10 @@ from dsa_engine.training import recipe
 
 
 def test_the_shipped_recipe_is_that_of_the_shipped_model():
-    from dsa_engine.checkpoints import load
+    from dsa_engine.checkpoints.load import load_components
 
     plan = recipe.load("shapes")
-    shipped = load.load("shapes").rollout
+    shipped = load_components("shapes").rollout
     assert plan.name == "shapes" and "shapes" in recipe.shipped()
     for name in ("chunk_frames", "window", "sink", "steps", "shift"):
         assert getattr(plan.rollout, name) == getattr(shipped, name)

@@ -1,0 +1,98 @@
+"""A loaded model's components, and which of them live on the CPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from dsa_engine.checkpoints.inspect import CheckpointInfo
+from dsa_engine.config import RolloutConfig
+from dsa_engine.models import memory_estimate
+from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.offload import Offloaded
+from dsa_engine.models.umt5 import UMT5
+
+logger = logging.getLogger(__name__)
+
+# Pairs (confidence of a frame, mean squared latent distance to its full-step estimate that it stands for).
+Calibration = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class ModelComponents:
+    """Everything a pipeline needs. `head`, `decoder` and `text` may be None; sizes are pixels, frames pixel frames.
+
+    calibration: by rising confidence; empty where it was never measured. info: of a public checkpoint.
+    """
+
+    name: str
+    dit: CausalDiT
+    rollout: RolloutConfig
+    head: ConfidenceHead | None = None
+    decoder: nn.Module | None = None
+    text: nn.Module | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int = 81
+    fps: float = 16.0
+    calibration: Calibration = ()
+    info: CheckpointInfo | None = None
+
+    @property
+    def modules(self) -> dict[str, nn.Module | None]:
+        """The parts that take memory, as `memory` calls them."""
+        return {"generator": self.dit, "confidence": self.head, "vae": self.decoder, "text": self.text}
+
+
+def apply_offload(
+    model: ModelComponents,
+    offload: str | Sequence[str] | None,
+    rollout: RolloutConfig | None = None,
+    sessions: int = 1,
+    cache: torch.dtype | None = None,
+) -> ModelComponents:
+    """The same model with the parts that `offload` names on the CPU, on the device only while they are used.
+
+    "text": umT5, a layer at a time for a new prompt (any other text encoder is small, or its maker's business);
+    "vae": the decoder's weights and the states of its streams, a latent frame at a time. "auto": the first of
+    `memory.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's own video
+    size, whose keys and values are of dtype `cache` (None: the DiT's own), which is logged; nothing where the device is
+    not CUDA. None: nothing. The DiT and its cache always stay.
+    """
+    device = model.dit.device
+    chosen = (
+        _pick_offload(model, rollout or model.rollout, sessions, cache)
+        if offload == "auto"
+        else memory_estimate.placement_of(offload)
+    )
+    if "text" in chosen and isinstance(model.text, UMT5):
+        model.text.send_home()
+    if "vae" in chosen and model.decoder is not None and not isinstance(model.decoder, Offloaded):
+        model = replace(model, decoder=Offloaded(model.decoder, device))
+    return model
+
+
+def _pick_offload(
+    model: ModelComponents, rollout: RolloutConfig, sessions: int, cache: torch.dtype | None
+) -> tuple[str, ...]:
+    device, stride = model.dit.device, getattr(model.decoder, "spatial_stride", 8)
+    if device.type != "cuda":
+        logger.info("offload nothing: %s is where it would go", device)
+        return ()
+    frames = model.decoder.latent_frames_of(model.frames) if model.decoder else (model.frames - 1) // 4 + 1
+    load = memory_estimate.Workload(
+        (model.height or 480) // stride, (model.width or 832) // stride, frames, sessions, model.dit.dtype, cache
+    )
+    sizes = memory_estimate.sizes_of(model.modules)
+    needs = {
+        name: memory_estimate.predict(model.dit.config, rollout, load, offload=name, **sizes).peak
+        - memory_estimate.CONTEXT
+        for name in memory_estimate.PLACEMENTS
+    }
+    there = memory_estimate.measure(model.modules)["weights"].values()
+    return memory_estimate.choose(needs, memory_estimate.room(device) + sum(part.get(str(device), 0) for part in there))

@@ -1,0 +1,82 @@
+"""How the models of each project of the Wan family are rolled out, and the public names that tell a family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dsa_engine.config import RolloutConfig
+
+# Causal Wan's config.json -> `RolloutConfig`; -1 is global attention there.
+ROLLOUT_KEYS = {"local_attn_size": "window", "sink_size": "sink", "num_frame_per_block": "chunk_frames"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one project are rolled out, as its own inference does it.
+
+    keys: the entries of its training dictionaries that it runs, best first. words: in the names of its public files
+    and folders, in small letters and digits only. classes: `_class_name` in its configs. note: what to know of it.
+    """
+
+    rollout: RolloutConfig
+    keys: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    note: str = ""
+
+
+WARPED_STEPS = (1000.0, 750.0, 500.0, 250.0)
+FAMILIES = {
+    "self-forcing": Family(
+        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=WARPED_STEPS, shift=5.0),
+        ("generator_ema",),
+        ("selfforcing", "sfwan"),
+        ("CausalWanTransformer3DModel",),
+        "its demo.py warps with shift=8.0 instead",
+    ),
+    "longlive": Family(
+        RolloutConfig(chunk_frames=3, window=12, sink=3, steps=WARPED_STEPS, shift=5.0),
+        ("generator",),
+        ("longlive",),
+        note="the base needs its LoRA merged: give it as lora=",
+    ),
+    "causvid": Family(
+        RolloutConfig(chunk_frames=3, window=None, sink=0, steps=(1000.0, 757.0, 522.0), shift=1.0),
+        ("generator",),
+        ("causvid", "autoregressivecheckpoint"),
+        note="its steps are the model's timesteps as they are: not warped",
+    ),
+    "streamdiffusionv2": Family(
+        RolloutConfig(chunk_frames=3, window=21, sink=0, steps=WARPED_STEPS, shift=1.0),
+        ("generator",),
+        ("streamdiffusion", "wancausaldmdv2v"),
+        note="its text-to-video rollout; video to video goes frame by frame (chunk_frames=1, window=6, sink=3)",
+    ),
+    "krea": Family(
+        RolloutConfig(chunk_frames=3, window=6, sink=0, steps=WARPED_STEPS, shift=5.0),
+        words=("krea",),
+        note="its server computes the cached frames anew for every chunk; here they stay as they were",
+    ),
+    "wan": Family(
+        RolloutConfig(chunk_frames=21, window=None, sink=0, steps=tuple(float(t) for t in range(1000, 0, -20))),
+        words=("wan21t2v",),
+        classes=("WanPipeline",),
+        note="a base model: made for both directions of time, many steps and guidance, which no rollout here gives it",
+    ),
+}
+
+
+def family_of(words: Iterable[str], classes: Iterable[str | None]) -> tuple[str | None, str]:
+    """(the family, how it was told) from the configs' `_class_name`, else from the names of the file and its folder."""
+    for class_name in classes:
+        for name, family in FAMILIES.items():
+            if class_name in family.classes:
+                return name, f"its config says {class_name}"
+    for text in words:
+        plain = re.sub(r"[^a-z0-9]", "", text.lower())
+        for name, family in FAMILIES.items():
+            if any(word in plain for word in family.words):
+                return name, f"it is called {text}"
+    return None, "neither its config nor its name tells"

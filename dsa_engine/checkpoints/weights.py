@@ -1,0 +1,100 @@
+"""Tensors into a module: strictly by name and shape, quantized ones times their scales, one after the other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsa_engine.checkpoints import key_maps
+from dsa_engine.checkpoints.tensor_io import LazyTensor
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load tensors into a module whose names and shapes must all agree; ValueError says which do not."""
+    check_state_dict(module.state_dict(), tensors, source)
+    module.load_state_dict(tensors, assign=any(p.is_meta for p in module.parameters()))
+
+
+def load_weights_streaming(
+    module: nn.Module,
+    tensors: Mapping[str, LazyTensor],
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """`load_strict` of tensors that are still in their file, each one read, converted and put in place before the next.
+
+    The module may be on the meta device; its parameters become frozen ones of the given device and dtype.
+    """
+    check_state_dict(module.state_dict(), tensors, source)
+    for name, entry in tensors.items():
+        value = entry.read(device)
+        owner, _, leaf = name.rpartition(".")
+        place = module.get_submodule(owner)
+        if leaf in place._parameters:
+            setattr(place, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+        else:
+            setattr(place, leaf, value.to(dtype) if value.is_floating_point() else value)
+
+
+def check_state_dict(own: Mapping[str, Any], given: Mapping[str, Any], source: str | Path) -> None:
+    """Raises ValueError where the names or shapes of two sets of tensors differ, with the nearest names."""
+    missing = sorted(own.keys() - given.keys())
+    unexpected = sorted(given.keys() - own.keys())
+    misshapen = [
+        f"{name} {list(given[name].shape)} instead of {list(own[name].shape)}"
+        for name in sorted(own.keys() & given.keys())
+        if tuple(given[name].shape) != tuple(own[name].shape)
+    ]
+    if not (missing or unexpected or misshapen):
+        return
+    shown = [*unexpected]
+    for i, name in enumerate(unexpected[:4]):
+        if near := difflib.get_close_matches(name, missing, 1, 0.8):
+            shown[i] = f"{name} (nearest: {near[0]})"
+    parts = (("missing", missing), ("unexpected", shown), ("of another shape", misshapen))
+    report = "; ".join(f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in parts if n)
+    raise ValueError(f"{source}: does not fit the model's config: {report}")
+
+
+def dequantize(tensors: Mapping[str, LazyTensor], source: str | Path) -> dict[str, LazyTensor]:
+    """W = stored * scale for every weight that has a scale beside it, of one value or one for each row, in float32.
+
+    Raises ValueError for a scale without its weight or of another size, and for packed formats (NVFP4, MXFP4).
+    """
+    scales = {}
+    kept = {}
+    for name, entry in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if last in key_maps.SCALES:
+            scales[f"{stem}.weight"] = entry
+        elif not key_maps.IGNORED.search(name):
+            kept[name] = entry
+    for name, scale in scales.items():
+        rows = kept[name].shape[0] if name in kept else None
+        if rows is None or prod(scale.shape) not in (1, rows):
+            has = "not there" if rows is None else f"of shape {list(kept[name].shape)}"
+            raise ValueError(
+                f"{source}: a scale of shape {list(scale.shape)} for {name}, which is {has}; expected is one value, or "
+                "one for each row"
+            )
+        kept[name] = LazyTensor(torch.float32, kept[name].shape, partial(_scaled, kept[name], scale))
+    packed = [name for name, entry in kept.items() if not entry.dtype.is_floating_point]
+    if packed:
+        raise ValueError(
+            f"{source}: {len(packed)} weights of dtype {kept[packed[0]].dtype} ({', '.join(packed[:4])}); read are "
+            "floating-point weights, and FP8 or INT8 with a scale"
+        )
+    return kept
+
+
+def _scaled(weight: LazyTensor, scale: LazyTensor, device: Any = "cpu") -> Tensor:
+    rows = scale.read(device).float().reshape(-1, *[1] * (len(weight.shape) - 1))  # [1 or out, 1, ...]
+    return weight.read(device).float() * rows

@@ -105,7 +105,7 @@ def bench_of(args: argparse.Namespace, pipe: Pipeline) -> tuple[Bench, str, floa
     if histogram:
         drawn = protocol.histogram_policy(histogram, pipe.max_steps, args.seed)
         return Bench(pipe, embeds, drawn, args.seed), protocol.label(histogram), None
-    policy = pipeline_inputs.policy(pipe.engine, args.policy)
+    policy = pipeline_inputs.resolve_policy(pipe.engine, args.policy)
     threshold = getattr(policy, "threshold", None)
     label = args.policy or (f"fixed:{policy.n}" if isinstance(policy, Fixed) else f"confidence:{threshold:g}")
     return Bench(pipe, embeds, lambda regime, clip: policy, args.seed), label, threshold

@@ -137,10 +137,10 @@ def loop(args: argparse.Namespace, device: str) -> dict:
 
 def denoised(rollout, by_host: bool):
     """A chunk, which counts only when it is accepted: made again it comes out the same."""
-    plan, graphs = rollout.begin(), rollout.inputs.graphs
-    for node, live in graphs.run(plan, rollout.slots, rollout.stopped if by_host else None):
-        rollout.took(node, live)
-    return rollout.denoised()
+    plan, graphs = rollout.prepare_chunk(), rollout.inputs.graphs
+    for node, live in graphs.run(plan, rollout.slots, rollout.poll_stop_flags if by_host else None):
+        rollout.on_forward_done(node, live)
+    return rollout.result()
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:

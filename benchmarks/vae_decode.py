@@ -34,7 +34,7 @@ from benchmarks.common.limit import UNFINISHED, WHY, Limit
 from benchmarks.common.timing import clock, measure
 from benchmarks.micro import inputs
 from benchmarks.micro.backends import refuse_others
-from dsa_engine.engine.graphed_decoder import ChunkDecoder
+from dsa_engine.engine.graphed_decoder import GraphedDecoder
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import check_output_path
 from dsa_engine.models.wan_vae import WanVAE
@@ -87,7 +87,7 @@ def decoding(way: str, vae: WanVAE, chunk: Tensor) -> Callable:
         return partial(plain_vae.decode, vae)
     if way == "channels_last":
         return vae.lay_out().decode
-    decoder = ChunkDecoder(vae, chunk.shape)
+    decoder = GraphedDecoder(vae, chunk.shape)
     if chunk.is_cuda:
         decoder.capture()
     return decoder.decode

@@ -292,7 +292,7 @@ def prepare(args: argparse.Namespace) -> Job:
     if pipe.engine.text is None or pipe.engine.decoder is None:
         raise ValueError(f"--model {args.model}: must have a text encoder and a decoder, to turn prompts into pixels")
     for policy in args.policy:
-        pipeline_inputs.policy(pipe.engine, policy)
+        pipeline_inputs.resolve_policy(pipe.engine, policy)
     frames = args.frames or pipe.frames
     pipeline_inputs.latent_frames(pipe.engine, frames)
     missing = {p: not_there(folder(args.out, p), clips, pipe, frames, args.scale) for p in dict.fromkeys(args.policy)}

@@ -238,20 +238,22 @@ class Pipeline:
                 f"guidance_scale={guidance_scale}, negative_prompt={negative_prompt!r}: a distilled few-step model has "
                 "its guidance built in; only guidance_scale=1.0 without a negative prompt is possible"
             )
-        pipeline_inputs.output_type(self.engine, output_type)
-        embeds = pipeline_inputs.embeds(self.engine, prompt, prompt_embeds)
-        policy = pipeline_inputs.policy(
+        pipeline_inputs.check_output_type(self.engine, output_type)
+        embeds = pipeline_inputs.encode_prompt(self.engine, prompt, prompt_embeds)
+        policy = pipeline_inputs.resolve_policy(
             self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold, strength
         )
-        seeds = pipeline_inputs.seeds(seed, generator, len(embeds))
+        seeds = pipeline_inputs.make_seeds(seed, generator, len(embeds))
         if latents is None:
             size = self._size(height, width)
-            clip = pipeline_inputs.clip(self.engine, len(embeds), size, num_frames, image, video, strength, self.frames)
+            clip = pipeline_inputs.resolve_clip(
+                self.engine, len(embeds), size, num_frames, image, video, strength, self.frames
+            )
         elif any(x is not None for x in (height, width, num_frames, image, video)):
             raise ValueError("height, width, num_frames, image and video: with latents these count alone")
         else:
-            clip = pipeline_inputs.Clip(*pipeline_inputs.latents(self.engine, latents, len(embeds)))
-        pipeline_inputs.renoise(self.engine, renoise, len(embeds), clip.made, clip.size)
+            clip = pipeline_inputs.Clip(*pipeline_inputs.check_latents(self.engine, latents, len(embeds)))
+        pipeline_inputs.check_renoise(self.engine, renoise, len(embeds), clip.made, clip.size)
         start = time.perf_counter()
         rollout = self.engine.rollout(
             embeds,
@@ -261,10 +263,10 @@ class Pipeline:
             policy=policy,
             seeds=seeds,
             config=changed(self.config, commit=commit),
-            initial=latents,
+            initial_noise=latents,
             renoise=renoise,
             given=clip.given,
-            guide=clip.guide,
+            init_latents=clip.init_latents,
             strength=clip.strength,
         )
         chunks, first_chunk = self._roll(rollout, clip.made // self.config.chunk_frames, callback_on_step_end)
@@ -351,15 +353,17 @@ class Pipeline:
         ends with the video that it makes anew. window, sink: this session's cache (latent frames); rope, commit: of
         RolloutConfig.
         """
-        embeds = pipeline_inputs.embeds(self.engine, prompt, prompt_embeds)
+        embeds = pipeline_inputs.encode_prompt(self.engine, prompt, prompt_embeds)
         if len(embeds) != 1:
             raise ValueError(f"{len(embeds)} prompts: a session is one stream; open one session per prompt")
         config = changed(self.config, window=window, sink=sink, rope=rope, commit=commit)
         seed = check_seed(seed)
-        policy = pipeline_inputs.policy(
+        policy = pipeline_inputs.resolve_policy(
             self.engine, step_policy, num_inference_steps, min_steps, max_steps, confidence_threshold, strength
         )
-        clip = pipeline_inputs.clip(self.engine, 1, self._size(height, width), num_frames, image, video, strength, None)
+        clip = pipeline_inputs.resolve_clip(
+            self.engine, 1, self._size(height, width), num_frames, image, video, strength, None
+        )
         return self.engine.session(
             prompt,
             embeds,
@@ -371,7 +375,7 @@ class Pipeline:
             seed=seed,
             config=config,
             given=clip.given,
-            guide=clip.guide,
+            init_latents=clip.init_latents,
             strength=clip.strength,
         )
 

@@ -23,7 +23,7 @@ OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 WAN_STRIDE = 8  # pixels a latent pixel stands for, where no decoder says otherwise
 
 
-def embeds(engine: Engine, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> Tensor:
+def encode_prompt(engine: Engine, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> Tensor:
     """Prompt embeddings [B, L, text_dim], encoded or as given."""
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("give either a prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
@@ -39,7 +39,7 @@ def embeds(engine: Engine, prompt: str | Sequence[str] | None, prompt_embeds: Te
     return prompt_embeds
 
 
-def output_type(engine: Engine, wanted: str) -> None:
+def check_output_type(engine: Engine, wanted: str) -> None:
     """Checks the form that a clip is wanted in."""
     if wanted not in OUTPUT_TYPES:
         raise ValueError(f"output_type={wanted!r}: must be one of {', '.join(OUTPUT_TYPES)}")
@@ -47,7 +47,7 @@ def output_type(engine: Engine, wanted: str) -> None:
         raise ValueError(f"output_type={wanted!r}: this pipeline has no decoder; only 'latent' is possible")
 
 
-def seeds(seed: int | None, generator: torch.Generator | None, batch: int) -> list[int]:
+def make_seeds(seed: int | None, generator: torch.Generator | None, batch: int) -> list[int]:
     """One seed a clip, counting up from the seed, or from the one that a generator was made with."""
     if generator is not None and seed is not None:
         raise ValueError(f"seed={seed} with a generator: give one or the other")
@@ -60,7 +60,7 @@ def default_threshold(engine: Engine) -> float:
     return 0.5 if engine.config.threshold is None else engine.config.threshold
 
 
-def policy(
+def resolve_policy(
     engine: Engine,
     named: str | Policy | None,
     ceiling: int | None = None,
@@ -91,7 +91,7 @@ def policy(
         names = ", ".join(("dsa", "fixed", *presets))
         raise ValueError(f"step_policy={named!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
     chosen.check(limit)
-    if chosen.reads == "confidence" and engine.head is None:
+    if chosen.signal == "confidence" and engine.head is None:
         raise ValueError(
             f"step_policy={named!r}: {type(chosen).__name__} needs a confidence head and this model has none; "
             "use Fixed, PerChunk or Change, or train a head for it: "
@@ -144,7 +144,7 @@ class Clip(NamedTuple):
     frames: int | None
     size: tuple[int, int]
     given: Tensor | None = None
-    guide: Tensor | None = None
+    init_latents: Tensor | None = None
     strength: float = 1.0
 
     @property
@@ -153,7 +153,7 @@ class Clip(NamedTuple):
         return self.frames - (0 if self.given is None else self.given.shape[1])
 
 
-def clip(
+def resolve_clip(
     engine: Engine,
     batch: int,
     size: tuple[int, int],
@@ -184,7 +184,7 @@ def clip(
         near = whole_chunks(engine, count)
         if near != count:
             raise ValueError(f"video of {count} frames: with strength must be whole chunks; nearest is {near}")
-        return Clip(latent_frames(engine, count), size, guide=engine.encode_frames(frames), strength=strength)
+        return Clip(latent_frames(engine, count), size, init_latents=engine.encode_frames(frames), strength=strength)
     given = engine.decoder.latent_frames_of(count)
     if num_frames is None and default is not None:
         num_frames = whole_chunks(engine, default + (count if name == "video" else 0), given)
@@ -192,7 +192,7 @@ def clip(
     return Clip(total, size, given=engine.encode_frames(frames))
 
 
-def latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, int]]:
+def check_latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, int]]:
     """Checks noise [B, F, C, H, W] given for `batch` prompts; returns F and (H, W)."""
     model, chunk = engine.dit.config, engine.config.chunk_frames
     if not isinstance(noise, Tensor):
@@ -212,7 +212,7 @@ def latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, 
     return shape[1], (shape[3], shape[4])
 
 
-def renoise(engine: Engine, given: Renoise | None, batch: int, frames: int, size: tuple[int, int]) -> None:
+def check_renoise(engine: Engine, given: Renoise | None, batch: int, frames: int, size: tuple[int, int]) -> None:
     """Checks a re-noising tensor; what a callable returns is checked when it does."""
     if given is None or callable(given):
         return

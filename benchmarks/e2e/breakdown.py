@@ -30,7 +30,7 @@ def decision_us(bench: Bench, regime: Regime) -> float | None:
     if bench.pipe.engine.head is None or bench.pipe.max_steps < 2:
         return None
     stream = bench.stream(regime, 0, Confidence(1.0))
-    stopped, spans = stream.rollout.stopped, []
+    stopped, spans = stream.rollout.poll_stop_flags, []
 
     def timed(live):
         bench.watch.synchronise()
@@ -39,7 +39,7 @@ def decision_us(bench: Bench, regime: Regime) -> float | None:
         spans.append(1e6 * (time.perf_counter() - start))
         return answer
 
-    stream.rollout.stopped = timed
+    stream.rollout.poll_stop_flags = timed
     play(lambda: stream, min(regime.chunks, 10))
     return median(spans) if spans else None
 

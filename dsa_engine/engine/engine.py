@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import device_loop
-from dsa_engine.engine.cuda_graphs import StepGraphs
+from dsa_engine.engine.cuda_graphs import GraphRunner
 from dsa_engine.engine.device import Streams, on_device
-from dsa_engine.engine.graphed_decoder import ChunkDecoder, too_large
-from dsa_engine.engine.model_runner import StepInputs
+from dsa_engine.engine.graphed_decoder import GraphedDecoder, why_not_captured
+from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session, to_uint8
 from dsa_engine.kernel_types import CacheScales
@@ -29,7 +29,7 @@ from dsa_engine.models.interfaces import TextEncoder, TextKV, VideoCodec
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.sampling.kv_cache import KVCache
-from dsa_engine.sampling.noise import GivenNoise, GuidedNoise, Noise, Renoise, SeededNoise
+from dsa_engine.sampling.noise import ExternalNoise, SDEditNoise, Noise, Renoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
@@ -45,7 +45,7 @@ class PoolShape(NamedTuple):
     window: int
     sink: int
     rope: str
-    spare: int
+    headroom: int
     height: int
     width: int
     frames: int
@@ -68,7 +68,7 @@ class Engine:
         deterministic: bool = False,
         fp8_cache: bool = False,
     ):
-        """deterministic: a session's bits never depend on which others share its forwards (`StepInputs`); fp8_cache:
+        """deterministic: a session's bits never depend on which others share its forwards (`ModelRunner`); fp8_cache:
         keys and values in e4m3 instead of the model's dtype; max_sessions: slots of a pool, also where they do not fit
         the device's free memory (then with a warning); None: SESSIONS, or as many as fit where those are fewer."""
         if max_sessions is not None and max_sessions < 1:
@@ -78,9 +78,9 @@ class Engine:
         self.max_sessions, self.asked = max_sessions or SESSIONS, max_sessions is not None
         self.fp8_cache = fp8_cache
         self._scales: CacheScales | None = None  # of the FP8 cache, made with the first pool
-        self._pools: dict[PoolShape, StepInputs] = {}
+        self._pools: dict[PoolShape, ModelRunner] = {}
         self._fit: dict[PoolShape, int] = {}  # sessions that there was memory for when the pool was made, on CUDA
-        self._decoders: dict[tuple[int, ...], ChunkDecoder] = {}  # by the shape of a chunk's latents
+        self._decoders: dict[tuple[int, ...], GraphedDecoder] = {}  # by the shape of a chunk's latents
 
     @property
     def device(self) -> torch.device:
@@ -104,12 +104,12 @@ class Engine:
         seed: int,
         config: RolloutConfig,
         given: Tensor | None = None,
-        guide: Tensor | None = None,
+        init_latents: Tensor | None = None,
         strength: float = 1.0,
     ) -> Session:
         """A stream of latent size height x width; `frames` latent frames, or None for no end (rolling window only).
 
-        given, guide, strength: as for `rollout`.
+        given, init_latents, strength: as for `rollout`.
         """
         if self.decoder is None:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
@@ -118,7 +118,7 @@ class Engine:
         self._check_graphs(inputs)
         if inputs.cache.in_use == inputs.cache.slots:
             raise RuntimeError(self._full(shape, inputs.cache.slots))
-        noise = guided(self._noise([seed], height, width, config), guide, strength, config)
+        noise = with_init_latents(self._noise([seed], height, width, config), init_latents, strength, config)
         rollout = Rollout(
             self.dit, self.head, inputs.cache, config, noise, [policy], self.text_kv(embeds), given, strength, inputs
         )
@@ -144,14 +144,14 @@ class Engine:
         if self.device.type != "cuda":
             raise RuntimeError(f"CUDA graphs on {self.device}: they need a CUDA device")
         inputs, seconds = self._shared(self._pool_shape(height, width, frames, config)), 0.0
-        if inputs.graphs is not None and inputs.graphs.stale():
+        if inputs.graphs is not None and inputs.graphs.weights_moved():
             logger.warning("the model's weights have moved since its graphs were captured: they are captured anew")
             inputs.graphs = None
         if inputs.graphs is None:
             why = device_loop.unavailable()
             if why is not None:
                 logger.warning("no loop on the device, single steps are launched instead: %s", why)
-            graphs = StepGraphs(inputs, loop_rows=0 if why else 1)
+            graphs = GraphRunner(inputs, loop_rows=0 if why else 1)
             seconds = graphs.capture(progress, self.streams.capture)
             inputs.graphs = graphs  # only now: after a failure the next call tries again
         return seconds + self._capture_decoder(self._chunk(height, width, config))
@@ -160,11 +160,11 @@ class Engine:
         """Seconds; 0 where that is done already, or there is nothing to capture."""
         if not isinstance(self.decoder, StreamingVAE) or latents in self._decoders:
             return 0.0
-        why = too_large(self.decoder, latents)
+        why = why_not_captured(self.decoder, latents)
         if why is not None:
             logger.warning("the decoder was not captured, its chunks are launched op by op: %s", why)
             return 0.0
-        decoder = ChunkDecoder(self.decoder, latents)
+        decoder = GraphedDecoder(self.decoder, latents)
         seconds = decoder.capture(not self.deterministic, self.streams and self.streams.decode)
         self._decoders[latents] = decoder
         return seconds
@@ -190,7 +190,7 @@ class Engine:
         """Shape of the latents that a session decodes at once."""
         return 1, config.chunk_frames, self.dit.config.in_dim, height, width
 
-    def _shared(self, shape: PoolShape) -> StepInputs:
+    def _shared(self, shape: PoolShape) -> ModelRunner:
         """The pool of all sessions of a shape."""
         if shape not in self._pools:  # pools of other shapes that nobody uses make room, before this one is made
             kept = {other: pool for other, pool in self._pools.items() if pool.cache.in_use or pool.graphs is not None}
@@ -200,10 +200,10 @@ class Engine:
                 logger.info("%s was not captured: its forwards are launched op by op", shape)
         return self._pools[shape]
 
-    def _check_graphs(self, inputs: StepInputs) -> None:
+    def _check_graphs(self, inputs: ModelRunner) -> None:
         """RuntimeError where a replay would read weights that are not there any more. Once a stream, for it costs a
         millisecond."""
-        if inputs.graphs is not None and inputs.graphs.stale():
+        if inputs.graphs is not None and inputs.graphs.weights_moved():
             raise RuntimeError(
                 "the model's weights have moved (to another dtype or device, or quantised) since its CUDA graphs were "
                 "captured, which read them where they were: call warmup() again"
@@ -252,7 +252,7 @@ class Engine:
         return self._fitting(self._pool_shape(height, width, frames, config))
 
     def _fitting(self, shape: PoolShape) -> int:
-        rolling = None if shape.spare == 0 else shape.window
+        rolling = None if shape.headroom == 0 else shape.window
         config = replace(self.config, window=rolling, sink=shape.sink, rope=shape.rope, chunk_frames=shape.frames)
         load = memory_estimate.Workload(
             shape.height, shape.width, shape.window, dtype=self.dit.dtype, cache=E4M3 if self.fp8_cache else None
@@ -286,16 +286,16 @@ class Engine:
         policy: Policy,
         seeds: Sequence[int],
         config: RolloutConfig,
-        initial: Tensor | None = None,
+        initial_noise: Tensor | None = None,
         renoise: Renoise | None = None,
         given: Tensor | None = None,
-        guide: Tensor | None = None,
+        init_latents: Tensor | None = None,
         strength: float = 1.0,
     ) -> Rollout:
         """A batch of B = len(seeds) clips of `frames` latent frames, to be closed: in the sessions' pool where graphs
         of it are captured and B slots are free, else in one of its own.
 
-        given: clean latents [B, G, C, H, W] that the clips begin with, G <= frames; guide: latents [B, F, C, H, W] of a
+        given: clean latents [B, G, C, H, W] that the clips begin with, G <= frames; init_latents: latents [B, F, C, H, W] of a
         video that is noised to `strength` (Schedule) and made anew.
         """
         shape = self._pool_shape(height, width, frames, config)
@@ -303,8 +303,8 @@ class Engine:
         if inputs is None or inputs.graphs is None or inputs.cache.slots - inputs.cache.in_use < len(seeds):
             inputs = self._pool(shape, len(seeds))
         self._check_graphs(inputs)
-        noise = GivenNoise(self._noise(seeds, height, width, config), initial, renoise)
-        noise = guided(noise, guide, strength, config)
+        noise = ExternalNoise(self._noise(seeds, height, width, config), initial_noise, renoise)
+        noise = with_init_latents(noise, init_latents, strength, config)
         policies, text_kv = [policy] * len(seeds), self.text_kv(embeds)
         return Rollout(self.dit, self.head, inputs.cache, config, noise, policies, text_kv, given, strength, inputs)
 
@@ -323,7 +323,7 @@ class Engine:
             return PoolShape(max(frames, config.sink + config.chunk_frames), config.sink, config.rope, 0, *size)
         return PoolShape(config.window, config.sink, config.rope, config.chunk_frames, *size)
 
-    def _pool(self, shape: PoolShape, slots: int) -> StepInputs:
+    def _pool(self, shape: PoolShape, slots: int) -> ModelRunner:
         """A cache of `slots` slots and the step inputs of its sessions."""
         model = self.dit.config
         cache = KVCache(
@@ -338,11 +338,11 @@ class Engine:
             E4M3 if self.fp8_cache else self.dit.dtype,
             shape.rope,
             model.rope_theta,
-            shape.spare,
+            shape.headroom,
             self._cache_scales() if self.fp8_cache else None,
         )
         size, levels = (shape.height, shape.width), len(self.config.steps)
-        return StepInputs(self.dit, self.head, cache, shape.frames, size, levels, self.deterministic)
+        return ModelRunner(self.dit, self.head, cache, shape.frames, size, levels, self.deterministic)
 
     def _cache_scales(self) -> CacheScales:
         """Of every pool alike: for all levels that a rollout of this engine can have, and the commit's."""
@@ -385,8 +385,8 @@ class Engine:
         self._decoders.clear()
 
 
-def guided(noise: Noise, guide: Tensor | None, strength: float, config: RolloutConfig) -> Noise:
+def with_init_latents(noise: Noise, init_latents: Tensor | None, strength: float, config: RolloutConfig) -> Noise:
     """The noise to start from: mixed with the guide's latents at the first level of `strength`."""
-    if guide is None:
+    if init_latents is None:
         return noise
-    return GuidedNoise(noise, guide, Schedule(config.steps, config.shift, strength).sigmas[0])
+    return SDEditNoise(noise, init_latents, Schedule(config.steps, config.shift, strength).sigmas[0])

@@ -21,11 +21,11 @@ from dsa_engine.models.streaming_vae import State, StreamingVAE
 from dsa_engine.models.wan_vae import WanVAE
 
 
-class Held:
+class BorrowedState:
     """A stream's state that lies in a decoder's buffers for as long as nobody else needs them, and then in tensors of
     its own. A value like any other state: good for a second use, and a deep copy of it is a tuple of tensors."""
 
-    def __init__(self, decoder: ChunkDecoder, buffer: int):
+    def __init__(self, decoder: GraphedDecoder, buffer: int):
         self._decoder, self.buffer = decoder, buffer  # None: it has moved out
         self.own: State | None = None
 
@@ -33,7 +33,7 @@ class Held:
         return self._decoder.copied(self)
 
 
-class ChunkDecoder:
+class GraphedDecoder:
     """A `VideoCodec` that decodes chunks of one shape over buffers of its own, all others as its codec does.
 
     Two buffers hold a state each: a chunk reads one and writes the other, so nothing is copied between the chunks of a
@@ -56,7 +56,7 @@ class ChunkDecoder:
         weight = next(codec.parameters())
         self._device, self._lock = weight.device, threading.RLock()
         self._done = torch.cuda.Event() if weight.is_cuda else None  # of the last work on the buffers
-        self._held: list[weakref.ref[Held] | None] = [None, None]
+        self._held: list[weakref.ref[BorrowedState] | None] = [None, None]
         # By the buffer that is read, None for a clip's first chunk.
         self._graphs: dict[int | None, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         with torch.inference_mode():
@@ -78,7 +78,9 @@ class ChunkDecoder:
         return self.codec.latent_frames_of(frames)
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, state: State | Held | None = None) -> tuple[Tensor, State | Held]:
+    def decode(
+        self, latents: Tensor, state: State | BorrowedState | None = None
+    ) -> tuple[Tensor, State | BorrowedState]:
         """As the codec's; a state may be one of the codec's own too."""
         with self._lock:
             self._wait()
@@ -88,9 +90,9 @@ class ChunkDecoder:
                 source = None if state is None else self._source(state)
                 target = _target(source)
                 self._latents.copy_(latents)
-                self._vacate(target)
+                self._evict(target)
                 frames = self._run(source)
-                held = Held(self, target)
+                held = BorrowedState(self, target)
                 self._held[target] = weakref.ref(held)
                 result = frames, held
             self._mark()
@@ -98,42 +100,42 @@ class ChunkDecoder:
 
     # ---- states ------------------------------------------------------------------------------------------------------
 
-    def copied(self, held: Held) -> State:
+    def copied(self, held: BorrowedState) -> State:
         with self._lock:
             self._wait()
             copy = tuple(tail.clone() for tail in self._tensors(held))
             self._mark()
             return copy
 
-    def _tensors(self, state: State | Held | None) -> State | None:
-        if not isinstance(state, Held):
+    def _tensors(self, state: State | BorrowedState | None) -> State | None:
+        if not isinstance(state, BorrowedState):
             return state
         return state.own if state.buffer is None else self._states[state.buffer]
 
-    def _fits(self, state: State | Held) -> bool:
+    def _fits(self, state: State | BorrowedState) -> bool:
         """False for the codec to say what is wrong."""
         tensors = self._tensors(state)
         return [t.shape for t in tensors] == [t.shape for t in self._states[0]]
 
-    def _source(self, state: State | Held) -> int:
+    def _source(self, state: State | BorrowedState) -> int:
         """The buffer that holds a state, copied there if need be."""
-        if isinstance(state, Held) and state.buffer is not None:
+        if isinstance(state, BorrowedState) and state.buffer is not None:
             return state.buffer
-        free = [i for i in (0, 1) if self._occupant(i) is None]
+        free = [i for i in (0, 1) if self._owner(i) is None]
         source = free[0] if free else 0
-        self._vacate(source)
+        self._evict(source)
         for buffer, tail in zip(self._states[source], self._tensors(state)):
             buffer.copy_(tail)
             if tail.is_cuda:  # it may be freed by a stream that does not wait for this copy
                 tail.record_stream(torch.cuda.current_stream(self._device))
         return source
 
-    def _occupant(self, buffer: int) -> Held | None:
+    def _owner(self, buffer: int) -> BorrowedState | None:
         """Whose state lies there, if anybody still has it."""
         return None if self._held[buffer] is None else self._held[buffer]()
 
-    def _vacate(self, buffer: int) -> None:
-        occupant, self._held[buffer] = self._occupant(buffer), None
+    def _evict(self, buffer: int) -> None:
+        occupant, self._held[buffer] = self._owner(buffer), None
         if occupant is not None:
             occupant.own, occupant.buffer = tuple(tail.clone() for tail in self._states[buffer]), None
 
@@ -175,7 +177,7 @@ class ChunkDecoder:
         with self._lock:
             self._wait()
             for buffer in (0, 1):
-                self._vacate(buffer)
+                self._evict(buffer)
             self._graphs.clear()
             stream, pool = stream or torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
             stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -203,8 +205,8 @@ def _target(source: int | None) -> int:
     return 0 if source is None else 1 - source
 
 
-def too_large(codec: StreamingVAE, latents: Sequence[int]) -> str | None:
-    """Why the device's free memory does not hold a `ChunkDecoder` of that shape with its graphs; None if it does."""
+def why_not_captured(codec: StreamingVAE, latents: Sequence[int]) -> str | None:
+    """Why the device's free memory does not hold a `GraphedDecoder` of that shape with its graphs; None if it does."""
     size, (batch, frames, _, height, width) = codec_of(codec), latents
     pixels = batch * height * width * codec.spatial_stride**2
     passes = min(frames, codec.pass_frames) * codec.temporal_stride

@@ -1,6 +1,6 @@
 """The state of every session between two forwards, on the device, one entry a cache slot; and the forward itself.
 
-A forward is a function of nothing but which slots take part and how (`plan.Row`): noise level, positions, ring places,
+A forward is a function of nothing but which slots take part and how (`plan.RowSpec`): noise level, positions, ring places,
 prompt, noise and stop rule are read on the device at the slot. So one captured graph serves every step of every chunk
 of every session, and sessions at different steps and positions share a forward.
 """
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from dsa_engine import ops
-from dsa_engine.engine.chunk_plan import Row
+from dsa_engine.engine.chunk_plan import RowSpec
 from dsa_engine.engine.device import read
 from dsa_engine.kernel_types import REDUCE, StopRule
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.interfaces import TextKV
-from dsa_engine.sampling.kv_cache import CacheRows, KVCache
-from dsa_engine.sampling.policy import Rule
+from dsa_engine.sampling.kv_cache import CacheView, KVCache
+from dsa_engine.sampling.policy import ExitRule
 from dsa_engine.sampling.schedule import TIMESTEPS
 
 
-class StepInputs:
+class ModelRunner:
     """Static buffers for the N slots of a cache, and a scratch entry N that rows write to which have nothing to say.
 
     x [N + 1, F, C, h, w]: what the next step denoises; x0: the last estimate, and so the chunk to commit next;
@@ -52,8 +52,10 @@ class StepInputs:
         self.x0 = torch.zeros_like(self.x)
         self.noise = torch.zeros(slots + 1, levels, *latents, **options)
         # What the host tells of a chunk, one row a slot, so that it takes one copy. Its floats lie there as their bits.
-        self.told = torch.zeros(slots + 1, levels + 5, dtype=torch.int32, device=dit.device)
-        self.sigmas, self.threshold, self.least, self.most, self.reduce = told(self.told)
+        self.chunk_params = torch.zeros(slots + 1, levels + 5, dtype=torch.int32, device=dit.device)
+        self.sigmas, self.threshold, self.min_steps, self.max_steps, self.reduce = unpack_chunk_params(
+            self.chunk_params
+        )
         self.step = torch.zeros(slots + 1, dtype=torch.long, device=dit.device)
         self.state = torch.zeros(slots + 1, frames + 1, device=dit.device)
         heads = (config.num_heads, config.head_dim)
@@ -62,15 +64,15 @@ class StepInputs:
             torch.ones(slots + 1, dtype=torch.long, device=dit.device),
             torch.ones(slots + 1, device=dit.device),
         )
-        self.graphs: Any = None  # StepGraphs of this pool, once they are captured (`Engine.warmup`)
+        self.graphs: Any = None  # GraphRunner of this pool, once they are captured (`Engine.warmup`)
         self.prompt_lengths = [config.text_len] * (slots + 1)  # `text.used` where the host can read it
 
     @property
     def nbytes(self) -> int:
-        own = (self.x, self.x0, self.noise, self.told, self.step, self.state, *self.text)
+        own = (self.x, self.x0, self.noise, self.chunk_params, self.step, self.state, *self.text)
         return sum(t.nbytes for t in own)
 
-    def prompt(self, slot: Tensor, text: TextKV) -> None:
+    def set_prompt(self, slot: Tensor, text: TextKV) -> None:
         """The slots' prompts from now on."""
         length = text.kv.shape[3]
         self.text.kv[:, :, slot, :length] = text.kv
@@ -79,42 +81,42 @@ class StepInputs:
         for s, used in zip(slot.tolist(), self.text.used[slot].tolist()):
             self.prompt_lengths[s] = used
 
-    def begin(self, slot: Tensor, noise: Tensor, sigmas: Sequence[float], rules: Sequence[Rule]) -> None:
+    def start_chunk(self, slot: Tensor, noise: Tensor, sigmas: Sequence[float], rules: Sequence[ExitRule]) -> None:
         """Start a chunk in the slots [B]: noise [B, K, F, C, h, w], entry 0 at level sigmas[0]; one rule a slot."""
         self.x[slot] = noise[:, 0]
         self.noise[slot, : noise.shape[1]] = noise
         self.step[slot] = 0
         self.state[slot] = 0.0
-        host = torch.zeros(len(rules), self.told.shape[1], dtype=torch.int32)
-        levels, threshold, *counts = told(host)
+        host = torch.zeros(len(rules), self.chunk_params.shape[1], dtype=torch.int32)
+        levels, threshold, *counts = unpack_chunk_params(host)
         levels[:, : len(sigmas)] = torch.tensor(sigmas)
         for row, rule in enumerate(rules):
             threshold[row] = _at_least(rule.threshold)
-            for count, value in zip(counts, (rule.least, rule.most, REDUCE.index(rule.reduce))):
+            for count, value in zip(counts, (rule.min_steps, rule.max_steps, REDUCE.index(rule.reduce))):
                 count[row] = value
-        self.told[slot] = self._sent(host)
+        self.chunk_params[slot] = self._to_device(host)
 
-    def rows(self, rows: Sequence[Row], size: int = 0) -> Tensor:
+    def rows(self, rows: Sequence[RowSpec], size: int = 0) -> Tensor:
         """Rows as the device reads them: [4, R] slot, commit, frames ahead, counts.
 
-        size: R at least, where a batch is to be filled up. What fills it repeats the first row and does not count: it
+        size: R at min_steps, where a batch is to be filled up. What fills it repeats the first row and does not count: it
         leaves nothing behind but the keys and values that the first row writes too. It comes before that row, for after
         it, in deterministic mode, the slot has moved on.
         """
         columns = [(row.slot, row.commit, self.frames * row.ahead, True) for row in rows]
         columns = [(*columns[0][:3], False)] * (size - len(rows)) + columns
-        return self._sent(torch.tensor(list(zip(*columns))))
+        return self._to_device(torch.tensor(list(zip(*columns))))
 
-    def _sent(self, host: Tensor) -> Tensor:
+    def _to_device(self, host: Tensor) -> Tensor:
         """On the device, without a wait: torch keeps the page-locked memory until the copy is done, then reuses it."""
         return (host.pin_memory() if self.x.is_cuda else host).to(self.x.device, non_blocking=True)
 
-    def told_back(self) -> list[list[float]]:
+    def read_state(self) -> list[list[float]]:
         """`state` of every slot on the host, [N + 1][F + 1], as soon as what was launched until now is done: one read,
         whoever of them is asked about."""
         return read(self.state).tolist()
 
-    def forward(self, rows: Sequence[Row]) -> None:
+    def forward(self, rows: Sequence[RowSpec]) -> None:
         """One forward over some rows, commits first (a step may see a chunk that is committed in the same forward)."""
         if self.graphs is not None:
             return self.graphs.forward(rows)
@@ -136,7 +138,7 @@ class StepInputs:
             self._rows(slot[part], commit[part], counts[part], memory.select(part), longest, steps)
         self.cache.position.index_add_(0, slot, (commit & counts) * self.frames)
 
-    def _rows(self, slot: Tensor, commit: Tensor, counts: Tensor, memory: CacheRows, longest: int, steps: bool) -> None:
+    def _rows(self, slot: Tensor, commit: Tensor, counts: Tensor, memory: CacheView, longest: int, steps: bool) -> None:
         stopped = self.state[slot, -1] > 0  # a device-side loop runs on until all of its rows have stopped:
         step = self.step[slot] - stopped.long()  # one that has takes its last step again, and writes the same keys
         level = torch.where(commit, 0.0, self.sigmas[slot, step])[:, None].expand(-1, self.frames)
@@ -167,7 +169,7 @@ class StepInputs:
 
     def _rule(self, slot: Tensor, step: Tensor) -> StopRule:
         taken = (step + 1).to(torch.int32)
-        return StopRule(taken, self.least[slot], self.most[slot], self.reduce[slot], self.threshold[slot])
+        return StopRule(taken, self.min_steps[slot], self.max_steps[slot], self.reduce[slot], self.threshold[slot])
 
     def _text(self, slot: Tensor, longest: int) -> TextKV:
         kv = self.text.kv[:, :, slot, :longest]
@@ -177,8 +179,8 @@ class StepInputs:
         return TextKV(kv, self.text.used[slot], self.text.repeat[slot])
 
 
-def told(rows: Tensor) -> tuple[Tensor, ...]:
-    """Views of int32 rows [R, S + 5]: levels [R, S + 1] and threshold [R] as float32, then least, most and reduce."""
+def unpack_chunk_params(rows: Tensor) -> tuple[Tensor, ...]:
+    """Views of int32 rows [R, S + 5]: levels [R, S + 1] and threshold [R] as float32, then min_steps, most and reduce."""
     floats = rows.view(torch.float32)
     return floats[:, :-4], floats[:, -4], *rows[:, -3:].unbind(1)
 

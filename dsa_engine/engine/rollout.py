@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
-from dsa_engine.engine.chunk_plan import Node, chunk_plan, execute
+from dsa_engine.engine.chunk_plan import Forward, chunk_plan, run_plan
 from dsa_engine.engine.device import Moment, on_device
-from dsa_engine.engine.model_runner import StepInputs
+from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.interfaces import TextKV
-from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk, read
+from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk, read_policy_signals
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import Noise
-from dsa_engine.sampling.policy import Policy, Rule
+from dsa_engine.sampling.policy import Policy, ExitRule
 from dsa_engine.sampling.schedule import Schedule
 
 
@@ -43,7 +43,7 @@ class Rollout:
         text_kv: TextKV,
         given: Tensor | None = None,
         strength: float = 1.0,
-        inputs: StepInputs | None = None,
+        inputs: ModelRunner | None = None,
     ):
         """given: clean latents [B, G, C, H, W] that the clip begins with; strength: of the Schedule; inputs: the step
         inputs of the cache's slots, with which the commit rides along with a chunk's first step. None: the plain loop.
@@ -51,8 +51,8 @@ class Rollout:
         self.dit, self.head, self.cache, self.config, self.noise = dit, head, cache, config, noise
         self.schedule = Schedule(config.steps, config.shift, strength)
         self.given = given
-        self.fresh = [policy.start(len(self.schedule)) for policy in policies]  # what `restart` goes back to
-        self.policies = copy.deepcopy(self.fresh)
+        self.initial_policies = [policy.start(len(self.schedule)) for policy in policies]  # what `restart` goes back to
+        self.policies = copy.deepcopy(self.initial_policies)
         self.slot: Tensor | None = cache.acquire(len(policies))
         self.slots: list[int] = self.slot.tolist()
         self.text_kv, self.inputs = text_kv, inputs
@@ -65,7 +65,7 @@ class Rollout:
         return self.cache.k.device
 
     def _begin(self) -> None:
-        self.told: TextKV | None = None  # the prompt that the inputs hold
+        self.loaded_text_kv: TextKV | None = None  # the prompt that the inputs hold
         self.index = 0  # of the next chunk to be made
         self.position = 0  # of its first frame
         self.past: list[tuple[int, Tensor]] = []  # (first frame, latents) of the chunks that a recache would replay
@@ -75,9 +75,11 @@ class Rollout:
             for latents in self.given.split([short] * bool(short) + [size] * (self.given.shape[1] // size), dim=1):
                 self._remember(latents)
         self.committed = True
-        self.replays: list[tuple[int, Tensor]] = []  # of the past, that the chunk's forwards have yet to commit anew
-        self.ahead = False  # the chunk before was committed by a forward of a chunk that is not accepted yet
-        self.stale = bool(self.past)  # the cache has yet to be made, or was made under an earlier prompt
+        self.recache_queue: list[
+            tuple[int, Tensor]
+        ] = []  # of the past, that the chunk's forwards have yet to commit anew
+        self.commit_in_flight = False  # the chunk before was committed by a forward of a chunk that is not accepted yet
+        self.needs_recache = bool(self.past)  # the cache has yet to be made, or was made under an earlier prompt
 
     @on_device
     @torch.inference_mode()
@@ -87,15 +89,15 @@ class Rollout:
         on_step sees every step of the plain loop (`denoise_chunk`); without it the same is done on `inputs`.
         """
         if on_step is None and self.inputs is not None:
-            plan, graphs = self.begin(), self.inputs.graphs
+            plan, graphs = self.prepare_chunk(), self.inputs.graphs
             if graphs is None:
-                forwards = execute(plan, self.slots, self.inputs.forward, self.stopped)
+                forwards = run_plan(plan, self.slots, self.inputs.forward, self.poll_stop_flags)
             else:  # without `stopped` the device's flags decide, which is what lets it loop by itself
-                forwards = graphs.run(plan, self.slots, self.stopped if self.judged else None)
+                forwards = graphs.run(plan, self.slots, self.poll_stop_flags if self.host_decides else None)
             for node, live in forwards:
-                self.took(node, live)
-            return self.denoised()
-        self._settle_timed()
+                self.on_forward_done(node, live)
+            return self.result()
+        self._flush_timed()
         return denoise_chunk(
             self.dit,
             self.head,
@@ -109,96 +111,96 @@ class Rollout:
             on_step=on_step,
         )
 
-    def _settle_timed(self) -> None:
+    def _flush_timed(self) -> None:
         start = Moment(self.device)
-        self.settle()
+        self.flush_cache()
         self.commit_span = start, Moment(self.device)
 
     @on_device
     @torch.inference_mode()
-    def begin(self) -> tuple[Node, ...]:
-        """Make the inputs ready for the next chunk; returns the plan that makes it. `took` follows each forward."""
+    def prepare_chunk(self) -> tuple[Forward, ...]:
+        """Make the inputs ready for the next chunk; returns the plan that makes it. `on_forward_done` follows each forward."""
         inputs, size = self.inputs, self.config.chunk_frames
         self._step_back()
         # A sink that moves lies elsewhere for the chunk before, and a ring needs room for what that one still sees.
-        room = self.config.window is None or self.cache.spare >= size
-        merge = room and self.cache.still is None and self.config.commit == "clean"
+        room = self.config.window is None or self.cache.headroom >= size
+        merge = room and self.cache.unrotated_sink is None and self.config.commit == "clean"
         whole = all(latents.shape[1] == size for _, latents in self.past)  # a picture at the start is less than a chunk
-        commit, self.replays, self.commit_span = merge and not self.committed and not self.stale, [], None
+        commit, self.recache_queue, self.commit_span = merge and not self.committed and not self.needs_recache, [], None
         if commit:
             inputs.x0[self.slot] = self.past[-1][1]
-        elif self.stale and merge and whole:
+        elif self.needs_recache and merge and whole:
             self.cache.clear(self.slot)
-            commit, self.replays = True, list(self.past)
+            commit, self.recache_queue = True, list(self.past)
             self._replay()
         else:
-            self._settle_timed()
-        if self.text_kv is not self.told:
-            inputs.prompt(self.slot, self.text_kv)
-            self.told = self.text_kv
+            self._flush_timed()
+        if self.text_kv is not self.loaded_text_kv:
+            inputs.set_prompt(self.slot, self.text_kv)
+            self.loaded_text_kv = self.text_kv
         limit = len(self.schedule)
         told = [policy.rule(self.index, limit) for policy in self.policies]
-        self.judged = None in told  # a policy decides that the device cannot ask
-        rules = [rule or Rule(1, limit) for rule in told]
-        most = max(rule.most for rule in rules)
-        inputs.begin(self.slot, self.noise.ahead(self.index, most), self.schedule.sigmas, rules)
-        self.counts, self.before = dict.fromkeys(self.slots, 0), None
-        return chunk_plan(min(rule.least for rule in rules), most, commit, replays=len(self.replays))
+        self.host_decides = None in told  # a policy decides that the device cannot ask
+        rules = [rule or ExitRule(1, limit) for rule in told]
+        most = max(rule.max_steps for rule in rules)
+        inputs.start_chunk(self.slot, self.noise.draw_chunk(self.index, most), self.schedule.sigmas, rules)
+        self.counts, self.previous_x0 = dict.fromkeys(self.slots, 0), None
+        return chunk_plan(min(rule.min_steps for rule in rules), most, commit, replays=len(self.recache_queue))
 
     def _replay(self) -> None:
         """The next chunk that is to be committed anew. The last one is committed along with the first step, as if it
         had just been made."""
-        position, latents = self.replays.pop(0)
+        position, latents = self.recache_queue.pop(0)
         self.cache.seek(self.slot, position)
         self.inputs.x0[self.slot] = latents
-        if not self.replays:
-            self.stale, self.committed = False, False
+        if not self.recache_queue:
+            self.needs_recache, self.committed = False, False
 
     def _step_back(self) -> None:
         """Forget a commit that rode along with a chunk that was never accepted: a second try then does the same."""
-        if self.ahead:
+        if self.commit_in_flight:
             self.cache.position[self.slot] -= self.config.chunk_frames
-        self.ahead = False
+        self.commit_in_flight = False
 
-    def took(self, node: Node, live: Sequence[int]) -> None:
+    def on_forward_done(self, node: Forward, live: Sequence[int]) -> None:
         """A forward of the plan has succeeded."""
-        if self.replays:
+        if self.recache_queue:
             return self._replay()
-        self.ahead = self.ahead or node.commit
+        self.commit_in_flight = self.commit_in_flight or node.commit
         for slot in live:
             self.counts[slot] += node.step
 
-    def stopped(self, live: Sequence[int], state: Sequence[Sequence[float]] | None = None) -> list[bool]:
+    def poll_stop_flags(self, live: Sequence[int], state: Sequence[Sequence[float]] | None = None) -> list[bool]:
         """Which of the slots are done with their chunk: what the stop flags or, where a device cannot, policies say.
 
-        state: `StepInputs.told_back` after the forward, where somebody has read it already. A policy that judges how
+        state: `ModelRunner.read_state` after the forward, where somebody has read it already. A policy that judges how
         far an estimate has moved costs one read more.
         """
-        state = self.inputs.told_back() if state is None else state
-        if not self.judged:
+        state = self.inputs.read_state() if state is None else state
+        if not self.host_decides:
             return [state[slot][-1] > 0 for slot in live]
         rows, limit = [self.slots.index(slot) for slot in live], len(self.schedule)
         policies, x0 = [self.policies[row] for row in rows], self.inputs.x0[self.slot]
-        judged = [policy.reads if policy.reads == "change" else None for policy in policies]  # the rest is in `state`
-        before = None if self.before is None else _picked(self.before, rows)
-        moved = read(judged, None, _picked(x0, rows), before)
-        self.before = x0
-        values = [state[slot][:-1] if p.reads == "confidence" else m for slot, p, m in zip(live, policies, moved)]
+        judged = [policy.signal if policy.signal == "change" else None for policy in policies]  # the rest is in `state`
+        before = None if self.previous_x0 is None else _picked(self.previous_x0, rows)
+        moved = read_policy_signals(judged, None, _picked(x0, rows), before)
+        self.previous_x0 = x0
+        values = [state[slot][:-1] if p.signal == "confidence" else m for slot, p, m in zip(live, policies, moved)]
         return [
             state[slot][-1] > 0
             if policy.rule(self.index, limit)
-            else policy.done(self.index, self.counts[slot], value, limit)
+            else policy.should_stop(self.index, self.counts[slot], value, limit)
             for slot, policy, value in zip(live, policies, values)
         ]
 
-    def denoised(self) -> Denoised:
+    def result(self) -> Denoised:
         """What the plan has made."""
         state = self.inputs.state[self.slot, :-1].clone() if self.head else None
         return Denoised(self.inputs.x0[self.slot].clone(), list(self.counts.values()), state)
 
     def accept(self, latents: Tensor) -> None:
         """Move on to the next chunk."""
-        self.ahead = False
+        self.commit_in_flight = False
         self._remember(latents)
         self.index, self.committed = self.index + 1, False
 
@@ -210,26 +212,26 @@ class Rollout:
         if sum(self.past[i][1].shape[1] for i in ring[1:]) >= self.cache.window - self.cache.sink:
             del self.past[ring[0]]
 
-    def switch(self, text_kv: TextKV, recache: bool = True) -> None:
+    def set_prompt(self, text_kv: TextKV, recache: bool = True) -> None:
         """Go on under another prompt. With `recache` the past's keys and values are made anew under it."""
         if not recache:
-            self.settle()  # what was made under the old prompt is committed under it
+            self.flush_cache()  # what was made under the old prompt is committed under it
         self.text_kv = text_kv
-        self.stale = self.stale or (recache and bool(self.past))
+        self.needs_recache = self.needs_recache or (recache and bool(self.past))
 
     @on_device
     @torch.inference_mode()
-    def settle(self) -> None:
+    def flush_cache(self) -> None:
         """Bring the cache up to date: commit what is not committed, or replay the whole window after a switch."""
         self._step_back()
-        if self.stale:
+        if self.needs_recache:
             self.cache.clear(self.slot)
             for position, latents in self.past:
                 self.cache.seek(self.slot, position)
                 self._commit(latents, "clean")
         elif not self.committed:
             self._commit(self.past[-1][1], self.config.commit)
-        self.stale, self.committed = False, True
+        self.needs_recache, self.committed = False, True
 
     def _commit(self, latents: Tensor, mode: str) -> None:
         frames = latents.shape[1]
@@ -250,14 +252,14 @@ class Rollout:
     def load(self, state: dict[str, Any]) -> None:
         self.cache.load(self.slot, state["cache"])
         self.policies = copy.deepcopy(state["policies"])
-        self.past, self.ahead = list(state["past"]), False
+        self.past, self.commit_in_flight = list(state["past"]), False
         for name in _PLAIN_STATE:
             setattr(self, name, state[name])
 
     def restart(self) -> None:
         """Back to the first chunk, under the prompt in force."""
         self.cache.clear(self.slot)
-        self.policies = copy.deepcopy(self.fresh)
+        self.policies = copy.deepcopy(self.initial_policies)
         self._begin()
 
     def close(self) -> None:
@@ -273,4 +275,4 @@ def _picked(x: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 # Replaced, never written to: no copy needed.
-_PLAIN_STATE = ("text_kv", "noise", "given", "index", "position", "committed", "stale")
+_PLAIN_STATE = ("text_kv", "noise", "given", "index", "position", "committed", "needs_recache")

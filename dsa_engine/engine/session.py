@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsa_engine.engine.chunk_plan import Node
+from dsa_engine.engine.chunk_plan import Forward
 from dsa_engine.engine.device import Moment, copied, follow, on_device, stream_of
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.models.interfaces import TextKV, VideoCodec
@@ -44,7 +44,7 @@ class Chunk:
 
 
 class Transition(NamedTuple):
-    """On the way from one prompt's embeddings to another's: from chunk `first` on, the last of so many chunks being all
+    """On the transition from one prompt's embeddings to another's: from chunk `first` on, the last of so many chunks being all
     the other's."""
 
     before: Tensor
@@ -90,7 +90,7 @@ class Times(NamedTuple):
         return parts | {"total": sum(parts.values())}
 
 
-class Text(Protocol):
+class PromptEncoder(Protocol):
     """What makes a prompt the model's: the engine."""
 
     def encode(self, prompts: Sequence[str]) -> Tensor: ...
@@ -109,7 +109,7 @@ class Session:
         self,
         rollout: Rollout,
         decoder: VideoCodec,
-        text: Text,
+        encoder: PromptEncoder,
         embeds: Tensor,
         fps: float,
         prompt: str | None,
@@ -118,7 +118,7 @@ class Session:
     ):
         """embeds [1, L, text_dim]: of the prompt; stream: on a CUDA device, where chunks are decoded beside others'
         forwards."""
-        self.rollout, self._decoder, self._text = rollout, decoder, text
+        self.rollout, self._decoder, self._encoder = rollout, decoder, encoder
         self._embeds, self._transition = embeds, None
         self._limit = limit
         self._begun: tuple[float, Moment] | None = None  # when the chunk that is being made was, as in Times
@@ -151,7 +151,7 @@ class Session:
 
     @on_device
     def next_chunk(self, on_step: Callable[[Step], None] | None = None) -> Chunk:
-        """Denoise and decode the next chunk. An exception on the way leaves the session as it was.
+        """Denoise and decode the next chunk. An exception on the transition leaves the session as it was.
 
         on_step: called after each denoising step, of the plain loop then (`Rollout.denoise`). Raises RuntimeError when
         the session is closed or has made all its frames.
@@ -160,25 +160,25 @@ class Session:
         return self._finish(self.rollout.denoise(on_step))
 
     @on_device
-    def begin(self) -> tuple[Node, ...]:
+    def begin(self) -> tuple[Forward, ...]:
         """The first half of `next_chunk` for a `Runner`: everything is ready for the forwards of the plan returned."""
         self._ready()
-        return self.rollout.begin()
+        return self.rollout.prepare_chunk()
 
     @on_device
     def finish(self) -> Chunk:
         """The second half: decode what the forwards have made."""
-        return self._finish(self.rollout.denoised())
+        return self._finish(self.rollout.result())
 
     def _ready(self) -> None:
         """For the next chunk, or for another try at it. Raises RuntimeError where there is none."""
         self._check_open()
         if self.exhausted:
             raise RuntimeError(f"the clip is complete: all {self._limit} latent frames that were asked for are there")
-        way = self._transition
-        if way is not None and self.index < way.first + way.chunks:
-            self._embeds = way.embeds(self.index)
-            self.rollout.switch(self._text.text_kv(self._embeds), way.recache)
+        transition = self._transition
+        if transition is not None and self.index < transition.first + transition.chunks:
+            self._embeds = transition.embeds(self.index)
+            self.rollout.set_prompt(self._encoder.text_kv(self._embeds), transition.recache)
         self._begun = time.perf_counter(), Moment(self.device)
 
     def chunks(self) -> Iterator[Chunk]:
@@ -202,13 +202,13 @@ class Session:
     def _denoise(self) -> tuple[Denoised, Times, AbstractContextManager]:
         """The next chunk, and the context in which it can be decoded beside what follows."""
         self._ready()
-        return (result := self.rollout.denoise()), self._times(), self._beside(result)
+        return (result := self.rollout.denoise()), self._times(), self._side_stream(result)
 
     def _times(self) -> Times:
-        """Those of the chunk that is denoised now. Before `_beside`, whose stream waits for them too."""
+        """Those of the chunk that is denoised now. Before `_side_stream`, whose stream waits for them too."""
         return Times(*self._begun, Moment(self.device), self.rollout.commit_span)
 
-    def _beside(self, result: Denoised) -> AbstractContextManager:
+    def _side_stream(self, result: Denoised) -> AbstractContextManager:
         if self.device.type != "cuda":
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -216,13 +216,13 @@ class Session:
         return torch.cuda.stream(self._stream)
 
     @on_device
-    def hand_over(self) -> Callable[[], Chunk]:
+    def detach_decode(self) -> Callable[[], Chunk]:
         """`finish` in two: the chunk counts at once, and the function returned decodes it, in any thread and, on a CUDA
         device, on a stream of its own, beside what others do meanwhile. It is to be called once, and before the next
         chunk is begun.
         """
-        result = self.rollout.denoised()
-        return self._hand_over(result, self._times(), self._beside(result))
+        result = self.rollout.result()
+        return self._hand_over(result, self._times(), self._side_stream(result))
 
     def _hand_over(self, result: Denoised, times: Times, beside: AbstractContextManager) -> Callable[[], Chunk]:
         index, past = self.index, self._decoder_state
@@ -268,7 +268,7 @@ class Session:
         return chunk
 
     @on_device
-    def opening(self) -> np.ndarray | None:
+    def prefix_frames(self) -> np.ndarray | None:
         """The frames that the clip was given to begin with, as the decoder gives them back: uint8 [T, H, W, 3]."""
         if self.rollout.given is None:
             return None
@@ -289,11 +289,11 @@ class Session:
             raise ValueError(
                 f"transition_chunks={transition_chunks!r}: must be a whole number of at least 0; nearest is 0"
             )
-        embeds = self._text.encode([prompt])
+        embeds = self._encoder.encode([prompt])
         if transition_chunks > 1:
             self._transition = Transition(self._embeds, embeds, self.index, transition_chunks, recache)
         else:
-            self.rollout.switch(self._text.text_kv(embeds), recache)
+            self.rollout.set_prompt(self._encoder.text_kv(embeds), recache)
             self._embeds, self._transition = embeds, None
         self.prompt = prompt
 
@@ -331,7 +331,7 @@ class Session:
         self._check_open()
         if self._transition is not None:  # to begin with, the prompt that it was going to
             self._embeds, self._transition = self._transition.after, None
-            self.rollout.switch(self._text.text_kv(self._embeds))
+            self.rollout.set_prompt(self._encoder.text_kv(self._embeds))
         self.rollout.restart()
         self._begin()
 

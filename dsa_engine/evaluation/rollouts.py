@@ -69,7 +69,7 @@ def roll_out(
     policies = [policy] * len(captions) if isinstance(policy, (Policy, str)) else list(policy)
     if len(policies) != len(captions):
         raise ValueError(f"{len(policies)} policies for {len(captions)} clips: give one, or {len(captions)}")
-    policies = [pipeline_inputs.policy(pipe.engine, policy) for policy in policies]
+    policies = [pipeline_inputs.resolve_policy(pipe.engine, policy) for policy in policies]
     parts, order = [], [list(range(len(captions)))] if batch is None else group_by_prompt_switches(captions, batch)
     for clips in order:
         rollout = _rollout(pipe, [captions[i] for i in clips], [seed + i for i in clips])
@@ -180,7 +180,7 @@ def _play(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, o
     for i in range(len(captions[0])):
         if i and any(clip[i] != clip[i - 1] for clip in captions):
             embeds = _embeds(pipe, [clip[i] for clip in captions], len(rollout.slot))
-            rollout.switch(pipe.engine.text_kv(embeds), recache)
+            rollout.set_prompt(pipe.engine.text_kv(embeds), recache)
         chunks.append(rollout.denoise(on_step))
         rollout.accept(chunks[-1].latents)
     with torch.inference_mode():

@@ -1,10 +1,10 @@
-"""The KV cache: a preallocated ring of frames with an optional sink, one slot a session.
+"""The KV cache: a preallocated ring of frames with an optional sink, one slot per session.
 
-Contract. A slot holds a sink of s frames, which stay for ever, and a ring of R >= W - s: frame p of a clip lies at p if
+Contract. A slot holds a sink of s frames, which are never evicted, and a ring of R >= W - s: frame p of a clip lies at p if
 p < s, else at s + (p - s) mod R, so nothing ever moves. A chunk of F frames at position p sees the sink and the last
-W - s frames that end with itself. The chunk being denoised is written at its own place; only `advance` moves the
+W - s frames that end with itself. The chunk being denoised is written at its own ring index; only `advance` moves the
 position, so every denoising step of a chunk, its commit, and a second try after a failure write the same frames. With
-R = W - s these are the frames that the chunk evicts; with `spare` more, the chunk after next fits in as well, so that
+R = W - s these are the frames that the chunk evicts; with `headroom` more, the chunk after next fits in as well, so that
 one forward can commit a chunk and denoise the next, each row seeing its own window.
 
 Keys are stored rotated at the absolute frame position they were made for (Self-Forcing's convention). RoPE makes a
@@ -12,8 +12,8 @@ score depend on the distance of two frames alone, and within the ring no distanc
 Only the sink falls behind: after p frames it is p frames away, beyond anything a model was trained on. With
 `rope="relative"` it moves along instead: sink frame j is seen at j + max(0, p + F - W), next to the oldest ring frame.
 
-In e4m3 the cache takes half the memory of bfloat16. `scales` say what its numbers stand for (`CacheScales`), the same
-for every slot and for as long as the cache lives: a key that was stored under other scales would be another key.
+In e4m3 the cache takes half the memory of bfloat16. `scales` dequantize it (`CacheScales`); they are the same for every
+slot and constant for the cache's lifetime, since stored keys depend on them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from dsa_engine.ops.reference import to_e4m3
 
 class KVCache:
     """K and V of all layers: two tensors [layers, N, s + R, S, H, D]; per slot, on the device: `position` [N], the next
-    frame's, and `oldest` [N], the first frame of the ring that is there.
+    frame's, and `first_valid` [N], the first frame of the ring that is valid.
 
     window: W, frames, counting the chunk being denoised and holding the sink; tokens: S, per frame; slots: N sessions;
-    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE; spare: R - (W - s); scales: with an e4m3
+    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE; headroom: R - (W - s); scales: with an e4m3
     `dtype`, and only then, k, v [layers, H] and shift [layers, H, D] (`models.fp8.cache_scales`).
     """
 
@@ -50,7 +50,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         rope: str = "absolute",
         theta: float = 10000.0,
-        spare: int = 0,
+        headroom: int = 0,
         scales: CacheScales | None = None,
     ):
         if not 0 <= sink < window:
@@ -59,15 +59,15 @@ class KVCache:
             raise ValueError(
                 f"cache of {dtype} {'with' if scales else 'without'} scales: {E4M3} has them, no other dtype"
             )
-        self.window, self.sink, self.slots, self.spare = window, sink, slots, spare
-        self.ring = window - sink + spare
+        self.window, self.sink, self.slots, self.headroom = window, sink, slots, headroom
+        self.ring = window - sink + headroom
         self.k = torch.empty(layers, slots, sink + self.ring, tokens, heads, head_dim, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
-        self.position, self.oldest = torch.zeros(2, slots, device=device, dtype=torch.long)
+        self.position, self.first_valid = torch.zeros(2, slots, device=device, dtype=torch.long)
         self.theta = theta
         self.scales = None if scales is None else CacheScales(*(_for_slots(x, slots, self.k.device) for x in scales))
-        # Where the sink moves, its keys as they were made: turned anew from these each time, rounding never adds up.
-        self.still = self.k[:, :, :sink].clone() if rope == "relative" and sink else None
+        # With a moving sink, its keys as first written: rotating these each time keeps rounding from accumulating.
+        self.unrotated_sink = self.k[:, :, :sink].clone() if rope == "relative" and sink else None
         self._free = list(range(slots))
 
     def acquire(self, rows: int = 1) -> Tensor:
@@ -76,7 +76,7 @@ class KVCache:
             raise ValueError(f"rows={rows}: must be at least 1")
         if rows > len(self._free):
             raise RuntimeError(
-                f"{rows} cache slots wanted, {len(self._free)} of {self.slots} are free: "
+                f"{rows} cache slots requested, {len(self._free)} of {self.slots} are free: "
                 "close a session, or make the pipeline with a larger max_sessions"
             )
         taken, self._free = self._free[:rows], self._free[rows:]
@@ -85,7 +85,7 @@ class KVCache:
         return slot
 
     def release(self, slot: Tensor) -> None:
-        """Give slots back that `acquire` gave; giving one back twice is an error, for another session may have it."""
+        """Free slots from `acquire`. Raises ValueError for one that is free already: another session may own it."""
         given = slot.tolist()
         if any(s in self._free or not 0 <= s < self.slots for s in given):
             raise ValueError(f"slots {given} are not all in use; free are {self._free} of {self.slots}")
@@ -98,17 +98,17 @@ class KVCache:
 
     def clear(self, slot: Tensor) -> None:
         """Forget the slots' frames; the next one has absolute position 0."""
-        self.position[slot], self.oldest[slot] = 0, 0
+        self.position[slot], self.first_valid[slot] = 0, 0
 
     def seek(self, slot: Tensor, position: int) -> None:
         """The next frame has absolute position `position`. After a gap what the ring held before is out of sight."""
-        self.oldest[slot] = torch.where(self.position[slot] == position, self.oldest[slot], position)
+        self.first_valid[slot] = torch.where(self.position[slot] == position, self.first_valid[slot], position)
         self.position[slot] = position
 
-    def rows(self, slot: Tensor, frames: int, ahead: int | Tensor = 0) -> CacheRows:
+    def rows(self, slot: Tensor, frames: int, ahead: int | Tensor = 0) -> CacheView:
         """The view through which one forward over a chunk of `frames` frames reads and writes the slots [B].
 
-        ahead: the chunk starts that many frames after the next position, [B] on the device or for all, at most `spare`
+        ahead: the chunk starts that many frames after the next position, [B] on the device or for all, at most `headroom`
         where frames are evicted: what lies between is written in the same forward.
         With relative positions the sink's keys are turned to where this chunk sees them.
         """
@@ -117,25 +117,27 @@ class KVCache:
                 f"chunk of {frames} frames: the ring holds {self.window - self.sink} beside the sink; "
                 f"nearest is {self.window - self.sink}"
             )
-        if isinstance(ahead, int) and ahead > self.spare:
-            raise ValueError(f"ahead={ahead}: the ring has {self.spare} frames to spare; nearest is {self.spare}")
+        if isinstance(ahead, int) and ahead > self.headroom:
+            raise ValueError(
+                f"ahead={ahead}: the ring has {self.headroom} frames of headroom; nearest is {self.headroom}"
+            )
         start = self.position[slot] + ahead
-        if self.still is not None:
-            self._place_sink(slot, (start + frames - self.window).clamp(min=0))
+        if self.unrotated_sink is not None:
+            self._rotate_sink(slot, (start + frames - self.window).clamp(min=0))
         position = start[:, None] + torch.arange(frames, device=self.k.device)
-        return CacheRows(
-            self, slot, write=self._place(position), keys=self._seen(slot, start + frames), frames=position
+        return CacheView(
+            self, slot, write=self._ring_index(position), keys=self._visible_runs(slot, start + frames), frames=position
         )
 
-    def _place(self, position: Tensor) -> Tensor:
-        """Where in a slot frames lie."""
+    def _ring_index(self, position: Tensor) -> Tensor:
+        """Index in a slot of the frames at these positions."""
         return torch.where(position < self.sink, position, self.sink + (position - self.sink) % self.ring)
 
-    def _seen(self, slot: Tensor, end: Tensor) -> Tensor:
+    def _visible_runs(self, slot: Tensor, end: Tensor) -> Tensor:
         """Runs of frames [B, 3, 2] that a chunk ending at `end` [B] sees: the sink, the ring, its part that wrapped."""
-        start = torch.maximum(self.oldest[slot], end - (self.window - self.sink)).clamp(min=self.sink)
+        start = torch.maximum(self.first_valid[slot], end - (self.window - self.sink)).clamp(min=self.sink)
         count = (end - start).clamp(min=0)
-        first = torch.where(count == self.ring, self.sink, self._place(start))  # a full ring is one run
+        first = torch.where(count == self.ring, self.sink, self._ring_index(start))  # a full ring is one run
         last, limit = first + count, self.sink + self.ring
         zero = torch.zeros_like(end)
         edges = (
@@ -149,38 +151,37 @@ class KVCache:
         return torch.stack(edges, dim=-1).unflatten(-1, (3, 2))
 
     def advance(self, slot: Tensor, frames: int) -> None:
-        """Make the chunk that was written last part of the past."""
-        if self.still is not None:
+        """Commit the position: the chunk written last becomes part of the past."""
+        if self.unrotated_sink is not None:
             filling = (self.position[slot] < self.sink)[:, None, None, None, None]
-            still, k = _plain(self.still), _plain(self.k)
-            still[:, slot] = torch.where(filling, k[:, slot, : self.sink], still[:, slot])
+            sink, k = _as_bytes(self.unrotated_sink), _as_bytes(self.k)
+            sink[:, slot] = torch.where(filling, k[:, slot, : self.sink], sink[:, slot])
         self.position[slot] += frames
 
-    def _place_sink(self, slot: Tensor, shift: Tensor) -> None:
+    def _rotate_sink(self, slot: Tensor, shift: Tensor) -> None:
         """The sink's keys as if their frames lay `shift` [B] positions later.
 
-        In e4m3 they are rounded once more after the turn, which leaves the length of a pair as it is, and so within
-        what the scales allow for.
+        In e4m3 they are rounded again after the rotation, which preserves the norm of a pair and so the scales' range.
         """
         pairs = axis_pairs(self.k.shape[-1])[0]
         angle = shift[:, None].double() * rates(pairs, self.theta, self.k.device)
         turn = torch.polar(torch.ones_like(angle), angle)[:, None, None, None].to(torch.complex64)
-        still, k, sink = _of(self.still, slot), _plain(self.k), slice(self.sink)
-        part = still[..., : 2 * pairs].float()
+        keys, k, sink = _copy_slots(self.unrotated_sink, slot), _as_bytes(self.k), slice(self.sink)
+        part = keys[..., : 2 * pairs].float()
         if self.scales is not None:
             scale = self.scales.k[:, slot][:, :, None, None, :, None]
             part = part * scale
         part = torch.view_as_real(torch.view_as_complex(part.unflatten(-1, (-1, 2))) * turn).flatten(-2)
         if self.scales is not None:
             part = to_e4m3(part / scale)
-        still[..., : 2 * pairs] = part.to(still.dtype)
-        moves = (shift > 0)[:, None, None, None, None]  # until then the sink is still being made
-        k[:, slot, sink] = torch.where(moves, _plain(still), k[:, slot, sink])
+        keys[..., : 2 * pairs] = part.to(keys.dtype)
+        moves = (shift > 0)[:, None, None, None, None]  # until then the sink is still being filled
+        k[:, slot, sink] = torch.where(moves, _as_bytes(keys), k[:, slot, sink])
 
     def save(self, slot: Tensor) -> dict[str, Tensor]:
         """A copy of the slots' whole state. `load` brings it back, also into other slots of an equal cache."""
-        return {name: _of(array, slot) for name, array in self._arrays().items()} | {
-            name: getattr(self, name)[slot].clone() for name in ("position", "oldest")
+        return {name: _copy_slots(array, slot) for name, array in self._arrays().items()} | {
+            name: getattr(self, name)[slot].clone() for name in ("position", "first_valid")
         }
 
     def load(self, slot: Tensor, state: dict[str, Tensor]) -> None:
@@ -192,12 +193,14 @@ class KVCache:
                     f"state of a cache of {state[name].dtype}: this one's is {array.dtype}; load it into an equal one"
                 )
         for name, array in arrays.items():
-            _plain(array)[:, slot] = _plain(state[name].to(array.device))
-        for name in ("position", "oldest"):
+            _as_bytes(array)[:, slot] = _as_bytes(state[name].to(array.device))
+        for name in ("position", "first_valid"):
             getattr(self, name)[slot] = state[name].to(self.k.device)
 
     def _arrays(self) -> dict[str, Tensor]:
-        return {"k": self.k, "v": self.v} | ({} if self.still is None else {"still": self.still})
+        return {"k": self.k, "v": self.v} | (
+            {} if self.unrotated_sink is None else {"unrotated_sink": self.unrotated_sink}
+        )
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor, CacheScales | None]:
         """Keys, values and scales of one layer, as `ops.attention` takes them."""
@@ -210,22 +213,22 @@ class KVCache:
 
 
 def _for_slots(scales: Tensor, slots: int, device: torch.device) -> Tensor:
-    """[layers, ...] -> [layers, slots, ...] float32, each slot its own copy, for kernels take dense tensors."""
+    """[layers, ...] -> [layers, slots, ...] float32; materialized, since kernels take dense tensors."""
     scales = scales.to(device, torch.float32)
     return scales[:, None].expand(-1, slots, *scales.shape[1:]).contiguous()
 
 
-def _plain(x: Tensor) -> Tensor:
-    """e4m3 as the bytes it is: not every operation that moves tensors about knows the dtype on every device."""
+def _as_bytes(x: Tensor) -> Tensor:
+    """e4m3 viewed as uint8: indexing and copies do not support the dtype on every device."""
     return x.view(torch.uint8) if x.dtype == E4M3 else x
 
 
-def _of(x: Tensor, slot: Tensor) -> Tensor:
+def _copy_slots(x: Tensor, slot: Tensor) -> Tensor:
     """A copy of x[:, slot]."""
-    return _plain(x)[:, slot].view(x.dtype)
+    return _as_bytes(x)[:, slot].view(x.dtype)
 
 
-class CacheRows:
+class CacheView:
     """One forward's view of the cache; the `KVMemory` of the DiT at inference."""
 
     def __init__(self, cache: KVCache, slot: Tensor, write: Tensor, keys: Tensor, frames: Tensor):
@@ -236,12 +239,6 @@ class CacheRows:
         q = ops.norm_rope_append(q, k, v, *gains, *rope, eps, k_cache, v_cache, self.slot, self.write, scales)
         return ops.attention(q, k_cache, v_cache, self.slot, self.keys, scales).flatten(2)
 
-    def select(self, rows: Tensor) -> CacheRows:
-        """The view of some of the rows: what is left of a batch after some of its chunks have stopped."""
-        return CacheRows(self.cache, self.slot[rows], self.write[rows], self.keys[rows], self.frames[rows])
-
-    @staticmethod
-    def cat(first: CacheRows, second: CacheRows) -> CacheRows:
-        """The rows of both, of one cache and chunk size, for one forward."""
-        pairs = ((getattr(first, n), getattr(second, n)) for n in ("slot", "write", "keys", "frames"))
-        return CacheRows(first.cache, *map(torch.cat, pairs))
+    def select(self, rows: Tensor) -> CacheView:
+        """The view of some of the rows: a batch without those whose chunks have stopped."""
+        return CacheView(self.cache, self.slot[rows], self.write[rows], self.keys[rows], self.frames[rows])

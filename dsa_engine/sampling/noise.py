@@ -1,4 +1,4 @@
-"""Noise from a counter, not from a state: the same seed, chunk and step give the same numbers whatever runs beside."""
+"""Counter-based noise: the same seed, chunk and step give the same values whatever else runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_seed(seed: int) -> int:
 
 
 class SeededNoise:
-    """Each row's noise from its own seed (`ops.gaussian`): step 0 is a chunk's first, step k what follows k steps."""
+    """Each row's noise from its own seed (`ops.gaussian`): step 0 is a chunk's first, step k what follows step k."""
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         self.shape, self.device, self.dtype = shape, device, dtype
@@ -36,7 +36,7 @@ class SeededNoise:
     def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
         return self._draw(self.seeds if len(rows) == len(self.seeds) else self.seeds[list(rows)], chunk, step)
 
-    def ahead(self, chunk: int, count: int) -> torch.Tensor:
+    def draw_chunk(self, chunk: int, count: int) -> torch.Tensor:
         seeds = self.seeds.repeat_interleave(count)
         step = torch.arange(count, device=self.device).repeat(len(self.seeds))
         noise = ops.gaussian(seeds, torch.full_like(seeds, chunk), step, self.shape)
@@ -56,68 +56,67 @@ class Noise(Protocol):
     def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
         """[len(rows), F, C, H, W] after `step` steps (1, 2, ...)."""
 
-    def ahead(self, chunk: int, count: int) -> torch.Tensor:
-        """All that a chunk of at most `count` steps can need: [B, count, F, C, H, W], the initial noise first."""
+    def draw_chunk(self, chunk: int, count: int) -> torch.Tensor:
+        """All noise of a chunk of at most `count` steps: [B, count, F, C, H, W], the initial noise first."""
 
 
-class GuidedNoise:
-    """A start that is not pure noise but a video's latents [B, F_total, C, H, W], noised to level sigma."""
+class SDEditNoise:
+    """Starts from a video's latents [B, F_total, C, H, W] noised to level sigma instead of pure noise."""
 
-    def __init__(self, noise: Noise, guide: torch.Tensor, sigma: float):
-        self.noise, self.guide, self.sigma = noise, guide, sigma
+    def __init__(self, noise: Noise, init_latents: torch.Tensor, sigma: float):
+        self.noise, self.init_latents, self.sigma = noise, init_latents, sigma
         self.renoise = noise.renoise
 
     def initial(self, chunk: int) -> torch.Tensor:
         return self._mix(chunk, self.noise.initial(chunk))
 
-    def ahead(self, chunk: int, count: int) -> torch.Tensor:
-        noise = self.noise.ahead(chunk, count)
+    def draw_chunk(self, chunk: int, count: int) -> torch.Tensor:
+        noise = self.noise.draw_chunk(chunk, count)
         return torch.cat((self._mix(chunk, noise[:, 0])[:, None], noise[:, 1:]), dim=1)
 
     def _mix(self, chunk: int, noise: torch.Tensor) -> torch.Tensor:
         frames = noise.shape[1]
         level = noise.new_full(noise.shape[:2], self.sigma, dtype=torch.float32)
-        clean = self.guide[:, chunk * frames : (chunk + 1) * frames].to(noise)
+        clean = self.init_latents[:, chunk * frames : (chunk + 1) * frames].to(noise)
         return ops.renoise(clean, noise, level)
 
 
-class GivenNoise:
-    """Noise that comes from outside, so that another implementation's rollout can be compared number by number.
+class ExternalNoise:
+    """Noise from the caller, so that another implementation's rollout can be compared value by value.
 
-    latents: [B, F_total, C, H, W]; renoise: as `Pipeline.generate_latents` takes it. What is not given comes from
-    `fallback`.
+    latents: [B, F_total, C, H, W]; renoise: as in `Pipeline.generate_latents`. What is None comes from `fallback`.
     """
 
     def __init__(self, fallback: SeededNoise, latents: torch.Tensor | None, renoise: Renoise | None):
-        self.fallback, self.latents, self.given = fallback, latents, renoise
+        self.fallback, self.latents, self.external = fallback, latents, renoise
         self.frames = fallback.shape[0]
 
     def initial(self, chunk: int) -> torch.Tensor:
         if self.latents is None:
             return self.fallback.initial(chunk)
-        return self._place(self.latents[:, self._span(chunk)])
+        return self._to_device(self.latents[:, self._span(chunk)])
 
     def renoise(self, chunk: int, step: int, rows: Sequence[int]) -> torch.Tensor:
-        if self.given is None:
+        if self.external is None:
             return self.fallback.renoise(chunk, step, rows)
-        if callable(self.given):
-            noise = self.given(chunk, step - 1)
-            wanted = [len(self.fallback.seeds), *self.fallback.shape]
-            if not isinstance(noise, torch.Tensor) or list(noise.shape) != wanted:
+        if callable(self.external):
+            noise = self.external(chunk, step - 1)
+            expected = [len(self.fallback.seeds), *self.fallback.shape]
+            if not isinstance(noise, torch.Tensor) or list(noise.shape) != expected:
                 got = list(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
-                raise ValueError(f"renoise({chunk}, {step - 1}) gave {got}: must be a tensor of shape {wanted}")
+                raise ValueError(f"renoise({chunk}, {step - 1}) gave {got}: must be a tensor of shape {expected}")
         else:
-            noise = (self.given if self.given.ndim == 5 else self.given[step - 1])[:, self._span(chunk)]
-        return self._place(noise[list(rows)])
+            noise = (self.external if self.external.ndim == 5 else self.external[step - 1])[:, self._span(chunk)]
+        return self._to_device(noise[list(rows)])
 
-    def ahead(self, chunk: int, count: int) -> torch.Tensor:
-        if self.latents is None and self.given is None:
-            return self.fallback.ahead(chunk, count)
+    def draw_chunk(self, chunk: int, count: int) -> torch.Tensor:
+        if self.latents is None and self.external is None:
+            return self.fallback.draw_chunk(chunk, count)
         rows = range(len(self.fallback.seeds))
         return torch.stack((self.initial(chunk), *(self.renoise(chunk, k, rows) for k in range(1, count))), dim=1)
 
     def _span(self, chunk: int) -> slice:
         return slice(chunk * self.frames, (chunk + 1) * self.frames)
 
-    def _place(self, noise: torch.Tensor) -> torch.Tensor:
+    def _to_device(self, noise: torch.Tensor) -> torch.Tensor:
         return noise.to(self.fallback.device, self.fallback.dtype)

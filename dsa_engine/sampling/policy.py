@@ -1,7 +1,7 @@
 """Step policies: how many denoising steps does a chunk get?
 
-A policy is asked after every step whether the chunk is done, and told afterwards how it went. Each row of a batch and
-each session holds its own copy (`start`), so a policy that learns, like `Budget`, learns from its own stream alone.
+A policy decides after every step whether the chunk is done, and observes afterwards how long it took. Each row of a
+batch and each session holds its own copy (`start`), so an adaptive policy such as `Budget` adapts to its own stream.
 """
 
 from __future__ import annotations
@@ -13,24 +13,31 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 
-class Rule(NamedTuple):
-    """Stop after `most` steps, or after `least` or more once the reduced confidence reaches `threshold`."""
+class ExitRule(NamedTuple):
+    """Stop after `max_steps`, or after at least `min_steps` once the reduced confidence reaches `threshold`."""
 
-    least: int
-    most: int
+    min_steps: int
+    max_steps: int
     reduce: str = "min"
     threshold: float = 2.0  # above every confidence
 
 
 class Policy(ABC):
-    """What `denoise_chunk` calls. `limit` is the number of levels in the schedule: no chunk can take more steps.
+    """Decides how many steps a chunk takes. `limit` is the number of noise levels: no chunk can take more steps.
 
-    reads: which values a decision needs, one per latent frame of the chunk. "confidence": the head's, in (0, 1), 1 is
-    sure. "change": mean((x0_k - x0_{k-1})^2) between the estimates of this step and the one before, in latent units of
-    variance about 1. None: none, so that nothing has to be fetched from the device.
+    signal: the values a decision needs, one per latent frame of the chunk. "confidence": the head's, in (0, 1), 1 is
+    confident. "change": mean((x0_k - x0_{k-1})^2) between the estimates of this and the previous step, in latent units
+    of variance about 1. None: no values, so nothing is fetched from the device.
     """
 
-    reads: Literal["confidence", "change"] | None = None
+    signal: Literal["confidence", "change"] | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        """Policies written for the earlier names `done` and `reads` keep working."""
+        super().__init_subclass__(**kwargs)
+        for old, new in (("done", "should_stop"), ("reads", "signal")):
+            if old in vars(cls) and new not in vars(cls):
+                setattr(cls, new, vars(cls)[old])
 
     def start(self, limit: int) -> Policy:
         """A checked copy for one stream."""
@@ -42,19 +49,18 @@ class Policy(ABC):
         """Raise ValueError with the nearest legal value where the policy does not fit a schedule of `limit` steps."""
 
     @abstractmethod
-    def done(self, chunk: int, step: int, values: Sequence[float] | None, limit: int) -> bool:
+    def should_stop(self, chunk: int, step: int, values: Sequence[float] | None, limit: int) -> bool:
         """After `step` steps (1, 2, ...) of chunk `chunk` (0, 1, ...): stop here?
 
-        values: what the policy `reads`, one value a frame; None where it reads nothing, and for "change" after step 1,
-        which has no step before it.
+        values: the policy's `signal`, one value per frame; None without a signal, and for "change" after step 1.
         """
 
-    def rule(self, chunk: int, limit: int) -> Rule | None:
-        """The same decisions for one chunk as numbers that a device can compare, None where that cannot be said."""
+    def rule(self, chunk: int, limit: int) -> ExitRule | None:
+        """The same decisions for one chunk in a form that the device evaluates; None if only the host can decide."""
         return None
 
-    def observe(self, seconds: float, frames: int) -> None:  # noqa: B027 most policies have nothing to learn
-        """A chunk of `frames` video frames took `seconds`, all its phases together."""
+    def observe(self, seconds: float, frames: int) -> None:  # noqa: B027 most policies do not adapt
+        """A chunk of `frames` video frames took `seconds` in total."""
 
 
 def _check_count(name: str, count: int, limit: int) -> None:
@@ -83,11 +89,11 @@ class Fixed(Policy):
     def check(self, limit: int) -> None:
         _check_count("n", self.n, limit)
 
-    def done(self, chunk, step, values, limit) -> bool:
+    def should_stop(self, chunk, step, values, limit) -> bool:
         return step >= self.n
 
-    def rule(self, chunk, limit) -> Rule:
-        return Rule(self.n, self.n)
+    def rule(self, chunk, limit) -> ExitRule:
+        return ExitRule(self.n, self.n)
 
 
 @dataclass
@@ -102,20 +108,22 @@ class PerChunk(Policy):
         for i, count in enumerate(self.counts):
             _check_count(f"counts[{i}]", count, limit)
 
-    def done(self, chunk, step, values, limit) -> bool:
+    def should_stop(self, chunk, step, values, limit) -> bool:
         return step >= self.counts[min(chunk, len(self.counts) - 1)]
 
-    def rule(self, chunk, limit) -> Rule:
+    def rule(self, chunk, limit) -> ExitRule:
         count = self.counts[min(chunk, len(self.counts) - 1)]
-        return Rule(count, count)
+        return ExitRule(count, count)
 
 
-def _check_range(least: int, most: int | None, frame_reduce: str, limit: int) -> None:
-    _check_count("min_steps", least, limit)
-    if most is not None:
-        _check_count("max_steps", most, limit)
-        if most < least:
-            raise ValueError(f"max_steps={most} with min_steps={least}: must not be less; nearest is {least}")
+def _check_range(min_steps: int, max_steps: int | None, frame_reduce: str, limit: int) -> None:
+    _check_count("min_steps", min_steps, limit)
+    if max_steps is not None:
+        _check_count("max_steps", max_steps, limit)
+        if max_steps < min_steps:
+            raise ValueError(
+                f"max_steps={max_steps} with min_steps={min_steps}: must not be less; nearest is {min_steps}"
+            )
     if frame_reduce not in REDUCE:
         raise ValueError(f"frame_reduce={frame_reduce!r}: must be one of {', '.join(REDUCE)}")
 
@@ -128,7 +136,7 @@ class Confidence(Policy):
     """Stop as soon as the chunk's confidence reaches `threshold`, within [min_steps, max_steps].
 
     The chunk's confidence is its least confident frame's (`frame_reduce="min"`; "mean" and "max" are the others).
-    max_steps None is the whole schedule. threshold 0 always stops at min_steps; at 1 only a certain chunk stops early.
+    max_steps None is the whole schedule. threshold 0 always stops at min_steps; 1 stops early only at full confidence.
     """
 
     threshold: float = 0.5
@@ -136,29 +144,29 @@ class Confidence(Policy):
     max_steps: int | None = None
     frame_reduce: str = "min"
 
-    reads = "confidence"
+    signal = "confidence"
 
     def check(self, limit: int) -> None:
         _check_unit("threshold", self.threshold)
         _check_range(self.min_steps, self.max_steps, self.frame_reduce, limit)
 
-    def done(self, chunk, step, values, limit) -> bool:
+    def should_stop(self, chunk, step, values, limit) -> bool:
         if step >= (limit if self.max_steps is None else self.max_steps):
             return True
         return step >= self.min_steps and REDUCE[self.frame_reduce](values) >= self.threshold
 
-    def rule(self, chunk, limit) -> Rule:
-        most = limit if self.max_steps is None else self.max_steps
-        return Rule(self.min_steps, most, self.frame_reduce, self.threshold)
+    def rule(self, chunk, limit) -> ExitRule:
+        max_steps = limit if self.max_steps is None else self.max_steps
+        return ExitRule(self.min_steps, max_steps, self.frame_reduce, self.threshold)
 
 
 @dataclass
-class Change(Policy):
+class Convergence(Policy):
     """Stop as soon as a step has changed the estimate by no more than `threshold`, within [min_steps, max_steps].
 
     The chunk's change is that of its most changed frame (`frame_reduce="max"`; "mean" and "min" are the others), in the
-    unit of `Policy.reads`. It needs no confidence head, but sees only afterwards that a step was not needed: the first
-    change is known after step 2, so only max_steps=1 stops a chunk earlier. max_steps None is the whole schedule.
+    unit of `Policy.signal`. It needs no confidence head, but detects convergence one step late: the first change is
+    known after step 2, so only max_steps=1 stops a chunk earlier. max_steps None is the whole schedule.
     """
 
     threshold: float
@@ -166,7 +174,7 @@ class Change(Policy):
     max_steps: int | None = None
     frame_reduce: str = "max"
 
-    reads = "change"
+    signal = "change"
 
     def check(self, limit: int) -> None:
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
@@ -175,12 +183,15 @@ class Change(Policy):
             raise ValueError(f"threshold={self.threshold!r}: must be a number of at least 0{hint}")
         _check_range(self.min_steps, self.max_steps, self.frame_reduce, limit)
 
-    def done(self, chunk, step, values, limit) -> bool:
+    def should_stop(self, chunk, step, values, limit) -> bool:
         if step >= (limit if self.max_steps is None else self.max_steps):
             return True
         if step < self.min_steps or values is None:
             return False
         return REDUCE[self.frame_reduce](values) <= self.threshold
+
+
+Change = Convergence  # the public name
 
 
 @dataclass
@@ -190,8 +201,8 @@ class Budget(Policy):
         threshold = ceiling * (1 - clamp(lag / deadline, 0, 1))
 
     `lag` is how late the stream is, in seconds: a stream on time keeps the ceiling, one that is a whole deadline late
-    takes min_steps until it has caught up, and settles in between where steps and deadline balance. Lag never falls
-    below minus one deadline, so that idle time is not saved up for ever.
+    takes min_steps until it has caught up; in between it settles where steps and deadline balance. Lag is clamped at
+    minus one deadline, so idle time does not accumulate as credit.
     """
 
     target_fps: float
@@ -202,7 +213,7 @@ class Budget(Policy):
     lag: float = field(init=False, default=0.0)
     threshold: float = field(init=False)
 
-    reads = "confidence"
+    signal = "confidence"
 
     def __post_init__(self):
         self.threshold = self.ceiling
@@ -215,12 +226,12 @@ class Budget(Policy):
         self._rule().check(limit)
         fps = self.target_fps
         if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):
-            raise ValueError(f"target_fps={fps!r}: must be a number of frames a second above 0, e.g. 16")
+            raise ValueError(f"target_fps={fps!r}: must be a number of frames per second above 0, e.g. 16")
 
-    def done(self, chunk, step, values, limit) -> bool:
-        return self._rule().done(chunk, step, values, limit)
+    def should_stop(self, chunk, step, values, limit) -> bool:
+        return self._rule().should_stop(chunk, step, values, limit)
 
-    def rule(self, chunk, limit) -> Rule:
+    def rule(self, chunk, limit) -> ExitRule:
         return self._rule().rule(chunk, limit)
 
     def observe(self, seconds: float, frames: int) -> None:

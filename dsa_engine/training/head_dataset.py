@@ -158,7 +158,7 @@ def record_batch(
     distance, switches = [], _switches(prompts[0], chunks)
     for i in range(chunks):
         if switches[i]:
-            rollout.switch(engine.text_kv(_embeds(engine, prompts, i)))
+            rollout.set_prompt(engine.text_kv(_embeds(engine, prompts, i)))
         seen: list[Step] = []
         rollout.accept(rollout.denoise(seen.append).latents)
         distance.append(refinement(torch.stack([step.x0 for step in seen])))

@@ -77,7 +77,7 @@ def self_rollout(
     features, distances = [], []
     for chunk in range(chunks):
         if chunk:
-            rollout.switch(text_kv[chunk], recache=False)
+            rollout.set_prompt(text_kv[chunk], recache=False)
         seen: list[tuple[list[int], Tensor, Tensor]] = []
 
         def keep(step: Step, chunk=chunk, seen=seen) -> None:

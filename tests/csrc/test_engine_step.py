@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.engine.chunk_plan import Row
+from dsa_engine.engine.chunk_plan import RowSpec
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.ops import dispatch, reference
-from dsa_engine.sampling.policy import Rule
+from dsa_engine.sampling.policy import ExitRule
 from tests.support.csrc.emulated import check_error
 
 SIZE, FRAMES = 4, 2
@@ -40,12 +40,12 @@ def step(dit, head):
     inputs.cache.k.fill_(float("nan"))
     inputs.cache.v.fill_(float("nan"))
     slot = inputs.cache.acquire(2)
-    inputs.prompt(slot, dit.text_kv(torch.randn(2, 5, dit.config.text_dim, generator=drawn), collapse=True))
+    inputs.set_prompt(slot, dit.text_kv(torch.randn(2, 5, dit.config.text_dim, generator=drawn), collapse=True))
     noise = torch.randn(2, 4, FRAMES, dit.config.in_dim, SIZE, SIZE, generator=drawn).to(dit.dtype)
-    rule = Rule(least=1, most=4, threshold=2.0, reduce="min")  # no confidence is 2: nobody stops
-    inputs.begin(slot, noise, [1.0, 0.9, 0.7, 0.5], [rule, rule])
+    rule = ExitRule(min_steps=1, max_steps=4, threshold=2.0, reduce="min")  # no confidence is 2: nobody stops
+    inputs.start_chunk(slot, noise, [1.0, 0.9, 0.7, 0.5], [rule, rule])
     a, b = slot.tolist()
-    for rows in ([Row(a), Row(b)], [Row(a, commit=True), Row(a, ahead=True), Row(b)]):
+    for rows in ([RowSpec(a), RowSpec(b)], [RowSpec(a, commit=True), RowSpec(a, ahead=True), RowSpec(b)]):
         inputs.run(inputs.rows(rows), [12] * len(rows))
     return inputs.x[slot].clone(), inputs.x0[slot].clone(), inputs.state[slot].clone(), inputs.step[slot].tolist()
 

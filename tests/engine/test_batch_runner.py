@@ -142,7 +142,7 @@ def test_a_forward_asks_the_device_once_whoever_is_in_it(pipe, monkeypatch, poli
         for session in sessions:
             runner.add(session)
         while len(runner):
-            deciding += any(turn.plan[0].decide for turn in runner._turns.values())
+            deciding += any(chunk.plan[0].decide for chunk in runner._active.values())
             with monkeypatch.context() as patch:
                 patch.setattr(
                     torch.Tensor, "tolist", lambda x: tolist(x.is_floating_point() and numbers.append(x) or x)

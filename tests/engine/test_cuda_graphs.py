@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from dsa_engine import Change, Confidence, Fixed, PerChunk
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine import cuda_graphs, device_loop
-from dsa_engine.engine.chunk_plan import Row, chunk_plan, execute
-from dsa_engine.engine.cuda_graphs import Graph, Launch, StepGraphs, graph_of, graphs_for, launched, lower
+from dsa_engine.engine.chunk_plan import RowSpec, chunk_plan, run_plan
+from dsa_engine.engine.cuda_graphs import GraphKey, LaunchSpec, GraphRunner, key_of, graph_keys, lower, run_launches
 from dsa_engine.engine.engine import Engine
-from dsa_engine.engine.model_runner import StepInputs
+from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
@@ -35,21 +35,21 @@ SIZE, CHUNKS, FRAMES, STEPS = 4, 4, 2, 4
 
 def test_a_known_count_is_one_launch():
     plan = chunk_plan(3, 3, commit=True)
-    assert lower(plan) == lower(plan, loop=True) == (Launch(plan),)
-    assert graph_of(Launch(plan), 2) == Graph((4, 2, 2))
+    assert lower(plan) == lower(plan, loop=True) == (LaunchSpec(plan),)
+    assert key_of(LaunchSpec(plan), 2) == GraphKey((4, 2, 2))
 
 
 def test_after_the_least_count_it_is_a_step_at_a_time_or_one_loop():
     plan = chunk_plan(2, 4, commit=True)
     assert [len(part.nodes) for part in lower(plan)] == [2, 1, 1]
     (loop,) = lower(plan, loop=True)
-    assert loop == Launch(plan, loop=True) and graph_of(loop, 1) == Graph((2, 1), loop=True)
+    assert loop == LaunchSpec(plan, loop=True) and key_of(loop, 1) == GraphKey((2, 1), loop=True)
 
 
 def test_a_commit_of_its_own_is_a_launch_of_its_own():
     plan = chunk_plan(1, 2, commit=True, merge=False)
     assert [(len(part.nodes), part.loop) for part in lower(plan, loop=True)] == [(1, False), (2, True)]
-    assert graph_of(lower(plan)[0], 4) == Graph((4,), steps=False)
+    assert key_of(lower(plan)[0], 4) == GraphKey((4,), steps=False)
 
 
 bounds = st.integers(1, 5).flatmap(lambda most: st.tuples(st.integers(1, most), st.just(most)))
@@ -78,10 +78,10 @@ def test_launches_do_what_the_plan_does(data, bounds, commit, merge, loop):
     def stopped(taken):
         return lambda live: [taken[slot] >= wanted[slot] for slot in live]
 
-    theirs = execute(plan, slots, lambda rows: forward(eager, rows), stopped(eager[1]))
+    theirs = run_plan(plan, slots, lambda rows: forward(eager, rows), stopped(eager[1]))
     expected = [(node, list(live)) for node, live in theirs]
     parts = lower(plan, loop)
-    seen = launched(parts, slots, launch, stopped(ours[1]), lambda live: [ours[1][slot] for slot in live])
+    seen = run_launches(parts, slots, launch, stopped(ours[1]), lambda live: [ours[1][slot] for slot in live])
     assert [(node, list(live)) for node, live in seen] == expected
     assert ours == eager and ours[1] == wanted
     assert tuple(itertools.chain.from_iterable(part.nodes for part in parts)) == plan
@@ -89,13 +89,13 @@ def test_launches_do_what_the_plan_does(data, bounds, commit, merge, loop):
 
 @given(bounds, st.booleans(), st.booleans(), st.booleans())
 def test_every_launch_of_every_plan_is_captured(bounds, commit, merge, loop):
-    captured = graphs_for((1, 3), 5, loop_rows=3 if loop else 0)
+    captured = graph_keys((1, 3), 5, loop_rows=3 if loop else 0)
     launches = lower(chunk_plan(*bounds, commit, merge), loop)
-    assert {graph_of(part, size) for part in launches for size in (1, 3)} <= {*captured}
+    assert {key_of(part, size) for part in launches for size in (1, 3)} <= {*captured}
     assert len({*captured}) == len(captured)
     for graph in captured:  # a loop is made of graphs that were captured before
         index = captured.index(graph)
-        assert not graph.loop or all(Graph((size,)) in captured[:index] for size in graph.sizes)
+        assert not graph.loop or all(GraphKey((size,)) in captured[:index] for size in graph.sizes)
 
 
 # ---- a model on the stand-in for CUDA --------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def captured(cuda, model, captured_pools):
         if key not in captured_pools:
             engine, inputs = pool(*model, rows, window=window)
             bucket = next(size for size in (1, 2, 4, 8) if size >= rows)
-            captured_pools[key] = engine, StepGraphs(inputs, (bucket,), loop_rows=loop_rows)
+            captured_pools[key] = engine, GraphRunner(inputs, (bucket,), loop_rows=loop_rows)
             captured_pools[key][1].capture()
         return captured_pools[key]
 
@@ -181,28 +181,28 @@ def rollout(engine, inputs, policies, commit="clean"):
 
 
 def eager(inputs, rows):
-    """A forward without graphs, as `StepGraphs` makes it."""
+    """A forward without graphs, as `GraphRunner` makes it."""
     lengths = [inputs.text.kv.shape[3]] * len(rows)
     inputs.run(inputs.rows(rows), lengths, any(not row.commit for row in rows))
 
 
 def executed(plan, slots, stopped, inputs):
-    return execute(plan, slots, lambda rows: eager(inputs, rows), stopped)
+    return run_plan(plan, slots, lambda rows: eager(inputs, rows), stopped)
 
 
 @torch.inference_mode()
 def chunk(roll, made=None, on_device=False):
     """The next chunk, and which slots took part in each of its forwards. made: with graphs; on_device: the flags alone
     decide."""
-    plan, seen = roll.begin(), []
+    plan, seen = roll.prepare_chunk(), []
     if made is None:
-        forwards = executed(plan, roll.slots, roll.stopped, roll.inputs)
+        forwards = executed(plan, roll.slots, roll.poll_stop_flags, roll.inputs)
     else:
-        forwards = made.run(plan, roll.slots, None if on_device else roll.stopped)
+        forwards = made.run(plan, roll.slots, None if on_device else roll.poll_stop_flags)
     for node, live in forwards:
-        roll.took(node, live)
+        roll.on_forward_done(node, live)
         seen.append((node, list(live)))
-    result = roll.denoised()
+    result = roll.result()
     roll.accept(result.latents)
     return result, seen
 
@@ -273,7 +273,7 @@ def test_the_bits_are_those_of_the_eager_executor(cuda, model, captured, name, l
 def test_for_one_row_the_bits_are_the_same_in_batches_too(cuda, model, loop_rows):
     """The commit and the first step are one batch here: not in deterministic mode."""
     (engine, ours), (_, theirs) = (pool(*model, 1, deterministic=False) for _ in range(2))
-    made = StepGraphs(ours, (1,), loop_rows=loop_rows)
+    made = GraphRunner(ours, (1,), loop_rows=loop_rows)
     made.capture()
     a, b = (rollout(engine, inputs, [Confidence(0.5, min_steps=2)]) for inputs in (ours, theirs))
     for _ in range(CHUNKS):
@@ -285,7 +285,7 @@ def test_for_one_row_the_bits_are_the_same_in_batches_too(cuda, model, loop_rows
 def test_one_capture_serves_all_sessions_of_a_pool(cuda, model):
     """Three that take turns, and one more, after another capture, in a slot that was given back."""
     (engine, ours), (_, theirs) = (pool(*model, 4) for _ in range(2))
-    made = StepGraphs(ours, (1,), loop_rows=1)
+    made = GraphRunner(ours, (1,), loop_rows=1)
     made.capture()
     rolls = [[rollout(engine, inputs, [Confidence(0.5)]) for _ in range(3)] for inputs in (ours, theirs)]
     for turn in range(2):
@@ -316,7 +316,7 @@ def test_a_batch_with_rows_that_fill_it_up_differs_by_rounding_alone(cuda, model
     """Not in deterministic mode: products see all rows at once. Against the plain loop, which knows no graphs."""
     policies = [PerChunk([2, 1, 3, 2]), PerChunk([1, 4, 2, 2]), PerChunk([3, 2, 2, 1])]
     (engine, ours), (_, theirs) = (pool(*model, 3, deterministic=False) for _ in range(2))
-    made = StepGraphs(ours, (1, 4), loop_rows=4)
+    made = GraphRunner(ours, (1, 4), loop_rows=4)
     made.capture()
     a, b = rollout(engine, ours, policies), rollout(engine, theirs, policies)
     for on_device in (True, False, True, False):
@@ -341,32 +341,32 @@ def test_a_host_policy_is_asked_after_every_replay(cuda, model, captured):
         assert cuda.launches == len(forwards)
 
 
-MIXED = [Row(0, commit=True), Row(1, commit=True), Row(0, ahead=True), Row(1, ahead=True), Row(2)]
+MIXED = [RowSpec(0, commit=True), RowSpec(1, commit=True), RowSpec(0, ahead=True), RowSpec(1, ahead=True), RowSpec(2)]
 
 
 def test_any_rows_share_a_forward(cuda, model, captured):
-    """Two commits and three steps, as a batcher mixes them, the steps alone, and a commit alone."""
+    """Two commits and three steps, as a scheduler mixes them, the steps alone, and a commit alone."""
     engine, made = captured(3, 0)
     _, theirs = pool(*model, 3)
     for inputs in (made.inputs, theirs):
         late, new = rollout(engine, inputs, [Fixed(3)] * 2), rollout(engine, inputs, [Fixed(3)])
         chunk(late)
         with torch.inference_mode():
-            late.begin()
-            new.begin()
+            late.prepare_chunk()
+            new.prepare_chunk()
     cuda.launches = 0
     with torch.inference_mode():
-        for rows in (MIXED, [Row(2), Row(0)], [Row(2, commit=True)]):
+        for rows in (MIXED, [RowSpec(2), RowSpec(0)], [RowSpec(2, commit=True)]):
             made.forward(rows)
             eager(theirs, rows)
     assert cuda.launches == 3
-    commits, steps = (made._captured[Graph((4,), kind)].recorder.tape for kind in (False, True))
+    commits, steps = (made._captured[GraphKey((4,), kind)].recorder.tape for kind in (False, True))
     assert len(commits) < len(steps)  # no epilogue
     assert_alike(made.inputs, theirs)
     assert theirs.step.tolist()[:3] == [2, 1, 2] and theirs.cache.position.tolist() == [FRAMES] * 3
 
 
-@pytest.mark.parametrize("rows", [MIXED, [Row(1), Row(0), Row(2)]])
+@pytest.mark.parametrize("rows", [MIXED, [RowSpec(1), RowSpec(0), RowSpec(2)]])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_row_that_fills_up_leaves_nothing_behind_but_the_first_rows_keys(model, close, deterministic, rows):
     (engine, filled), (_, plain) = (pool(*model, 3, deterministic) for _ in range(2))
@@ -375,7 +375,7 @@ def test_a_row_that_fills_up_leaves_nothing_behind_but_the_first_rows_keys(model
         roll = rollout(engine, inputs, [Fixed(3)] * 3)
         with torch.inference_mode():
             for _ in range(2):
-                roll.begin()
+                roll.prepare_chunk()
                 made = inputs.rows(rows, size)
                 assert made.shape == (4, size) and made[3].tolist() == [0] * (size - used) + [1] * used
                 inputs.run(made, [12] * size)
@@ -399,7 +399,7 @@ def test_a_row_that_has_stopped_writes_its_last_steps_keys_again(model):
     before = inputs.cache.k.clone(), inputs.cache.v.clone(), inputs.x.clone()[:1]
     with torch.inference_mode():
         for _ in range(3):
-            eager(inputs, [Row(0)])
+            eager(inputs, [RowSpec(0)])
     assert all(same(a, b) for a, b in zip((inputs.cache.k, inputs.cache.v, inputs.x[:1]), before))
 
 
@@ -408,12 +408,12 @@ def test_a_row_that_has_stopped_writes_its_last_steps_keys_again(model):
 
 def test_capturing_leaves_a_pool_as_it_was(cuda, model):
     engine, inputs = pool(*model, 3)
-    made = StepGraphs(inputs, (1, 2, 4, 8), max_steps=2, loop_rows=1)
+    made = GraphRunner(inputs, (1, 2, 4, 8), max_steps=2, loop_rows=1)
     assert made.buckets == [1, 2, 4]  # four rows hold all three slots
     roll = rollout(engine, inputs, [Fixed(2)] * 2)
     chunk(roll)
     with torch.inference_mode():
-        roll.begin()  # its keys will lie where those of the chunk before are now
+        roll.prepare_chunk()  # its keys will lie where those of the chunk before are now
 
     def held():
         cache, of = inputs.cache, roll.slot
@@ -423,24 +423,24 @@ def test_capturing_leaves_a_pool_as_it_was(cuda, model):
     before, seen = held(), []
     assert made.capture(lambda done, of: seen.append((done, of))) >= 0
     assert all(map(same, held(), before)) and inputs.cache.in_use == 2
-    assert seen == [(i + 1, len(made.wanted)) for i in range(len(made.wanted))]
-    loops = [graph for graph in made.wanted if graph.loop]
-    assert loops == [Graph((2, 1), loop=True), Graph((1, 1), loop=True)]
-    assert cuda.log == ["side waits for main", *["capture in pool on side, thread_local"] * (len(made.wanted) - 2)]
+    assert seen == [(i + 1, len(made.graph_keys)) for i in range(len(made.graph_keys))]
+    loops = [graph for graph in made.graph_keys if graph.loop]
+    assert loops == [GraphKey((2, 1), loop=True), GraphKey((1, 1), loop=True)]
+    assert cuda.log == ["side waits for main", *["capture in pool on side, thread_local"] * (len(made.graph_keys) - 2)]
 
 
 @pytest.mark.parametrize("call", ["cudaGraphAddChildGraphNode", "cudaGraphAddNode", "cudaGraphInstantiate"])
 def test_a_loop_that_the_driver_refuses_costs_the_loops_alone(cuda, model, caplog, call):
     """It is said, and every chunk is replayed to the same bits, a launch up to each decision."""
     (engine, ours), (_, theirs) = (pool(*model, 1) for _ in range(2))
-    made, seen = StepGraphs(ours, (1,), loop_rows=1), []
+    made, seen = GraphRunner(ours, (1,), loop_rows=1), []
     cuda.runtime.fails = call
     with caplog.at_level(logging.WARNING):
         made.capture(lambda done, of: seen.append(done))
     (text,) = caplog.messages
     assert text.startswith(f"no loop on the device, single steps are launched instead: RuntimeError: {call}: ")
-    assert {*made._captured} == {*made.wanted} and not any(graph.loop for graph in made.wanted)
-    assert len(seen) == len(made.wanted) and ours.cache.in_use == 0
+    assert {*made._captured} == {*made.graph_keys} and not any(graph.loop for graph in made.graph_keys)
+    assert len(seen) == len(made.graph_keys) and ours.cache.in_use == 0
     a, b = (rollout(engine, inputs, [Confidence(0.5)]) for inputs in (ours, theirs))
     for _ in range(CHUNKS):
         cuda.launches = 0
@@ -468,7 +468,7 @@ def test_a_capture_that_fails_leaves_no_graphs_and_the_next_one_tries_again(cuda
             (inputs,) = engine._pools.values()
             assert inputs.graphs is None and inputs.cache.in_use == 0
     assert engine.capture(**options) > 0
-    assert {*inputs.graphs._captured} == {*inputs.graphs.wanted}
+    assert {*inputs.graphs._captured} == {*inputs.graphs.graph_keys}
     assert engine.capture(**options) == 0.0  # it is there
 
 
@@ -495,7 +495,7 @@ def test_weights_that_have_moved_are_seen(cuda, model, monkeypatch, caplog):
         opened()
     with caplog.at_level(logging.WARNING):
         assert engine.capture(**options) > 0
-    assert kept and "captured anew" in caplog.text and not inputs.graphs.stale()
+    assert kept and "captured anew" in caplog.text and not inputs.graphs.weights_moved()
     opened()
 
 
@@ -512,10 +512,10 @@ def test_a_replay_waits_for_the_one_before_on_whatever_stream(cuda, captured, mo
         monkeypatch.setattr(one, "replay", lambda: log.append("replays"))
     roll = rollout(engine, made.inputs, [Fixed(2)])
     with torch.inference_mode():
-        roll.begin()
+        roll.prepare_chunk()
         made._filled.clear()
         monkeypatch.setattr(made.inputs, "rows", lambda rows, size: log.append("rows") or torch.zeros(4, size).long())
-        made.forward([Row(roll.slots[0])])
+        made.forward([RowSpec(roll.slots[0])])
     assert log == ["waits", "rows", "replays", "marks"]
 
 
@@ -530,23 +530,23 @@ def test_torch_takes_what_the_stand_in_takes():
 def test_capturing_needs_a_free_slot(cuda, model):
     _, inputs = pool(*model, 1)
     inputs.cache.acquire()
-    with pytest.raises(RuntimeError, match="1 cache slots wanted, 0 of 1 are free"):
-        StepGraphs(inputs, loop_rows=0).capture()
+    with pytest.raises(RuntimeError, match="1 cache slots requested, 0 of 1 are free"):
+        GraphRunner(inputs, loop_rows=0).capture()
 
 
 def test_a_forward_that_reads_the_host_cannot_be_captured(cuda, model, monkeypatch):
     """The stand-in refuses what CUDA refuses."""
     _, inputs = pool(*model, 1)
-    monkeypatch.setattr(StepInputs, "_text", lambda self, slot, n: whole_text(self, slot, n if slot.sum() > -1 else 0))
+    monkeypatch.setattr(ModelRunner, "_text", lambda self, slot, n: whole_text(self, slot, n if slot.sum() > -1 else 0))
     with pytest.raises(RuntimeError, match="not permitted when a stream is capturing"):
-        StepGraphs(inputs, loop_rows=0).capture()
+        GraphRunner(inputs, loop_rows=0).capture()
     assert inputs.cache.in_use == 0
 
 
 def test_what_was_not_captured_runs_eagerly_and_says_so_once(cuda, model, caplog):
     policies = [PerChunk([1, 2]), PerChunk([3, 2]), PerChunk([3, 4])]
     (engine, ours), (_, theirs) = (pool(*model, 3) for _ in range(2))
-    made = StepGraphs(ours, (2,), max_steps=1, loop_rows=2)
+    made = GraphRunner(ours, (2,), max_steps=1, loop_rows=2)
     a, b = rollout(engine, ours, policies), rollout(engine, theirs, policies)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -561,7 +561,7 @@ def test_what_was_not_captured_runs_eagerly_and_says_so_once(cuda, model, caplog
         1,
     ]  # with the commits; two steps of three rows only once
     assert text[0] == (
-        "a forward of 3 rows was not captured (none yet, see StepGraphs.capture): such forwards run eagerly"
+        "a forward of 3 rows was not captured (none yet, see GraphRunner.capture): such forwards run eagerly"
     )
 
 
@@ -577,7 +577,7 @@ def test_what_was_not_captured_runs_eagerly_and_says_so_once(cuda, model, caplog
 def test_values_that_make_no_sense_are_refused(model, options, message):
     _, inputs = pool(*model, 1)
     with pytest.raises(ValueError, match=message):
-        StepGraphs(inputs, loop_rows=0, **options)
+        GraphRunner(inputs, loop_rows=0, **options)
 
 
 def test_without_what_a_loop_needs_none_is_promised(model, monkeypatch):
@@ -585,12 +585,12 @@ def test_without_what_a_loop_needs_none_is_promised(model, monkeypatch):
     monkeypatch.setattr(kernels, "csrc", SimpleNamespace(DEVICE="cpu"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(ImportError, match=r"loop_rows=1: .*dsa-engine\[cuda\].*nearest is 0"):
-        StepGraphs(inputs)
+        GraphRunner(inputs)
     monkeypatch.setattr(kernels, "csrc", None)
     monkeypatch.setattr(kernels, "_missing", "none built", raising=False)
     with pytest.raises(ImportError, match=r"not part of this installation \(none built\)"):
-        StepGraphs(inputs)
-    StepGraphs(inputs, loop_rows=0)
+        GraphRunner(inputs)
+    GraphRunner(inputs, loop_rows=0)
 
 
 # ---- a GPU -----------------------------------------------------------------------------------------------------------
@@ -630,7 +630,7 @@ def counted(made, monkeypatch):
 def both(on_gpu, policies, loop_rows, deterministic):
     """Graphs, and two rollouts: one for them, one to run eagerly."""
     (engine, ours), (_, theirs) = (pool(*on_gpu, len(policies), deterministic) for _ in range(2))
-    made = StepGraphs(ours, loop_rows=loop_rows)
+    made = GraphRunner(ours, loop_rows=loop_rows)
     made.capture()
     return made, rollout(engine, ours, policies), rollout(engine, theirs, policies)
 
@@ -678,7 +678,7 @@ def test_memory_stays_flat_on_a_gpu(on_gpu, loop_rows):
     if loop_rows and device_loop.unavailable() is not None:
         pytest.skip(device_loop.unavailable())
     engine, inputs = pool(*on_gpu, 1, deterministic=False)
-    made = StepGraphs(inputs, (1,), loop_rows=loop_rows)
+    made = GraphRunner(inputs, (1,), loop_rows=loop_rows)
     made.capture()
     roll = rollout(engine, inputs, [Confidence(0.5)])
     used = []

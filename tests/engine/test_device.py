@@ -57,7 +57,7 @@ def test_whatever_is_called_runs_with_the_models_device_current(untrained, guard
     pipe([RED, BLUE], num_frames=6, output_type="pt")
     pipe(RED, num_frames=6, callback_on_step_end=lambda *_: None)
     with pipe.session(RED, step_policy=Confidence(0.5), image=torch.zeros(3, 64, 64)) as session:
-        session.opening()
+        session.prefix_frames()
         session.next_chunk()
         snapshot = session.snapshot()
         session.update(BLUE, transition_chunks=2)
@@ -68,7 +68,7 @@ def test_whatever_is_called_runs_with_the_models_device_current(untrained, guard
         runner.add(session)
         while not runner.forward():
             pass
-        session.hand_over()()
+        session.detach_decode()()
         session.reset()
         session.next_chunk()
     list(pipe.stream(RED, num_frames=6))

@@ -10,7 +10,7 @@ import torch
 from dsa_engine import Fixed, PerChunk, Pipeline
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.batch_runner import Runner
-from dsa_engine.engine.cuda_graphs import StepGraphs
+from dsa_engine.engine.cuda_graphs import GraphRunner
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.fp8 import E4M3, cache_scales, quantise_linears
 from dsa_engine.ops import reference
@@ -38,7 +38,7 @@ def rollout(made, noise, embeds, given=None):
         policy=PerChunk(list(COUNTS)),
         seeds=range(len(noise)),
         config=made.config,
-        initial=noise,
+        initial_noise=noise,
         renoise=given,
     )
 
@@ -133,7 +133,7 @@ def test_a_state_comes_back_and_a_recache_remakes_it(tiny_dit):
     roll.accept(again[0])
     again.append(roll.denoise().latents)
     assert all(map(torch.equal, first, again))
-    roll.switch(roll.text_kv, recache=True)
+    roll.set_prompt(roll.text_kv, recache=True)
     assert roll.denoise().latents.isfinite().all()
 
 
@@ -198,7 +198,7 @@ def test_captured_forwards_are_the_eager_ones(monkeypatch, options):
     config = RolloutConfig(chunk_frames=FRAMES, shift=3.0, window=6, **options)
     made = Engine(dit, head, None, None, config, 2, True, True)
     pools = [made._pool(made._pool_shape(SIZE, SIZE, None, config), 2) for _ in range(2)]
-    graphs = StepGraphs(pools[0], (2,), loop_rows=2)
+    graphs = GraphRunner(pools[0], (2,), loop_rows=2)
     graphs.capture()
     policies = [PerChunk([2, 1, 4, 3]), PerChunk([2, 3, 1, 1])]
     captured, eager = (graphed_rollout(made, pool, policies) for pool in pools)
@@ -226,7 +226,7 @@ def test_on_a_gpu():
         for m in (quantised, cuda)
     )
     pools = [on_gpu._pool(on_gpu._pool_shape(SIZE, SIZE, None, config), 1) for _ in range(2)]
-    graphs = StepGraphs(pools[0], (1,), loop_rows=0)
+    graphs = GraphRunner(pools[0], (1,), loop_rows=0)
     graphs.capture()
     policies = [PerChunk([1, 3, 2, 4])]
     captured, eager = (graphed_rollout(on_gpu, pool, policies) for pool in pools)

@@ -17,7 +17,7 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import engine as engine_module
 from dsa_engine.engine import graphed_decoder as module
 from dsa_engine.engine.engine import Engine
-from dsa_engine.engine.graphed_decoder import ChunkDecoder, Held
+from dsa_engine.engine.graphed_decoder import GraphedDecoder, BorrowedState
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from dsa_engine.pipeline import Pipeline
@@ -70,7 +70,7 @@ def codec(request):
 
 @pytest.fixture(scope="module", params=["eager", "captured"])
 def decoder(codec, request):
-    made = ChunkDecoder(codec, CHUNK)
+    made = GraphedDecoder(codec, CHUNK)
     if request.param == "captured":
         made.cuda = Patched()
         made.cuda.capture(made)
@@ -113,12 +113,12 @@ def test_a_stream_alone_stays_where_it_is(decoder, monkeypatch):
     _, state = decoder.decode(latents(0), None)
     frames, state = decoder.decode(latents(1), state)
     kept = frames.clone()
-    monkeypatch.setattr(decoder, "_vacate", lambda buffer: None if decoder._occupant(buffer) is None else 1 / 0)
+    monkeypatch.setattr(decoder, "_evict", lambda buffer: None if decoder._owner(buffer) is None else 1 / 0)
     buffers = []
     for number in range(2, 6):
         buffers.append(state.buffer)
         _, state = decoder.decode(latents(number), state)
-        assert isinstance(state, Held) and state.own is None
+        assert isinstance(state, BorrowedState) and state.own is None
     assert buffers in ([0, 1, 0, 1], [1, 0, 1, 0]) and torch.equal(frames, kept)
 
 
@@ -158,7 +158,7 @@ def test_a_state_of_another_shape_is_refused_by_the_codec(codec, decoder):
 
 
 def test_a_capture_is_launched_once_a_chunk_and_tells_torch_nothing(codec):
-    patched, decoder = Patched(), ChunkDecoder(codec, CHUNK)
+    patched, decoder = Patched(), GraphedDecoder(codec, CHUNK)
     before, seen = torch.backends.cudnn.benchmark, []
     step = decoder._step
     decoder._step = lambda source: (seen.append((source, torch.backends.cudnn.benchmark)), step(source))[1]
@@ -188,7 +188,7 @@ def test_it_is_a_codec(codec, decoder):
     frames = torch.rand(1, 5, 3, 8, 16)
     assert torch.equal(decoder.encode(frames), codec.encode(frames))
     with pytest.raises(ValueError, match="codec PixelCodec: must be a StreamingVAE"):
-        ChunkDecoder(PixelCodec(), CHUNK)
+        GraphedDecoder(PixelCodec(), CHUNK)
 
 
 # ---- in the engine ---------------------------------------------------------------------------------------------------
@@ -223,33 +223,33 @@ def streamed(pipe, chunks=4):
 
 def test_sessions_on_it_give_the_same_frames(pipe, monkeypatch):
     expected = streamed(pipe)
-    monkeypatch.setattr(ChunkDecoder, "capture", lambda decoder, tune, stream: 0.5)
-    monkeypatch.setattr(engine_module, "too_large", lambda codec, shape: None)
+    monkeypatch.setattr(GraphedDecoder, "capture", lambda decoder, tune, stream: 0.5)
+    monkeypatch.setattr(engine_module, "why_not_captured", lambda codec, shape: None)
     shape = pipe.engine._chunk(2, 2, pipe.config)
     assert shape == (1, 3, 16, 2, 2)
     assert pipe.engine._capture_decoder(shape) == 0.5 and pipe.engine._capture_decoder(shape) == 0
     used = []
-    decode = ChunkDecoder.decode
-    monkeypatch.setattr(ChunkDecoder, "decode", lambda *args: used.append(decode(*args)) or used[-1])
+    decode = GraphedDecoder.decode
+    monkeypatch.setattr(GraphedDecoder, "decode", lambda *args: used.append(decode(*args)) or used[-1])
     found = streamed(pipe)
     assert len(found) == len(expected) and all(map(np.array_equal, found, expected))
-    assert sum(isinstance(state, Held) for _, state in used) >= 10
+    assert sum(isinstance(state, BorrowedState) for _, state in used) >= 10
     pipe.close()
     assert pipe.engine._decoders == {}
 
 
 def test_a_closed_session_leaves_no_state_behind(pipe, monkeypatch):
-    monkeypatch.setattr(ChunkDecoder, "capture", lambda decoder, tune, stream: 0.0)
-    monkeypatch.setattr(engine_module, "too_large", lambda codec, shape: None)
+    monkeypatch.setattr(GraphedDecoder, "capture", lambda decoder, tune, stream: 0.0)
+    monkeypatch.setattr(engine_module, "why_not_captured", lambda codec, shape: None)
     pipe.engine._capture_decoder((1, 3, 16, 2, 2))
     embeds = torch.ones(1, 2, pipe.engine.dit.config.text_dim)
     session = pipe.session(prompt_embeds=embeds, step_policy=Fixed(1))
     for _ in range(3):
         session.next_chunk()
     (decoder,) = pipe.engine._decoders.values()
-    assert [decoder._occupant(i) is None for i in (0, 1)].count(False) == 1
+    assert [decoder._owner(i) is None for i in (0, 1)].count(False) == 1
     session.close()
-    assert decoder._occupant(0) is None and decoder._occupant(1) is None
+    assert decoder._owner(0) is None and decoder._owner(1) is None
 
 
 def test_what_does_not_fit_is_not_captured_and_said(pipe, monkeypatch, caplog):
@@ -267,7 +267,7 @@ def test_the_room_it_asks_for_is_that_of_its_buffers_and_its_work(monkeypatch):
     vae = WanVAE(dim=96).to("meta", torch.bfloat16)
     asked = []
     monkeypatch.setattr(module, "room", lambda device: asked.append(device) or 0)
-    why = module.too_large(vae, (1, 3, 16, 60, 104))
+    why = module.why_not_captured(vae, (1, 3, 16, 60, 104))
     gigabytes = float(why.split("would take ")[1].split(" GB")[0])
     assert gigabytes == pytest.approx(2 * 1.89 + 4.2, abs=0.15)  # two states, and what lives during a pass
 
@@ -283,9 +283,9 @@ def test_replays_on_a_gpu(kind):
     codec = WanVAE(dim=32) if kind == "wan" else TAEHV()
     codec = codec.to("cuda", torch.bfloat16).requires_grad_(False).eval()
     chunks = torch.randn(6, 1, 3, 16, 16, 24, device="cuda", dtype=torch.bfloat16)
-    plain = ChunkDecoder(codec, chunks[0].shape)
+    plain = GraphedDecoder(codec, chunks[0].shape)
     for tune, tolerance in ((False, 0.0), (True, 0.05)):
-        captured, a, b = ChunkDecoder(codec, chunks[0].shape), None, None
+        captured, a, b = GraphedDecoder(codec, chunks[0].shape), None, None
         captured.capture(tune=tune)
         for chunk in chunks:
             (expected, a), (frames, b) = plain.decode(chunk, a), captured.decode(chunk, b)

@@ -7,10 +7,10 @@ import torch
 
 from dsa_engine import Change, Confidence, Fixed, PerChunk
 from dsa_engine.config import RolloutConfig
-from dsa_engine.engine.chunk_plan import Row
+from dsa_engine.engine.chunk_plan import RowSpec
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.sampling.policy import Policy, Rule
+from dsa_engine.sampling.policy import Policy, ExitRule
 
 SIZE, CHUNKS, FRAMES = 4, 5, 2
 
@@ -18,7 +18,7 @@ SIZE, CHUNKS, FRAMES = 4, 5, 2
 class Half(Policy):
     """One of a user's own, which a device cannot ask: it stops at the second step that is surer than the first."""
 
-    reads = "confidence"
+    signal = "confidence"
 
     def start(self, limit):
         self.first = None
@@ -27,7 +27,7 @@ class Half(Policy):
     def check(self, limit):
         pass
 
-    def done(self, chunk, step, values, limit):
+    def should_stop(self, chunk, step, values, limit):
         self.first = min(values) if step == 1 else self.first
         return step == limit or (step > 1 and min(values) > self.first)
 
@@ -122,15 +122,15 @@ def test_sessions_at_different_steps_and_positions_share_a_forward(tiny_dit, hea
             b.accept(made.latents)
             a.denoise()
             a.accept(made.latents)
-    inputs, plans = together[0].inputs, [list(roll.begin()) for roll in together]
+    inputs, plans = together[0].inputs, [list(roll.prepare_chunk()) for roll in together]
     while any(plans):
         nodes = [(roll, plan.pop(0)) for roll, plan in zip(together, plans) if plan]
-        commits = [Row(roll.slots[0], commit=True) for roll, node in nodes if node.commit]
-        inputs.forward(commits + [Row(roll.slots[0], ahead=node.commit) for roll, node in nodes])
+        commits = [RowSpec(roll.slots[0], commit=True) for roll, node in nodes if node.commit]
+        inputs.forward(commits + [RowSpec(roll.slots[0], ahead=node.commit) for roll, node in nodes])
         for roll, node in nodes:
-            roll.took(node, roll.slots)
+            roll.on_forward_done(node, roll.slots)
     for a, b in zip(together, alone):
-        made, expected = a.denoised(), b.denoise()
+        made, expected = a.result(), b.denoise()
         assert made.steps == expected.steps
         close(made.latents, expected.latents, 1e-5)
 
@@ -142,10 +142,10 @@ def test_in_deterministic_mode_company_does_not_change_a_bit(tiny_dit, head):
     inputs = crowd[0].inputs
     for _ in range(CHUNKS):
         for roll in crowd:
-            roll.begin()
+            roll.prepare_chunk()
         for step in range(4):
-            commits = [Row(r.slots[0], commit=True) for r in crowd if step == 0 and r.index]
-            inputs.forward(commits + [Row(r.slots[0], ahead=step == 0 and r.index > 0) for r in crowd])
+            commits = [RowSpec(r.slots[0], commit=True) for r in crowd if step == 0 and r.index]
+            inputs.forward(commits + [RowSpec(r.slots[0], ahead=step == 0 and r.index > 0) for r in crowd])
         expected = single.denoise()
         index = crowd[0].slot
         assert inputs.x0[index].equal(expected.latents) and inputs.step[index].tolist() == expected.steps
@@ -161,7 +161,7 @@ def test_a_row_that_has_stopped_stays_as_it_is(tiny_dit, head):
     before = [t[slot].clone() for t in (inputs.x, inputs.x0, inputs.state, inputs.step)]
     with torch.inference_mode():
         for _ in range(4):
-            inputs.forward([Row(roll.slots[0])])
+            inputs.forward([RowSpec(roll.slots[0])])
     assert all(t[slot].equal(b) for t, b in zip((inputs.x, inputs.x0, inputs.state, inputs.step), before))
     assert inputs.x0[slot].equal(made.latents)
 
@@ -170,7 +170,9 @@ def test_a_row_that_has_stopped_stays_as_it_is(tiny_dit, head):
 def test_the_devices_comparison_is_the_hosts(tiny_dit, threshold):
     """At the float32 numbers next to the threshold, `>=` says what Python's says of the float64 threshold."""
     inputs = rollouts(tiny_dit, None, [Fixed(1)], [1])[0].inputs
-    inputs.begin(torch.tensor([0]), torch.zeros(1, 1, FRAMES, 16, SIZE, SIZE), [1.0], [Rule(1, 4, "min", threshold)])
+    inputs.start_chunk(
+        torch.tensor([0]), torch.zeros(1, 1, FRAMES, 16, SIZE, SIZE), [1.0], [ExitRule(1, 4, "min", threshold)]
+    )
     near = torch.tensor(threshold, dtype=torch.float32)
     for value in (torch.nextafter(near, torch.tensor(-1.0)), near, torch.nextafter(near, torch.tensor(2.0))):
         assert bool(value >= inputs.threshold[0]) == (value.item() >= threshold)
@@ -179,21 +181,21 @@ def test_the_devices_comparison_is_the_hosts(tiny_dit, threshold):
 def test_a_chunk_begins_with_one_copy_of_what_the_host_knows(tiny_dit, monkeypatch):
     """Every field of every row, over what an earlier chunk left there; the other slots keep theirs."""
     inputs = rollouts(tiny_dit, None, [Fixed(1)] * 4, [1, 2, 3, 4])[0].inputs
-    inputs.told.fill_(-1)
-    sent, send = [], inputs._sent
-    monkeypatch.setattr(inputs, "_sent", lambda host: sent.append(host) or send(host))
-    rules = [Rule(1, 4, "mean", 0.3), Rule(2, 3, "max", 1.0), Rule(3, 3)]
+    inputs.chunk_params.fill_(-1)
+    sent, send = [], inputs._to_device
+    monkeypatch.setattr(inputs, "_to_device", lambda host: sent.append(host) or send(host))
+    rules = [ExitRule(1, 4, "mean", 0.3), ExitRule(2, 3, "max", 1.0), ExitRule(3, 3)]
     noise = torch.randn(3, 4, FRAMES, 16, SIZE, SIZE)
-    inputs.begin(torch.tensor([3, 0, 2]), noise, [0.9, 0.5, 0.1], rules)
+    inputs.start_chunk(torch.tensor([3, 0, 2]), noise, [0.9, 0.5, 0.1], rules)
     assert len(sent) == 1
     levels = torch.tensor([0.9, 0.5, 0.1, 0.0, 0.0])  # nothing comes after the last
     for slot, rule, own in zip((3, 0, 2), rules, noise):
         assert inputs.sigmas[slot].equal(levels) and inputs.threshold[slot] == torch.tensor(rule.threshold)
-        counts = inputs.least[slot], inputs.most[slot], inputs.reduce[slot]
-        assert [c.tolist() for c in counts] == [rule.least, rule.most, ["min", "mean", "max"].index(rule.reduce)]
+        counts = inputs.min_steps[slot], inputs.max_steps[slot], inputs.reduce[slot]
+        assert [c.tolist() for c in counts] == [rule.min_steps, rule.max_steps, ["min", "mean", "max"].index(rule.reduce)]
         assert inputs.noise[slot].equal(own) and inputs.x[slot].equal(own[0]) and inputs.step[slot] == 0
-    assert inputs.least.dtype == inputs.most.dtype == inputs.reduce.dtype == torch.int32
-    assert inputs.told[[1, 4]].eq(-1).all()
+    assert inputs.min_steps.dtype == inputs.max_steps.dtype == inputs.reduce.dtype == torch.int32
+    assert inputs.chunk_params[[1, 4]].eq(-1).all()
 
 
 def test_the_bytes_of_a_pool_are_counted(tiny_dit):

@@ -16,7 +16,7 @@ def engine(dit, **options) -> Engine:
     return Engine(dit, None, None, None, RolloutConfig(chunk_frames=FRAMES, shift=3.0, **options), max_sessions=2)
 
 
-def rollout(dit, noise, embeds, counts=(2,), given=None, begun=None, guide=None, strength=1.0, **options):
+def rollout(dit, noise, embeds, counts=(2,), given=None, begun=None, init_latents=None, strength=1.0, **options):
     made = engine(dit, **options)
     return made.rollout(
         embeds,
@@ -26,10 +26,10 @@ def rollout(dit, noise, embeds, counts=(2,), given=None, begun=None, guide=None,
         policy=PerChunk(list(counts)),
         seeds=range(len(noise)),
         config=made.config,
-        initial=noise,
+        initial_noise=noise,
         renoise=given,
         given=begun,
-        guide=guide,
+        init_latents=init_latents,
         strength=strength,
     )
 
@@ -126,11 +126,11 @@ def test_a_switch_with_recache_equals_a_past_made_under_the_new_prompt(tiny_dit,
     switched = rollout(tiny_dit, noise, old, given=given, window=None)
     for _ in range(3):
         switched.accept(switched.denoise().latents)
-    switched.switch(tiny_dit.text_kv(new), recache=True)
+    switched.set_prompt(tiny_dit.text_kv(new), recache=True)
     fresh = rollout(tiny_dit, noise, new, given=given, window=None)
     for _, latents in list(switched.past):
         fresh.accept(latents)
-        fresh.settle()
+        fresh.flush_cache()
     close(switched.denoise().latents, fresh.denoise().latents, 1e-6)
 
 
@@ -140,15 +140,15 @@ def test_recache_under_the_same_prompt_keeps_every_frame_at_its_place(tiny_dit, 
     noise, embeds = torch.randn(1, CHUNKS * FRAMES, 16, SIZE, SIZE), torch.randn(1, 5, 40)
     roll = rollout(tiny_dit, noise, embeds, window=window, sink=sink)
     run(roll)
-    roll.settle()
+    roll.flush_cache()
 
     def first_layer_keys():
         keys = roll.cache.k[0, roll.slot].flatten(2)[0]
         return keys[keys[:, 0].argsort()]
 
     before, position = first_layer_keys(), roll.cache.position.clone()
-    roll.switch(roll.text_kv, recache=True)
-    roll.settle()
+    roll.set_prompt(roll.text_kv, recache=True)
+    roll.flush_cache()
     torch.testing.assert_close(first_layer_keys(), before, rtol=0, atol=1e-5)
     assert roll.cache.position.equal(position)
 
@@ -160,9 +160,9 @@ def test_without_recache_the_past_keeps_the_old_prompt(tiny_dit):
         roll = rollout(tiny_dit, noise, old, window=None)
         for _ in range(2):
             roll.accept(roll.denoise().latents)
-        roll.settle()
+        roll.flush_cache()
         kept = roll.cache.k[:, roll.slot, : 2 * FRAMES].clone()
-        roll.switch(tiny_dit.text_kv(new), recache)
+        roll.set_prompt(tiny_dit.text_kv(new), recache)
         outcomes[recache] = roll.denoise().latents
         assert roll.cache.k[:, roll.slot, : 2 * FRAMES].equal(kept) is not recache
     assert not outcomes[True].equal(outcomes[False])
@@ -223,15 +223,15 @@ def test_of_a_long_video_only_the_window_is_committed(tiny_dit, close):
     noise, embeds = torch.randn(1, 2, 16, SIZE, SIZE), torch.randn(1, 5, 40)
     latents = torch.randn(1, 21, 16, SIZE, SIZE)
     roll = rollout(tiny_dit, noise, embeds, begun=latents, window=7, sink=2)
-    roll.settle()
+    roll.flush_cache()
     whole = rollout(tiny_dit, torch.randn(1, 24, 16, SIZE, SIZE), embeds, begun=latents[:, :1], window=7, sink=2)
     for chunk in latents[:, 1:].split(FRAMES, dim=1):
-        whole.settle()
+        whole.flush_cache()
         whole.accept(chunk)
-    whole.settle()
+    whole.flush_cache()
 
     def kept(r):
-        return r.cache.k[0, r.slot, r.cache._place(torch.tensor([0, 1, 16, 17, 18, 19, 20]))]
+        return r.cache.k[0, r.slot, r.cache._ring_index(torch.tensor([0, 1, 16, 17, 18, 19, 20]))]
 
     assert (roll.position, roll.cache.position.item()) == (21, 21)
     assert len(roll.past) < 6
@@ -240,11 +240,11 @@ def test_of_a_long_video_only_the_window_is_committed(tiny_dit, close):
 
 @pytest.mark.parametrize("strength, levels", [(1.0, 3), (0.7, 2), (0.5, 2), (0.34, 1), (0.01, 1)])
 def test_a_guide_is_noised_to_the_strength_and_denoised_from_there(tiny_dit, close, strength, levels):
-    noise, given, guide = torch.randn(3, 1, CHUNKS * FRAMES, 16, SIZE, SIZE).unbind(0)
+    noise, given, init_latents = torch.randn(3, 1, CHUNKS * FRAMES, 16, SIZE, SIZE).unbind(0)
     embeds = torch.randn(1, 5, 40)
-    options = dict(guide=guide, strength=strength, steps=(1000.0, 600.0, 200.0))
+    options = dict(init_latents=init_latents, strength=strength, steps=(1000.0, 600.0, 200.0))
     roll = rollout(tiny_dit, noise, embeds, (levels,), given, **options)
     sigmas = [3 * s / (1 + 2 * s) for s in (1.0, 0.6, 0.2)][-levels:]
-    start = (1 - sigmas[0]) * guide + sigmas[0] * noise
+    start = (1 - sigmas[0]) * init_latents + sigmas[0] * noise
     expected = naive(tiny_dit, start, embeds, (levels,), given, sigmas, CHUNKS * FRAMES, 0)
     close(run(roll), expected, 1e-4)

@@ -1,4 +1,4 @@
-"""The batcher in simulation: whatever comes, goes and stops early, every stream gets its steps, and in time."""
+"""The scheduler in simulation: whatever comes, goes and stops early, every stream gets its steps, and in time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_engine.engine.scheduler import Batcher, Row
+from dsa_engine.engine.scheduler import StepScheduler, ScheduledRow
 
 COUNTS = st.integers(1, 4)
 DEADLINES = st.none() | st.integers(0, 3) | st.just(-math.inf)
@@ -40,12 +40,12 @@ class Stream:
 
 @dataclass
 class Account:
-    """The test's own account of one wanted chunk, kept apart from the batcher's."""
+    """The test's own account of one wanted chunk, kept apart from the scheduler's."""
 
     stream: Stream
     chunk: int
     number: int  # rises with everyone that is added or served
-    given: list[Row] = field(default_factory=list)
+    given: list[ScheduledRow] = field(default_factory=list)
     first: int | None = None  # the forward since which it contends for its next rows
     due: int | None = None  # the forward by which it must have them
 
@@ -72,7 +72,7 @@ class Forward:
 
     wanted: dict[int, int]
     due: dict[int, int]
-    rows: list[Row]
+    rows: list[ScheduledRow]
 
     @property
     def served(self) -> set[int]:
@@ -80,10 +80,10 @@ class Forward:
 
 
 class World:
-    """Streams, by their index, on a batcher; `history` holds every forward, `given` every stream's rows."""
+    """Streams, by their index, on a scheduler; `history` holds every forward, `given` every stream's rows."""
 
     def __init__(self, capacity: int, streams: list[Stream]):
-        self.capacity, self.streams, self.batcher = capacity, streams, Batcher(capacity)
+        self.capacity, self.streams, self.scheduler = capacity, streams, StepScheduler(capacity)
         self.accounts: dict[int, Account] = {}
         self.history: list[Forward] = []
         self.given: list[list[tuple[int, bool]]] = [[] for _ in streams]
@@ -95,14 +95,14 @@ class World:
         while self.accounts or len(self.history) <= last:
             assert len(self.history) < limit, "forwards go by without a row"
             self.forward(len(self.history))
-        assert len(self.batcher) == 0
+        assert len(self.scheduler) == 0
         return self
 
     def forward(self, now: int) -> None:
         self.arrive(now, late=False)
         wanted = self.contend(now)
         due = {key: account.due for key, account in self.accounts.items()}
-        rows = self.batcher.next()
+        rows = self.scheduler.next()
         self.history.append(Forward(wanted, due, rows))
         served = sorted((self.accounts[key] for key in {row.key for row in rows}), key=lambda account: account.place)
         for row in rows:
@@ -113,14 +113,14 @@ class World:
         self.arrive(now, late=True)
         done = [key for key in self.history[-1].served if self.accounts[key].complete]
         for key in [key for key in self.accounts if self.streams[key].leaves == now]:
-            self.batcher.remove(key)
+            self.scheduler.remove(key)
             del self.accounts[key]
-        self.batcher.report(done)  # also those that were removed: the model does not know that they are gone
+        self.scheduler.complete(done)  # also those that were removed: the model does not know that they are gone
         for key in [key for key in done if key in self.accounts]:
             account = self.accounts.pop(key)
             if account.chunk + 1 < len(account.stream.steps):
                 self.add(key, account.chunk + 1)
-        assert {*self.batcher.waiting, *self.batcher.running} == self.accounts.keys()
+        assert {*self.scheduler.waiting, *self.scheduler.running} == self.accounts.keys()
 
     def arrive(self, now: int, late: bool) -> None:
         for key, stream in enumerate(self.streams):
@@ -130,7 +130,7 @@ class World:
     def add(self, key: int, chunk: int) -> None:
         account = self.accounts[key] = Account(self.streams[key], chunk, self.tick())
         replays = account.stream.replays * account.commits
-        self.batcher.add(key, account.commits, account.stream.deadline, replays)
+        self.scheduler.add(key, account.commits, account.stream.deadline, replays)
 
     def tick(self) -> int:
         self.number += 1
@@ -230,52 +230,52 @@ def test_a_capacity_of_one_row_is_never_idle(streams):
 @given(CAPACITIES, st.lists(COUNTS, min_size=1, max_size=8), st.integers(1, 3))
 def test_shares_differ_by_one_step_at_most(capacity, steps, rounds):
     """Streams without end, commits or deadlines. Who is served with whom must not decide who is served more often."""
-    batcher, had = Batcher(capacity), Counter()
+    scheduler, had = StepScheduler(capacity), Counter()
     for key in range(len(steps)):
-        batcher.add(key, False)
+        scheduler.add(key, False)
         had[key] = 0
     for _ in range(rounds * len(steps)):
-        had.update(row.key for row in batcher.next())
-        batcher.report([])
+        had.update(row.key for row in scheduler.next())
+        scheduler.complete([])
         assert max(had.values()) - min(had.values()) <= 1
 
 
-def keys(rows: list[Row]) -> str:
+def keys(rows: list[ScheduledRow]) -> str:
     """The sessions in the order of their step rows, those with a commit in capitals."""
     commits = {row.key for row in rows if row.commit}
     return "".join(row.key.upper() if row.key in commits else row.key for row in rows if not row.commit)
 
 
-def filled(capacity: int, sessions: str) -> Batcher:
-    """A batcher that was asked by each of the sessions; capitals have a commit."""
-    batcher = Batcher(capacity)
+def filled(capacity: int, sessions: str) -> StepScheduler:
+    """A scheduler that was asked by each of the sessions; capitals have a commit."""
+    scheduler = StepScheduler(capacity)
     for name in sessions:
-        batcher.add(name.lower(), name.isupper())
-    return batcher
+        scheduler.add(name.lower(), name.isupper())
+    return scheduler
 
 
 def test_a_chunk_that_stops_early_makes_room_in_the_very_next_forward():
-    batcher = filled(2, "abc")
-    assert keys(batcher.next()) == "ab"
-    batcher.report("a")
-    assert batcher.next() == [Row("c", 1, False), Row("b", 2, False)]
-    batcher.report("c")
-    assert batcher.next() == [Row("b", 3, False)]
+    scheduler = filled(2, "abc")
+    assert keys(scheduler.next()) == "ab"
+    scheduler.complete("a")
+    assert scheduler.next() == [ScheduledRow("c", 1, False), ScheduledRow("b", 2, False)]
+    scheduler.complete("c")
+    assert scheduler.next() == [ScheduledRow("b", 3, False)]
 
 
 def test_sessions_at_different_steps_share_a_forward_and_commits_ride_with_first_steps():
-    batcher = filled(4, "ab")
-    assert batcher.next() == [Row("a", 1, False), Row("b", 1, False)]
-    batcher.report("a")
-    batcher.add("a", commit=True)
-    assert batcher.next() == [Row("a", 0, True), Row("b", 2, False), Row("a", 1, False)]
+    scheduler = filled(4, "ab")
+    assert scheduler.next() == [ScheduledRow("a", 1, False), ScheduledRow("b", 1, False)]
+    scheduler.complete("a")
+    scheduler.add("a", commit=True)
+    assert scheduler.next() == [ScheduledRow("a", 0, True), ScheduledRow("b", 2, False), ScheduledRow("a", 1, False)]
 
 
 def test_without_deadlines_sessions_take_turns():
-    batcher, order = filled(2, "abcde"), ""
+    scheduler, order = filled(2, "abcde"), ""
     for _ in range(5):
-        order += keys(batcher.next())
-        batcher.report("")
+        order += keys(scheduler.next())
+        scheduler.complete("")
     assert order == "abcdeabcde"
 
 
@@ -293,120 +293,120 @@ def test_without_deadlines_sessions_take_turns():
     ],
 )
 def test_two_rows_that_do_not_fit_in_the_last_free_one(capacity, sessions, forwards):
-    batcher = filled(capacity, sessions)
+    scheduler = filled(capacity, sessions)
     for expected in forwards:
-        assert keys(batcher.next()) == expected
-        batcher.report("")
+        assert keys(scheduler.next()) == expected
+        scheduler.complete("")
 
 
 def test_with_one_row_the_commit_is_a_forward_of_its_own_before_the_first_step():
-    batcher = filled(1, "A")
-    assert batcher.next() == [Row("a", 0, True)]
+    scheduler = filled(1, "A")
+    assert scheduler.next() == [ScheduledRow("a", 0, True)]
     with pytest.raises(ValueError, match="'a'"):  # no step yet, so no chunk
-        batcher.report("a")
-    assert batcher.waiting == ["a"]
-    batcher.report("")
-    assert batcher.next() == [Row("a", 1, False)]
-    batcher.report("a")
-    assert len(batcher) == 0
+        scheduler.complete("a")
+    assert scheduler.waiting == ["a"]
+    scheduler.complete("")
+    assert scheduler.next() == [ScheduledRow("a", 1, False)]
+    scheduler.complete("a")
+    assert len(scheduler) == 0
 
 
 def test_the_earliest_deadline_goes_first_among_equals():
-    batcher = Batcher(2)
+    scheduler = StepScheduler(2)
     for key, deadline in {"a": None, "b": 9.0, "c": 2.0, "d": 9.0, "e": -1}.items():
-        batcher.add(key, False, deadline)
+        scheduler.add(key, False, deadline)
     for expected in ("ec", "bd", "ae"):  # a has been left out twice; of the others e is the most urgent
-        assert keys(batcher.next()) == expected
-        batcher.report("")
+        assert keys(scheduler.next()) == expected
+        scheduler.complete("")
 
 
 def test_urgent_newcomers_do_not_starve_who_has_no_deadline():
-    batcher = Batcher(1)
-    batcher.add("patient", False)
-    batcher.add(0, False, 0.0)
+    scheduler = StepScheduler(1)
+    scheduler.add("patient", False)
+    scheduler.add(0, False, 0.0)
     served = []
     for now in range(1, 5):
-        served += [row.key for row in batcher.next()]
-        batcher.report(served[-1:])
-        batcher.add(now, False, -float(now))
+        served += [row.key for row in scheduler.next()]
+        scheduler.complete(served[-1:])
+        scheduler.add(now, False, -float(now))
     assert served == [0, "patient", 1, 2]
 
 
 def test_waiting_until_the_first_step_then_running_until_done():
-    batcher = filled(2, "abC")
-    assert (batcher.waiting, batcher.running, len(batcher)) == (["a", "b", "c"], [], 3)
-    batcher.next()
-    assert (batcher.waiting, batcher.running, len(batcher)) == (["c"], ["a", "b"], 3)
-    batcher.report("b")
-    assert (batcher.waiting, batcher.running, len(batcher)) == (["c"], ["a"], 2)
-    assert "a" in batcher and "b" not in batcher
+    scheduler = filled(2, "abC")
+    assert (scheduler.waiting, scheduler.running, len(scheduler)) == (["a", "b", "c"], [], 3)
+    scheduler.next()
+    assert (scheduler.waiting, scheduler.running, len(scheduler)) == (["c"], ["a", "b"], 3)
+    scheduler.complete("b")
+    assert (scheduler.waiting, scheduler.running, len(scheduler)) == (["c"], ["a"], 2)
+    assert "a" in scheduler and "b" not in scheduler
 
 
 def test_a_session_that_leaves_makes_room_at_once():
-    batcher = filled(1, "abc")
-    batcher.remove("a")
-    assert keys(batcher.next()) == "b"
-    batcher.remove("b")  # while its row is out
-    batcher.report("")
-    assert keys(batcher.next()) == "c"
+    scheduler = filled(1, "abc")
+    scheduler.remove("a")
+    assert keys(scheduler.next()) == "b"
+    scheduler.remove("b")  # while its row is out
+    scheduler.complete("")
+    assert keys(scheduler.next()) == "c"
 
 
 def test_a_session_closed_and_opened_anew_during_a_forward_is_not_ended_by_its_report():
-    batcher = filled(1, "a")
-    batcher.next()
-    batcher.remove("a")
-    batcher.add("a", commit=False)
-    batcher.report("a")
-    assert batcher.next() == [Row("a", 1, False)]
+    scheduler = filled(1, "a")
+    scheduler.next()
+    scheduler.remove("a")
+    scheduler.add("a", commit=False)
+    scheduler.complete("a")
+    assert scheduler.next() == [ScheduledRow("a", 1, False)]
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda batcher: pickle.loads(pickle.dumps(batcher))])
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
 @pytest.mark.parametrize("out", [False, True])
 def test_a_copy_goes_on_as_the_original_would(clone, out):
-    batcher = filled(3, "aBcD")
-    batcher.report([row.key for row in batcher.next()][:1])
+    scheduler = filled(3, "aBcD")
+    scheduler.complete([row.key for row in scheduler.next()][:1])
     if out:
-        batcher.next()
-    other = clone(batcher)
+        scheduler.next()
+    other = clone(scheduler)
     for done in ("c" if out else "", "", "d"):
         results = []
-        for each in (batcher, other):
+        for each in (scheduler, other):
             if out:
-                each.report(done)
+                each.complete(done)
             results.append(each.next())
             if not out:
-                each.report("")
+                each.complete("")
         assert results[0] == results[1] != []
 
 
 def test_errors_name_the_key_and_change_nothing():
-    batcher = filled(2, "abc")
+    scheduler = filled(2, "abc")
     with pytest.raises(ValueError, match="'b' already"):
-        batcher.add("b", commit=True)
+        scheduler.add("b", commit=True)
     with pytest.raises(ValueError, match="'x' neither"):
-        batcher.remove("x")
+        scheduler.remove("x")
     with pytest.raises(ValueError, match="nan of session 'x'"):
-        batcher.add("x", commit=False, deadline=math.nan)
+        scheduler.add("x", commit=False, deadline=math.nan)
     with pytest.raises(ValueError, match="'a' cannot be done"):
-        batcher.report("a")  # no forward is out
-    batcher.next()
+        scheduler.complete("a")  # no forward is out
+    scheduler.next()
     with pytest.raises(RuntimeError, match="'a', 'b'"):
-        batcher.next()
+        scheduler.next()
     with pytest.raises(ValueError, match="'a' already"):
-        batcher.add("a", commit=False)
+        scheduler.add("a", commit=False)
     with pytest.raises(ValueError, match=r"'c' cannot be done: .*\['a', 'b'\]"):
-        batcher.report("ac")
-    batcher.report("a")
-    assert batcher.next() == [Row("c", 1, False), Row("b", 2, False)]
+        scheduler.complete("ac")
+    scheduler.complete("a")
+    assert scheduler.next() == [ScheduledRow("c", 1, False), ScheduledRow("b", 2, False)]
 
 
 def test_nobody_wants_a_forward():
-    batcher = Batcher(2)
-    assert batcher.next() == [] == batcher.next()
-    batcher.report([])
+    scheduler = StepScheduler(2)
+    assert scheduler.next() == [] == scheduler.next()
+    scheduler.complete([])
 
 
 @pytest.mark.parametrize("capacity", [0, -3, 1.5, True, None, "4"])
 def test_a_capacity_is_a_whole_number_of_rows(capacity):
     with pytest.raises(ValueError, match="nearest is 1"):
-        Batcher(capacity)
+        StepScheduler(capacity)

@@ -279,7 +279,7 @@ class Queue:
         return Moment()
 
 
-@pytest.mark.parametrize("make", ["next_chunk", "finish", "hand_over", "chunks"])
+@pytest.mark.parametrize("make", ["next_chunk", "finish", "detach_decode", "chunks"])
 def test_timings_are_the_devices(pipe, monkeypatch, make):
     """The stages take as long as the device takes for them, though the host has launched all of them at once; they are
     read when the host has waited for the frames, and not before."""
@@ -304,7 +304,7 @@ def test_timings_are_the_devices(pipe, monkeypatch, make):
             runner.add(session)
             while not runner.forward():
                 pass
-            return session.finish() if make == "finish" else session.hand_over()()
+            return session.finish() if make == "finish" else session.detach_decode()()
 
         made = list(session.chunks()) if make == "chunks" else [one() for _ in range(3)]
     for chunk in made:
@@ -365,7 +365,7 @@ def test_a_change_over_several_chunks_is_that_of_the_embeddings_in_between(pipe,
         for share in (1 / 3, 2 / 3, 1.0, None):
             if share is not None:
                 mixed = after if share == 1.0 else before + share * (after - before)
-                other.rollout.switch(pipe.engine.text_kv(mixed), recache)
+                other.rollout.set_prompt(pipe.engine.text_kv(mixed), recache)
             made, expected = session.next_chunk(), other.next_chunk()
             assert (made.latents - expected.latents).abs().max() < 1e-5 and made.prompt == BLUE
         for one in (session, other):  # at once again
@@ -417,7 +417,7 @@ def test_a_chunk_that_is_handed_over_is_decoded_in_any_thread_to_the_same_bits(p
                         runner.add(session)
                 for session in runner.forward():
                     index = session.index
-                    waiting[id(session)] = session, decoder.submit(session.hand_over())
+                    waiting[id(session)] = session, decoder.submit(session.detach_decode())
                     assert session.index == index + 1
         for chunks, expected in zip(made.values(), alone):
             for chunk, other in zip(chunks, expected[:4]):

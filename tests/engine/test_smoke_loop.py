@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import smoke
 from dsa_engine.engine import device_loop
-from dsa_engine.engine.cuda_graphs import StepGraphs
+from dsa_engine.engine.cuda_graphs import GraphRunner
 from dsa_engine.engine.engine import Engine
 from tests.support.cuda_stand_in import Cuda, patch
 
@@ -20,7 +20,7 @@ def looped(monkeypatch):
 
     def capture(engine, *, height, width, frames, config, loop_rows=1):
         inputs = engine._shared(engine._pool_shape(height, width, frames, config))
-        inputs.graphs = StepGraphs(inputs, (1,), loop_rows=loop_rows)
+        inputs.graphs = GraphRunner(inputs, (1,), loop_rows=loop_rows)
         inputs.graphs.capture()
 
     monkeypatch.setattr(Engine, "capture", capture)

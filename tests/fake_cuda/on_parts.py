@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsa_engine import Fixed, Pipeline
-from dsa_engine.engine.graphed_decoder import ChunkDecoder
+from dsa_engine.engine.graphed_decoder import GraphedDecoder
 from dsa_engine.models.offload import Offloaded, lend
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
@@ -52,7 +52,7 @@ def check(frames, expected) -> None:
 
 def test_captured_chunks_are_the_codecs(codec, latents, expected):
     """And a replay copies nothing between the host and the device."""
-    decoder = ChunkDecoder(copy.deepcopy(codec).to("cuda"), latents.shape[1:])
+    decoder = GraphedDecoder(copy.deepcopy(codec).to("cuda"), latents.shape[1:])
     decoder.capture()
     there = latents.to("cuda")
     device.phase = f"replays {type(codec).__name__}"

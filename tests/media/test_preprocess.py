@@ -125,7 +125,7 @@ def test_a_session_makes_the_frames_of_the_call(shapes, clip, options):
     count = 12 if "strength" in options else 13 if "image" in options else 24
     whole = shapes(PROMPT, num_frames=count, seed=9, **options).frames[0]
     with shapes.session(PROMPT, num_frames=count, seed=9, **options) as session:
-        opening, start = session.opening(), session.snapshot()
+        opening, start = session.prefix_frames(), session.snapshot()
         made = [chunk.frames for chunk in iter_chunks(session)]
         pts = 0 if opening is None else len(opening) / session.fps
         shown = np.concatenate([*([] if opening is None else [opening]), *made])

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import UMT5Config, UMT5EncoderModel
 
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
-from dsa_engine.engine.model_runner import StepInputs
+from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.kernel_types import CacheScales
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
@@ -113,8 +113,8 @@ def test_umt5_has_the_size_that_is_said():
 @pytest.mark.parametrize("slots", [1, 3])
 def test_the_cache_is_the_one_that_is_made(rollout, frames, spare, slots):
     sink, rope = rollout.get("sink", 0), rollout.get("rope", "absolute")
-    cache = KVCache(30, 12, 128, 1560, frames, sink, slots, device="meta", dtype=torch.bfloat16, rope=rope, spare=spare)
-    moving = 0 if cache.still is None else cache.still.nbytes
+    cache = KVCache(30, 12, 128, 1560, frames, sink, slots, device="meta", dtype=torch.bfloat16, rope=rope, headroom=spare)
+    moving = 0 if cache.unrotated_sink is None else cache.unrotated_sink.nbytes
     load = Workload(frames=frames, sessions=slots)
     assert predict(WAN, RolloutConfig(**rollout), load).held["kv_cache"] == cache.k.nbytes + cache.v.nbytes + moving
 
@@ -142,7 +142,7 @@ def test_an_fp8_cache_is_half_of_it_and_its_scales(rollout, frames, spare, slots
         slots,
         device="meta",
         dtype=E4M3,
-        spare=spare,
+        headroom=spare,
         rope=rollout.get("rope", "absolute"),
         scales=scales,
     )
@@ -166,8 +166,8 @@ def test_so_many_sessions_fit_and_not_one_more(card, window, cache):
     work = one.work["decode"] + 8 * one.work["denoise"] // 2
 
     def used(slots):
-        pool = KVCache(30, 12, 128, 1560, window, 0, slots, "meta", dtype, spare=3, scales=scales if cache else None)
-        inputs = StepInputs(on_meta(CausalDiT, WAN), None, pool, 3, (60, 104), 4)
+        pool = KVCache(30, 12, 128, 1560, window, 0, slots, "meta", dtype, headroom=3, scales=scales if cache else None)
+        inputs = ModelRunner(on_meta(CausalDiT, WAN), None, pool, 3, (60, 104), 4)
         prompts = slots * inputs.text.kv.nbytes // (slots + 1)  # each session's own, beside those of the inputs
         return weights + work + pool.nbytes + inputs.nbytes + prompts + slots * one.held["vae_state"]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from dsa_engine import ops
 from dsa_engine.kernel_types import CacheScales
-from dsa_engine.sampling.kv_cache import E4M3, CacheRows, KVCache
+from dsa_engine.sampling.kv_cache import E4M3, KVCache
 from tests.sampling.test_kv_cache import EPS, GAINS, HEAD_DIM, HEADS, THETA, TOKENS, angles, chunk, rollouts
 
 LAYERS = 2
@@ -85,14 +85,14 @@ def test_it_is_a_cache_of_rounded_numbers(rope, scales, rollout):
     turned from what was stored, and rounded again."""
     window, sink, spare, turns = rollout
     torch.manual_seed(0)
-    quantised, plain = caches(scales, window, sink, rope=rope, spare=spare)
+    quantised, plain = caches(scales, window, sink, rope=rope, headroom=spare)
     for cache in (quantised, plain):
         cache.acquire(3)
     for taking_part, frames, writes in turns:
         slot = torch.tensor(taking_part)
         for _ in range(writes):
             rows, expected = quantised.rows(slot, frames), plain.rows(slot, frames)
-            if plain.still is not None:
+            if plain.unrotated_sink is not None:
                 moved = slot[plain.position[slot] + frames > window]
                 for one in moved.tolist():
                     round_frames(plain, scales, one, slice(sink), keys_only=True)
@@ -110,11 +110,11 @@ def test_it_is_a_cache_of_rounded_numbers(rope, scales, rollout):
 
 def test_one_forward_commits_a_chunk_and_starts_the_next():
     torch.manual_seed(0)
-    quantised, plain = caches(ODD, window=6, sink=1, spare=2)
+    quantised, plain = caches(ODD, window=6, sink=1, headroom=2)
     slot = torch.tensor([1])
     for _ in range(6):
         both = chunk(2, 2)
-        rows, expected = (CacheRows.cat(c.rows(slot, 2), c.rows(slot, 2, ahead=2)) for c in (quantised, plain))
+        rows, expected = (c.rows(slot.repeat(2), 2, ahead=torch.tensor([0, 2])) for c in (quantised, plain))
         for layer in range(LAYERS):
             torch.testing.assert_close(
                 attend(rows, both, layer), attend_plain(expected, both, layer, ODD), rtol=0, atol=1e-5

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_engine.sampling.kv_cache import CacheRows, KVCache
+from dsa_engine.sampling.kv_cache import KVCache
 
 TOKENS, HEADS, HEAD_DIM, EPS = 2, 2, 4, 1e-6
 WIDTH = HEADS * HEAD_DIM
@@ -72,8 +72,8 @@ class MovesTheSink(KeepsEverything):
         seen = super().visible(frames)
         if frames is not self.keys:
             return seen
-        oldest = len(frames) - len(seen)  # of what is seen, had the window no sink
-        position = torch.arange(oldest, len(frames))[None]
+        first_valid = len(frames) - len(seen)  # of what is seen, had the window no sink
+        position = torch.arange(first_valid, len(frames))[None]
         phase = angles(position)[0].double().view(-1, TOKENS, 1, HEAD_DIM // 2)
         pairs = torch.view_as_complex(seen.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * torch.polar(torch.ones_like(phase), phase)).flatten(-2)
@@ -88,8 +88,8 @@ class MovesTheSink(KeepsEverything):
         return torch.einsum("fshgt,gthd->fshd", weights, v).reshape(-1, WIDTH)
 
 
-def nan_cache(window, sink=0, slots=3, layers=1, rope="absolute", spare=0):
-    cache = KVCache(layers, HEADS, HEAD_DIM, TOKENS, window, sink, slots, rope=rope, theta=THETA, spare=spare)
+def nan_cache(window, sink=0, slots=3, layers=1, rope="absolute", headroom=0):
+    cache = KVCache(layers, HEADS, HEAD_DIM, TOKENS, window, sink, slots, rope=rope, theta=THETA, headroom=headroom)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
     return cache
@@ -105,7 +105,7 @@ def bits(x):
 
 @st.composite
 def rollouts(draw):
-    """(window, sink, spare, turns); a turn is (rows that take part, frames of the chunk, how often it is written)."""
+    """(window, sink, headroom, turns); a turn is (rows that take part, frames of the chunk, how often it is written)."""
     window = draw(st.integers(1, 9))
     sink = draw(st.integers(0, window - 1))
     frames = st.integers(1, window - sink)
@@ -125,9 +125,9 @@ def rollouts(draw):
 @given(rollout=rollouts())
 def test_the_ring_equals_a_cache_that_keeps_every_frame(rope, kept, rollout):
     """Any window, sink and chunk sizes, chunks rewritten before they are kept, sessions at different points."""
-    window, sink, spare, turns = rollout
+    window, sink, headroom, turns = rollout
     torch.manual_seed(0)
-    cache = nan_cache(window, sink, rope=rope, spare=spare)
+    cache = nan_cache(window, sink, rope=rope, headroom=headroom)
     slot = cache.acquire(3)[[2, 0, 1]]
     naive = [kept(window, sink) for _ in range(3)]
     for taking_part, frames, writes in turns:
@@ -151,7 +151,7 @@ def test_one_forward_commits_a_chunk_and_starts_the_next(frames, sink, more, ext
     """Two rows of one slot: each sees its own window, also where the second has evicted what the first still sees."""
     torch.manual_seed(0)
     window = sink + frames + more
-    cache, naive = nan_cache(window, sink, spare=frames + extra), KeepsEverything(window, sink)
+    cache, naive = nan_cache(window, sink, headroom=frames + extra), KeepsEverything(window, sink)
     slot = cache.acquire(3)[1:2]
     for _ in range(before):
         qkv = chunk(1, frames)
@@ -160,12 +160,12 @@ def test_one_forward_commits_a_chunk_and_starts_the_next(frames, sink, more, ext
         naive.advance()
         cache.advance(slot, frames)
     both = chunk(2, frames)
-    out = attend(CacheRows.cat(cache.rows(slot, frames), cache.rows(slot, frames, ahead=frames)), both)
+    out = attend(cache.rows(slot.repeat(2), frames, ahead=torch.tensor([0, frames])), both)
     clean = naive.attend(both[:, 0])
     naive.advance()
     torch.testing.assert_close(out.double(), torch.stack((clean, naive.attend(both[:, 1]))), rtol=0, atol=2e-5)
-    with pytest.raises(ValueError, match=f"ahead={cache.spare + 1}.*nearest is {cache.spare}"):
-        cache.rows(slot, frames, ahead=cache.spare + 1)
+    with pytest.raises(ValueError, match=f"ahead={cache.headroom + 1}.*nearest is {cache.headroom}"):
+        cache.rows(slot, frames, ahead=cache.headroom + 1)
 
 
 @pytest.mark.parametrize("window, sink, frames", [(7, 0, 3), (8, 2, 3), (6, 3, 3), (5, 4, 1)])
@@ -187,16 +187,16 @@ def test_a_write_changes_its_own_frames_only(window, sink, frames):
 def test_rows_and_steps_leave_the_counters_alone():
     cache = nan_cache(5, 1)
     slot = cache.acquire(1)
-    before = [getattr(cache, name).clone() for name in ("position", "oldest")]
+    before = [getattr(cache, name).clone() for name in ("position", "first_valid")]
     for _ in range(3):
         attend(cache.rows(slot, 2), chunk(1, 2))
-    assert all(torch.equal(getattr(cache, n), b) for n, b in zip(("position", "oldest"), before))
+    assert all(torch.equal(getattr(cache, n), b) for n, b in zip(("position", "first_valid"), before))
 
 
 def test_counters_are_integer_tensors_that_are_never_read_back():
     """On the meta device nothing can be: taking, viewing, moving and clearing slots works without a value."""
     cache = KVCache(1, HEADS, HEAD_DIM, TOKENS, window=5, sink=1, slots=3, device="meta")
-    for counter in (cache.position, cache.oldest):
+    for counter in (cache.position, cache.first_valid):
         assert counter.shape == (3,) and counter.dtype == torch.long and counter.is_meta
     slot = cache.acquire(2)
     rows = cache.rows(slot, 2)
@@ -226,17 +226,17 @@ def test_seek_moves_one_session_and_clear_starts_it_anew():
     assert cache.rows(slot, 2).frames.tolist() == [[2, 3], [5002, 5003]]
     cache.clear(slot[1:])
     assert cache.rows(slot, 2).frames.tolist() == [[2, 3], [0, 1]]
-    assert (cache.position[slot].tolist(), cache.oldest[slot].tolist()) == ([2, 0], [0, 0])
+    assert (cache.position[slot].tolist(), cache.first_valid[slot].tolist()) == ([2, 0], [0, 0])
 
 
 def test_slots_run_out_with_an_error_and_come_back():
     cache = nan_cache(4, slots=3)
     first, second = cache.acquire(1), cache.acquire(2)
     assert sorted([*first.tolist(), *second.tolist()]) == [0, 1, 2]
-    with pytest.raises(RuntimeError, match="1 cache slots wanted, 0 of 3 are free.*max_sessions"):
+    with pytest.raises(RuntimeError, match="1 cache slots requested, 0 of 3 are free.*max_sessions"):
         cache.acquire(1)
     cache.release(second[:1])
-    with pytest.raises(RuntimeError, match="2 cache slots wanted, 1 of 3 are free"):
+    with pytest.raises(RuntimeError, match="2 cache slots requested, 1 of 3 are free"):
         cache.acquire(2)
     assert cache.acquire(1).tolist() == second[:1].tolist()
 

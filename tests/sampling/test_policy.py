@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsa_engine import Budget, Change, Confidence, Fixed, PerChunk
+from dsa_engine import Budget, Change, Confidence, Fixed, PerChunk, Policy
 from dsa_engine.sampling.policy import parse_policy
 
 LIMIT = 4
@@ -13,7 +13,7 @@ LIMIT = 4
 def steps_taken(policy, values, chunk=0) -> int:
     """Run the loop that `denoise_chunk` runs on made-up values, one list of frames per step."""
     for step, read in enumerate(values, 1):
-        if step == LIMIT or policy.done(chunk, step, read, LIMIT):
+        if step == LIMIT or policy.should_stop(chunk, step, read, LIMIT):
             return step
     raise AssertionError("more values needed")
 
@@ -70,12 +70,12 @@ def test_change_stops_when_the_estimate_stands_still(options, expected):
 
 
 def test_change_knows_nothing_after_one_step_but_obeys_a_schedule_of_one():
-    assert not Change(9.0).start(2).done(0, 1, None, 2)
-    assert Change(9.0).start(1).done(0, 1, None, 1)
+    assert not Change(9.0).start(2).should_stop(0, 1, None, 2)
+    assert Change(9.0).start(1).should_stop(0, 1, None, 1)
 
 
 def test_each_policy_says_what_it_reads():
-    reads = [policy.reads for policy in (Fixed(1), PerChunk([1]), Confidence(), Budget(16), Change(0.1))]
+    reads = [policy.signal for policy in (Fixed(1), PerChunk([1]), Confidence(), Budget(16), Change(0.1))]
     assert reads == [None, None, "confidence", "confidence", "change"]
 
 
@@ -166,3 +166,16 @@ def test_command_line_forms(text, expected):
 def test_bad_command_line_forms(text):
     with pytest.raises(ValueError, match="fixed:N"):
         parse_policy(text)
+
+
+def test_a_policy_with_the_earlier_names_still_decides():
+    class Old(Policy):
+        reads = "confidence"
+
+        def check(self, limit):
+            pass
+
+        def done(self, chunk, step, values, limit):
+            return step == limit or values[0] > 0.5
+
+    assert Old.signal == "confidence" and steps_taken(Old().start(LIMIT), [[0.1], [0.6], [0.2]]) == 2

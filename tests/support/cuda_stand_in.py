@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsa_engine.engine import cuda_graphs, device_loop, model_runner
-from dsa_engine.engine.model_runner import StepInputs
+from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.models.interfaces import TextKV
 from dsa_engine.ops import cuda_backend as kernels
 from dsa_engine.ops import reference
@@ -258,5 +258,5 @@ def patch(cuda, monkeypatch):
     monkeypatch.setattr(device_loop, "runtime", lambda: cuda.runtime)
     monkeypatch.setattr(kernels, "csrc", cuda.runtime)
     monkeypatch.setattr(reference, "attention", masked_attention)
-    monkeypatch.setattr(StepInputs, "_text", whole_text)
+    monkeypatch.setattr(ModelRunner, "_text", whole_text)
     return cuda

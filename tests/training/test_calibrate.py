@@ -16,7 +16,7 @@ def test_mean_steps_counts_as_the_policy_does():
     confidence = np.random.default_rng(0).random((200, 4))
     for threshold in (0.0, 0.3, 0.7, 1.0):
         policy = Confidence(threshold)
-        counts = [next(k for k in range(1, 5) if policy.done(0, k, [row[k - 1]], 4)) for row in confidence]
+        counts = [next(k for k in range(1, 5) if policy.should_stop(0, k, [row[k - 1]], 4)) for row in confidence]
         assert mean_steps(confidence, threshold) == pytest.approx(np.mean(counts))
 
 

@@ -23,7 +23,7 @@ def resolve_policy(pipe: Pipeline, request: StreamRequest, default: str | None) 
         default = None  # a job has no deadline, and its result must not depend on the load
     steps, low, high = request.steps or default, request.min_steps, request.max_steps
     if steps != "budget":
-        return pipeline_inputs.policy(engine, steps, high, low, high, request.threshold)
+        return pipeline_inputs.resolve_policy(engine, steps, high, low, high, request.threshold)
     if engine.head is None:
         raise ValueError("steps='budget': needs a confidence head and this model has none; use 'fixed'")
     ceiling = pipeline_inputs.default_threshold(engine) if request.threshold is None else request.threshold

@@ -249,7 +249,7 @@ class Worker:
         pipe.engine.encode([request.prompt])
         resolve_policy(pipe, request, self.limits.steps)
         size = pipe._size(request.height, request.width)
-        pipeline_inputs.clip(pipe.engine, 1, size, request.num_frames, request.image, None, None, None)
+        pipeline_inputs.resolve_clip(pipe.engine, 1, size, request.num_frames, request.image, None, None, None)
 
     def _enqueue(self, stream: ActiveStream) -> None:
         limits, live, queued = self.limits, stream.request.live, len(self._queued)

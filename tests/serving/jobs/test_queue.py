@@ -461,7 +461,7 @@ def test_a_job_on_the_engine_is_what_a_session_makes(tmp_path, untrained):
                 Mp4Writer(expected, pipe.fps, threads=1) as video,
             ):
                 if given is not None:
-                    video.write(session.opening())
+                    video.write(session.prefix_frames())
                 own = []
                 while not session.exhausted:
                     chunk = session.next_chunk()

@@ -234,7 +234,7 @@ def test_a_fault_of_one_stream_is_not_the_others(pipe, open_bench, monkeypatch):
     bench = open_bench()
     bad, good = bench.open(0), bench.open(1)
     bench.turn()
-    monkeypatch.setattr(bad.session, "hand_over", lambda: lambda: 1 / 0)
+    monkeypatch.setattr(bad.session, "detach_decode", lambda: lambda: 1 / 0)
     bench.run(bad, good)
     assert bench.events[bad.id][-1].reason == "failed" and bench.events[good.id][-1] == Closed("done")
     assert np.array_equal(shown(bench.of(good, ChunkReady)), frames_of(pipe, 1))

@@ -201,7 +201,7 @@ def make_clip(
         start = time.perf_counter()
         session = stack.enter_context(pipe.session(plan.prompts[0], **options))
         busy = time.perf_counter() - start
-        if writer is not None and (opening := session.opening()) is not None:
+        if writer is not None and (opening := session.prefix_frames()) is not None:
             writer.write(opening)
         bar = stack.enter_context(tqdm(range(len(plan.starts) - 1), unit="chunk", file=sys.stderr))
         for index in bar:

@@ -27,7 +27,7 @@ check: $(VENV)/.test
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_tree.py
 
 api: $(VENV)/.test
-	$(BIN)/pdoc --docformat google --output-directory out/api dsa_engine
+	$(BIN)/pdoc --docformat google --output-directory out/api dsa_engine dsa_engine.ops dsa_engine.sampling.policy dsa_engine.serving
 
 $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)

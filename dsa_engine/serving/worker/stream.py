@@ -122,7 +122,7 @@ class ActiveStream:
             step_policy=self.policy,
             image=request.image,
         )
-        opening = self.session.opening()
+        opening = self.session.prefix_frames()
         if request.snapshot is not None:
             self.session.restore(request.snapshot)
         self.opened = self.last_activity = self._clock()
@@ -160,7 +160,7 @@ class ActiveStream:
         session, self.runner, self.state = self.session, None, StreamState.DECODING
         rule = session.rollout.policies[0].rule(session.index, max_steps)
         threshold = rule.threshold if rule is not None and rule.threshold <= 1 else None
-        decode = session.hand_over()
+        decode = session.detach_decode()
 
         def run() -> ChunkDecoded:
             try:

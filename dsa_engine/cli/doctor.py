@@ -34,7 +34,7 @@ EXTRAS = {  # which extra of pyproject.toml brings an optional package
     "models": ("transformers", "ftfy", "sentencepiece"),
     "serving": ("fastapi", "uvicorn", "pydantic", "sqlmodel", "prometheus-client", "python-multipart"),
     "ray": ("ray",),
-    "train": ("psutil",),
+    "train": ("scipy",),
 }
 
 

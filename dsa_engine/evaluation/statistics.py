@@ -1,4 +1,4 @@
-"""Statistics of the evaluation in plain numpy: intervals, rank measures, curves, a distance of distributions."""
+"""Statistics of the evaluation: intervals, rank measures, curves, a distance of distributions. Needs scipy."""
 
 from __future__ import annotations
 
@@ -10,53 +10,70 @@ RESAMPLES, LEVEL = 4000, 0.95
 BLOCK = 2_000_000  # distances at a time
 
 
+def import_scipy():
+    """The package scipy, which only training and evaluation use; ImportError names the extra that brings it."""
+    try:
+        import scipy.optimize
+        import scipy.spatial.distance
+        import scipy.stats
+    except ImportError as error:
+        raise ImportError(f"training and evaluation need scipy: pip install 'dsa-engine[train]' ({error})") from error
+    return scipy
+
+
 def mean_interval(values: np.ndarray, weights: np.ndarray | None = None, seed: int = 0) -> tuple[float, float, float]:
     """Weighted mean of values [n], and the ends of its 95 % percentile bootstrap interval over the n clips.
 
         mean = sum_i w_i v_i / sum_i w_i;   each of 4000 resamples draws n clips with replacement
 
     weights: e.g. how many hard chunks a clip has; clips of weight 0 do not count, whatever their value (NaN too).
-    The same seed draws the same clips, so intervals of paired differences come from differences a clip, not from two
+    The same seed draws the same clips, so intervals of paired differences come from differences per clip, not from two
     intervals. NaN throughout where no clip has weight.
     """
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
     values, weights = np.asarray(values, float)[weights > 0], weights[weights > 0]
-    if not len(values):
-        return float("nan"), float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    means = (values * weights)[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(np.average(values, weights=weights)), float(low), float(high)
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks 1 .. n of values [n]; equal ones share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    if len(values) < 2:  # nothing to resample
+        return (float(values[0]) if len(values) else float("nan"),) * 3
+    interval = (
+        import_scipy()
+        .stats.bootstrap(
+            (values * weights, weights),
+            lambda products, weights, axis: products.sum(axis) / weights.sum(axis),
+            paired=True,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=seed,
+        )
+        .confidence_interval
+    )
+    return float(np.average(values, weights=weights)), float(interval.low), float(interval.high)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of two arrays of one shape: Pearson's of their ranks. NaN where one is constant."""
-    ra, rb = (ranks(np.ravel(x)) - (np.size(x) + 1) / 2 for x in (a, b))
-    scale = np.sqrt((ra @ ra) * (rb @ rb))
-    return float(ra @ rb / scale) if scale else float("nan")
+    """Spearman's rank correlation of two arrays of one shape. NaN where one is constant."""
+    a, b = np.ravel(a), np.ravel(b)
+    if (a == a[0]).all() or (b == b[0]).all():  # scipy would warn
+        return float("nan")
+    return float(import_scipy().stats.spearmanr(a, b).statistic)
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """P(score of a positive > score of a negative), ties count half. NaN where there is only one kind.
 
-    scores, positive (bool): arrays of one shape. By Mann-Whitney: (R - p (p + 1) / 2) / (p q) with R the rank sum of
-    the p positives among the p + q scores.
+    scores, positive (bool): arrays of one shape. The Mann-Whitney U statistic over the number of pairs.
     """
     scores, positive = np.ravel(scores), np.ravel(positive)
-    p, q = int(positive.sum()), int((~positive).sum())
-    return float((ranks(scores)[positive].sum() - p * (p + 1) / 2) / (p * q)) if p and q else float("nan")
+    yes, no = scores[positive], scores[~positive]
+    if not len(yes) or not len(no):
+        return float("nan")
+    return float(import_scipy().stats.mannwhitneyu(yes, no).statistic / (len(yes) * len(no)))
 
 
 def between(xs: Sequence[float], ys: np.ndarray, x: float) -> np.ndarray | None:
     """The curve through the points (xs[i], ys[i]) at x, linear between its two neighbours; None outside of the curve.
 
-    ys [points, ...]: here a value a clip, so that what comes out can still be paired clip by clip. xs in any order;
+    ys [points, ...]: e.g. a value per clip, so that the result can still be paired clip by clip. xs in any order;
     of points with the same x, their mean.
     """
     levels, inverse = np.unique(np.asarray(xs, float), return_inverse=True)
@@ -85,15 +102,14 @@ def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def _distances(a: np.ndarray, b: np.ndarray) -> float:
     """Sum of the distances of all pairs, some rows at a time."""
-    rows = max(1, BLOCK // len(b))
-    parts = (a[i : i + rows, None] - b for i in range(0, len(a), rows))
-    return float(sum(np.sqrt((part**2).sum(axis=2)).sum() for part in parts))
+    rows, cdist = max(1, BLOCK // len(b)), import_scipy().spatial.distance.cdist
+    return float(sum(cdist(a[i : i + rows], b).sum() for i in range(0, len(a), rows)))
 
 
 def spread(values: np.ndarray, targets: Sequence[float]) -> list[float]:
     """Thresholds, to 3 digits, at which stopping at values >= threshold takes about `targets` mean steps.
 
-    values [chunks, S]: the surer after a step the larger; -inf where stopping is not possible; after step S all stop.
+    values [chunks, S]: larger is more confident; -inf where stopping is not possible; after step S all stop.
     """
     finite = values[np.isfinite(values)]
     candidates = np.unique([float(f"{c:.3g}") for c in np.quantile(finite, np.linspace(0, 1, 401))])

@@ -6,12 +6,13 @@ steps make of it; with a threshold in force it is what fewer make, and the mean 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsa_engine.evaluation.statistics import import_scipy
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.training.head_dataset import HeadDataset
 
@@ -57,29 +58,12 @@ def thresholds(confidence: np.ndarray, targets: Mapping[str, float] | None = Non
     return {name: float(candidates[np.abs(means - target).argmin()]) for name, target in targets.items()}
 
 
-def isotonic(values: Sequence[float], weights: Sequence[float]) -> np.ndarray:
-    """The rising sequence nearest to `values` [n]: argmin of sum_i w_i (f_i - v_i)^2 over f_1 <= ... <= f_n.
-
-    Pool adjacent violators (Ayer et al., 1955): as long as a block's mean is below that of the block before it, the two
-    become one, with their common mean.
-    """
-    blocks: list[tuple[float, float, int]] = []  # (mean, weight, length)
-    for value, weight in zip(values, weights):
-        mean, total, length = float(value), float(weight), 1
-        while blocks and blocks[-1][0] >= mean:
-            before, heavy, longer = blocks.pop()
-            mean = (heavy * before + total * mean) / (heavy + total)
-            total, length = heavy + total, longer + length
-        blocks.append((mean, total, length))
-    return np.repeat([mean for mean, _, _ in blocks], [length for _, _, length in blocks])
-
-
 def calibration(confidence: np.ndarray, distance: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
     """What a confidence means: the expected distance to the full-step estimate, never rising with the confidence.
 
     confidence, distance: arrays of one shape, a value a frame after a step. The frames go into up to `bins` bins of
     about equal count by their confidence, equal ones into the same bin. Per bin, by rising confidence: `confidence` and
-    `distance`, its means; `expected`, the nearest falling sequence to the distances (`isotonic`); `count`, its frames.
+    `distance`, its means; `expected`, the falling isotonic regression of the distances; `count`, its frames.
     """
     confidence, distance = np.ravel(confidence).astype(float), np.ravel(distance).astype(float)
     if confidence.shape != distance.shape or not confidence.size or bins < 1:
@@ -88,7 +72,8 @@ def calibration(confidence: np.ndarray, distance: np.ndarray, bins: int = 10) ->
             "distances, and at least 1 of each"
         )
     edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1]))
-    _, place, count = np.unique(np.searchsorted(edges, confidence), return_inverse=True, return_counts=True)
-    sure, far = (np.bincount(place, weights=x) / count for x in (confidence, distance))
-    columns = zip(sure.tolist(), far.tolist(), (-isotonic(-far, count)).tolist(), count.tolist())
+    _, index, count = np.unique(np.searchsorted(edges, confidence), return_inverse=True, return_counts=True)
+    means = [np.bincount(index, weights=x) / count for x in (confidence, distance)]
+    fit = import_scipy().optimize.isotonic_regression(means[1], weights=count, increasing=False)
+    columns = zip(*(column.tolist() for column in (*means, fit.x, count)))
     return [dict(zip(("confidence", "distance", "expected", "count"), row)) for row in columns]

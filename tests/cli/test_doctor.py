@@ -74,7 +74,7 @@ def test_doctor_names_the_extra_that_brings_a_missing_package():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, names in doctor.EXTRAS.items():
         assert [line.replace("[", ">").split(">")[0] for line in extras[extra]] == list(names)
-    assert set(extras) - set(doctor.EXTRAS) == {"test"}
+    assert set(extras) - set(doctor.EXTRAS) == {"dev", "test"}
 
 
 def test_doctor_probes_flash_attn_without_importing_it(facts, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -31,20 +32,29 @@ def test_mean_interval_has_the_width_that_the_central_limit_gives(rng):
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / math.sqrt(2000), rel=0.06)
 
 
+def test_without_scipy_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"pip install 'dsa-engine\[train\]'"):
+        statistics.auc(np.arange(4), np.arange(4) > 1)
+
+
+def test_one_clip_is_its_own_interval():
+    assert statistics.mean_interval(np.array([0.25])) == (0.25, 0.25, 0.25)
+
+
 def test_clips_without_weight_do_not_count():
     assert statistics.mean_interval(np.array([1.0, np.nan, 1.0]), np.array([2, 0, 1])) == (1.0, 1.0, 1.0)
     assert all(math.isnan(x) for x in statistics.mean_interval(np.ones(2), np.zeros(2)))
 
 
-@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [2.0, 1.0, 2.0, 0.0, 2.0, 1.0]])
-def test_ranks_share_ties(values):
-    naive = [1 + sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
-    assert statistics.ranks(np.array(values)).tolist() == naive
+def ranks(values: np.ndarray) -> list[float]:
+    """Equal values share the mean of their ranks."""
+    return [1 + sum(b < a for b in values) + (sum(b == a for b in values) - 1) / 2 for a in values]
 
 
 def test_spearman_is_pearson_of_ranks(rng):
     a, b = rng.integers(6, size=(2, 40)).astype(float)
-    assert statistics.spearman(a, b) == pytest.approx(np.corrcoef(statistics.ranks(a), statistics.ranks(b))[0, 1])
+    assert statistics.spearman(a, b) == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
     assert statistics.spearman(a.reshape(8, 5), np.exp(a).reshape(8, 5)) == pytest.approx(1)
     assert statistics.spearman(a, -a) == pytest.approx(-1)
     assert math.isnan(statistics.spearman(a, np.ones(40)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsa_engine import Confidence, Fixed
-from dsa_engine.training.calibrate import calibration, confidence_by_step, isotonic, mean_steps, thresholds
+from dsa_engine.training.calibrate import calibration, confidence_by_step, mean_steps, thresholds
 from dsa_engine.training.head_dataset import collect
 
 
@@ -44,17 +44,19 @@ def test_confidences_are_those_of_the_clips_chunks_and_steps(pipe):
     np.testing.assert_allclose(found[:, -1], np.min(made.confidence, axis=2).ravel(), atol=1e-4)
 
 
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.1, 3)), min_size=1, max_size=12))
-def test_the_isotonic_fit_is_that_of_the_closed_form(pairs):
-    """f_i = max over a <= i of min over b >= i of the mean of v_a..v_b (Robertson and others, 1988)."""
-    values, weights = np.array(pairs).T
-    n = len(values)
+@given(st.lists(st.tuples(st.integers(0, 12), st.floats(0, 5)), min_size=1, max_size=60))
+def test_what_is_expected_is_the_falling_sequence_of_the_closed_form(pairs):
+    """f_i = min over a <= i of max over b >= i of the mean of v_a..v_b (Robertson and others, 1988)."""
+    confidence, distance = np.array(pairs).T
+    table = calibration(confidence / 12, distance)
+    values, weights = ([row[name] for row in table] for name in ("distance", "count"))
+    n = len(table)
 
     def mean(a: int, b: int) -> float:
         return np.average(values[a : b + 1], weights=weights[a : b + 1])
 
-    expected = [max(min(mean(a, b) for b in range(i, n)) for a in range(i + 1)) for i in range(n)]
-    np.testing.assert_allclose(isotonic(values, weights), expected, atol=1e-9)
+    expected = [min(max(mean(a, b) for b in range(i, n)) for a in range(i + 1)) for i in range(n)]
+    np.testing.assert_allclose([row["expected"] for row in table], expected, atol=1e-9)
 
 
 def test_a_calibration_gives_back_the_error_that_a_confidence_has():

@@ -1,5 +1,4 @@
-"""Frames a second of a whole model, with everything that is in them: what the engine makes, and what plain PyTorch does
-with the same weights in the same run (`baseline.py`).
+"""Frames per second of a whole model, and of the same weights in plain PyTorch (`e2e/eager_baseline.py`), in one run.
 
     python benchmarks/fps.py                                                 # the small model, on a CPU in two minutes
     python benchmarks/fps.py --quick --plot timeline.png
@@ -7,39 +6,10 @@ with the same weights in the same run (`baseline.py`).
     python benchmarks/fps.py --model wan2.1-t2v-1.3b --random-weights --quantization fp8 --vae taehv --sessions 4
     python benchmarks/fps.py --model self_forcing_dmd.pt --vae Wan2.1_VAE.pth --steps fixed:4
 
-fps holds four figures, each counting more of the work: dit, the denoising steps; dit_commit, the clean pass over each
-chunk too; decode, to uint8 on the device, the one to quote; delivered, copied to the host, by the host's clock. The
-text encoder is apart. A chunk's commit rides with the first step of the chunk after, where no clock can part them: dit
-is taken from a second pass over the same clip with the same steps a chunk, that keeps the keys and values of the last
-step (commit="exit_step") and so has no clean pass, and waits for no pixels. The last chunk of a clip is never
-committed, here nor in a baseline.
-
-Two regimes: clips of the model's own length, whose keys grow with every chunk, and `steady`, chunks of an endless
-stream after its window is full. A clip has one prompt, so that few of its chunks are hard. Each clip is made by every
-contestant in turn: the policy, baselines, fixed counts; `ratio` compares run with run. --rounds repeats all clips; fps
-is the median over rounds, chunk_ms over all chunks but each clip's first. On a GPU the CUDA graphs of both regimes are
-captured before anything is timed.
-
-Random weights cannot choose their steps: these come in the shares of a histogram (--steps
-histogram:1=0.2,2=0.3,3=0.3,4=0.2 is the default, 2.5 on average), as exactly as all chunks of a regime allow, in an
-order drawn from --seed. Such counts are known ahead, so no decision is read from the device in between: `decision_us`,
-of one decision after a forward that is complete, until the host knows who goes on, is measured by itself.
-
-rate: FLOP of the model's products and attention, all prompt keys counted (`work.py`), over the time of dit_commit,
-against that of a large product in this process and dtype. ops: where a steady chunk's time goes, by torch's profiler,
-whose own cost is in it; kernels are told apart by name. missed: chunks that took longer than they play.
-first_frame_ms: from the prompt's embeddings, the text being encoded, to the first chunk's frames on the host. cold: the
-same in a fresh process, with nothing warmed up. same: the engine's latents against the baseline's from the same noise;
-fidelity: against plain PyTorch in float32.
---quantization is the engine's; a baseline has the weights as they are. concurrent: --sessions streams at a time
-(`streams.py`).
-
+What is measured, and what the JSON object holds: benchmarks/README.md. The last line of stdout is that object; --save
+writes it after every run, `unfinished` until the last one. The exit code is 75 where --limit left something out.
 Nothing is timed where dispatch would run another backend than DSA_BACKEND asks for, or plain torch on a GPU for want of
-a package; `backends` says what ran. The file of --save is written anew after every run of a contestant, `unfinished`
-and without what is still to come. --limit SECONDS of the process's life: clips until 55 % of it, the steady state until
-80 %, then the rest; what no longer fits is left out, and the exit code is 75.
-
-The last line of stdout is one JSON object.
+a package.
 """
 
 from __future__ import annotations
@@ -60,11 +30,11 @@ from benchmarks.common.cli import first_line, format_table, positive_int
 from benchmarks.common.environment import commit, machine, save, versions
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
 from benchmarks.e2e import protocol
-from benchmarks.e2e.breakdown import Work, by_op, decision_us, decode_ms, memory, product
+from benchmarks.e2e.breakdown import Work, by_op, decision_us, decode_ms, gemm_peak, memory
 from benchmarks.e2e.concurrency import concurrent
 from benchmarks.e2e.eager_baseline import Baseline, difference, fidelity
-from benchmarks.e2e.protocol import HISTOGRAM, VAES, Bench, Contestant, Regime, Rounds, clip_chunks, interleaved
-from benchmarks.e2e.timeline import columns, draw, figures, play, ratio
+from benchmarks.e2e.protocol import HISTOGRAM, VAES, Bench, Rounds, Scenario, Subject, clip_chunks, interleaved
+from benchmarks.e2e.timeline import EngineStream, columns, draw, figures, play, ratio
 from benchmarks.micro.backends import refuse_others
 from dsa_engine import Fixed, Pipeline, pipeline_inputs
 from dsa_engine.evaluation.summary import rounded
@@ -72,24 +42,24 @@ from dsa_engine.files import check_output_path
 from dsa_engine.models.fp8 import QUANTIZATIONS, quantise_linears, quantization
 
 BASELINES = ("eager", "compile")
-CLIPS, STEADY = 0.55, 0.8  # of --limit, at which no more clips and no more of the steady state are begun
-FEW = 3  # chunks of the float32 reference, whose forwards take ten times as long on a GPU
-SAME = 0.01  # of the largest latent: how far float32 may take two orders of the same sums apart over a few chunks
+CLIPS, STEADY = 0.55, 0.8  # of --limit, after which no clip and no run of the steady state is begun
+FLOAT32_CHUNKS = 3  # of the float32 reference, whose forwards take ten times as long on a GPU
+TOLERANCE = 0.01  # of the largest latent: how far float32 may take two orders of the same sums apart over a few chunks
 
 
 def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
     """plain: without --quantization."""
-    named = None if plain else args.quantization
+    scheme = None if plain else args.quantization
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     if args.random_weights:
-        fp8 = quantization(named, device)
+        fp8 = quantization(scheme, device)
         pipe = protocol.random_pipeline(args.model, device, args.vae)
-        pipe.quantization, pipe.engine.fp8_cache = named, fp8.cache
+        pipe.quantization, pipe.engine.fp8_cache = scheme, fp8.cache
         if fp8.linear:
             quantise_linears(pipe.engine.dit)
     else:
-        pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, quantization=named)
+        pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, quantization=scheme)
     pipe.engine.max_sessions = args.sessions or 1
     pipe.height, pipe.width = args.height or pipe.height, args.width or pipe.width
     pipe.frames = pipeline_inputs.whole_chunks(pipe.engine, args.frames or pipe.frames)
@@ -98,55 +68,55 @@ def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
     return pipe
 
 
-def bench_of(args: argparse.Namespace, pipe: Pipeline) -> tuple[Bench, str, float | None]:
-    """With what the policy is called, and its threshold."""
-    histogram = asked_histogram(args)
-    embeds = protocol.embeddings(pipe, args.clips, args.seed)
-    if histogram:
-        drawn = protocol.histogram_policy(histogram, pipe.max_steps, args.seed)
-        return Bench(pipe, embeds, drawn, args.seed), protocol.label(histogram), None
-    policy = pipeline_inputs.resolve_policy(pipe.engine, args.policy)
-    threshold = getattr(policy, "threshold", None)
-    label = args.policy or (f"fixed:{policy.n}" if isinstance(policy, Fixed) else f"confidence:{threshold:g}")
-    return Bench(pipe, embeds, lambda regime, clip: policy, args.seed), label, threshold
-
-
-def asked_histogram(args: argparse.Namespace) -> tuple[float, ...] | None:
+def requested_histogram(args: argparse.Namespace) -> tuple[float, ...] | None:
     """Shares of chunks with 1, 2, ... steps; None where a policy decides."""
     if args.policy is None:
         return HISTOGRAM if args.random_weights else None
     return protocol.parse_histogram(args.policy) if args.policy.startswith("histogram:") else None
 
 
-def warmed(
-    contestants: dict[str, Contestant], regime: Regime, limit: Limit | None = None
+def make_bench(args: argparse.Namespace, pipe: Pipeline) -> tuple[Bench, str, float | None]:
+    """With the policy's label and threshold."""
+    histogram = requested_histogram(args)
+    embeds = protocol.embeddings(pipe, args.clips, args.seed)
+    if histogram:
+        counts = protocol.histogram_policy(histogram, pipe.max_steps, args.seed)
+        return Bench(pipe, embeds, counts, args.seed), protocol.format_histogram(histogram), None
+    policy = pipeline_inputs.resolve_policy(pipe.engine, args.policy)
+    threshold = getattr(policy, "threshold", None)
+    label = args.policy or (f"fixed:{policy.n}" if isinstance(policy, Fixed) else f"confidence:{threshold:g}")
+    return Bench(pipe, embeds, lambda scenario, clip: policy, args.seed), label, threshold
+
+
+def warm_up(
+    subjects: dict[str, Subject], scenario: Scenario, limit: Limit | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of each one's first clip. A compiled baseline that fails leaves the contest, and whoever is not warm by
-    the limit: by name, why."""
-    seconds, failed = {}, {}
-    for name, made in list(contestants.items()):
+    """Seconds of each one's first clip. A compiled baseline that fails is removed from the subjects, and so is whoever
+    is not warm by the limit: by name, why."""
+    seconds, skipped = {}, {}
+    for name, subject in list(subjects.items()):
         if limit is not None and limit.over():
-            failed[name] = WHY
-            del contestants[name]
+            skipped[name] = WHY
             continue
         start = time.perf_counter()
         try:
-            made(regime, 0)
+            subject(scenario, 0)
         except RuntimeError as error:
             if name != "compile":
                 raise
-            failed[name] = first_line(error)
-            del contestants[name]
+            skipped[name] = first_line(error)
         seconds[name] = time.perf_counter() - start
-    return seconds, failed
+    for name in skipped:
+        del subjects[name]
+    return seconds, skipped
 
 
 def compared(bench: Bench, baseline: Baseline, chunks: int) -> dict:
-    """The engine's latents against a baseline's. Raises RuntimeError where they are not the same but for float32's
-    rounding; bfloat16 rounds so often that its distance is only reported."""
+    """The engine's latents against a baseline's. Raises RuntimeError where they differ by more than float32's rounding;
+    bfloat16 rounds so often that its distance is only reported."""
     pipe = bench.pipe
     found = difference(pipe, baseline, bench.embeds[0], bench.size, chunks)
-    if pipe.engine.dit.dtype == torch.float32 and pipe.quantization is None and not found["relative"] < SAME:
+    if pipe.engine.dit.dtype == torch.float32 and pipe.quantization is None and not found["relative"] < TOLERANCE:
         raise RuntimeError(f"the engine's latents are not the baseline's: {found}")
     return found
 
@@ -169,69 +139,46 @@ def cold_child(args: argparse.Namespace) -> dict:
     start = time.perf_counter()
     pipe = load(args)
     seconds = time.perf_counter() - start
-    bench, _, _ = bench_of(args, pipe)
-    regime = bench.clip(clip_chunks(pipe), 1)
-    first = play(lambda: bench.stream(regime, 0, bench.policy(regime, 0)), 1).first_frame
-    return {"load_s": seconds, "first_frame_ms": first}
+    bench, _, _ = make_bench(args, pipe)
+    scenario = bench.clip(clip_chunks(pipe), 1)
+    run = play(lambda: EngineStream(bench.session(scenario, 0, bench.policy(scenario, 0))), 1)
+    return {"load_s": seconds, "first_frame_ms": run.first_frame}
 
 
-class Standings:
-    """The runs of both regimes as figures, of as many as there are. plain: the baselines' names; ceiling: TF/s."""
-
-    def __init__(self, pipe: Pipeline, plain: Sequence[str], counts: Sequence[str], ceiling: float):
-        self.plain, self.counts, self.work, self.ceiling = plain, counts, Work(pipe), ceiling
-        self.limit = str(pipe.max_steps)
-        self.runs: dict[str, dict[str, Rounds]] = {"clip": {}, "steady": {}}
-
-    def there(self, regime: str, names: Sequence[str]) -> list[str]:
-        """Those that have a run."""
-        return [name for name in names if self.runs[regime].get(name)]
-
-    def of(self, regime: str, name: str) -> dict:
-        rounds = self.runs[regime][name]
-        return figures(rounds, regime == "clip") | {"rate": self.work.rate(rounds, self.ceiling)}
-
-    def baselines(self, regime: str) -> dict[str, dict]:
-        mine = self.runs[regime]
-        ours = {"policy": "policy", "fixed": self.limit}
-
-        def ratios(name: str) -> dict:
-            return {whose: ratio(mine[of], mine[name]) for whose, of in ours.items() if self.there(regime, [of])}
-
-        return {name: self.of(regime, name) | {"ratio": ratios(name)} for name in self.there(regime, self.plain)}
-
-    def regime(self, regime: str) -> dict:
-        """All of its figures; empty before the policy has a run."""
-        if not self.there(regime, ["policy"]):
-            return {}
-        fixed = {n: self.of(regime, n) for n in self.there(regime, self.counts)}
-        return self.of(regime, "policy") | {"fixed": fixed, "baseline": self.baselines(regime)}
-
-    def timeline(self) -> dict:
-        regimes = [r for r in self.runs if self.there(r, ["policy"])]
-        return {r: {n: columns(self.runs[r][n]) for n in self.there(r, ("policy", *self.plain))} for r in regimes}
+def summarize(runs: dict[str, Rounds], whole: bool, baselines: Sequence[str], counts: Sequence[str], rate) -> dict:
+    """Figures of a scenario's runs by subject, as far as there are any; empty before the policy has a run. rate: of a
+    subject's rounds, see `Work.rate`."""
+    runs = {name: rounds for name, rounds in runs.items() if rounds}
+    rows = {name: figures(rounds, whole) | {"rate": rate(rounds)} for name, rounds in runs.items()}
+    for name in (n for n in baselines if n in rows):
+        ours = {"policy": "policy", "fixed": counts[-1]}
+        rows[name]["ratio"] = {key: ratio(runs[one], runs[name]) for key, one in ours.items() if one in runs}
+    if "policy" not in rows:
+        return {}
+    parts = {"fixed": counts, "baseline": baselines}
+    return rows["policy"] | {key: {n: rows[n] for n in names if n in rows} for key, names in parts.items()}
 
 
 def evaluate(
-    args: argparse.Namespace, argv: Sequence[str], saved: Callable[[dict], object] = lambda found: None
+    args: argparse.Namespace, argv: Sequence[str], report: Callable[[dict], object] = lambda result: None
 ) -> dict:
-    """All figures as one object; saved: told what there is of it whenever there is more."""
+    """All figures as one object; report: called with what there is of it whenever there is more."""
     limit, start = Limit(args.limit), time.perf_counter()
     pipe = load(args)
     seconds = {"load": time.perf_counter() - start}
     result = about(args, pipe) | {"unfinished": True, "backends": refuse_others(device=pipe.engine.dit.device.type)}
-    bench, label, threshold = bench_of(args, pipe)
+    bench, label, threshold = make_bench(args, pipe)
     clip = bench.clip(clip_chunks(pipe), args.clips, args.rounds)
     steady = bench.steady(args.steady_chunks, args.steady_clips)
     warm = bench.clip(2, 1) if args.quick else clip
 
     def add(**more) -> None:
         result.update(more)
-        saved(result)
+        report(result)
 
     add(
         policy=label,
-        histogram=asked_histogram(args),
+        histogram=requested_histogram(args),
         threshold=threshold,
         regime="clip",
         clips={"frames": pipe.frames, "chunks": clip.chunks, "clips": clip.clips, "rounds": clip.rounds},
@@ -239,59 +186,67 @@ def evaluate(
         machine=machine(),
         warmup_s=seconds,
     )
-    seconds |= {"capture": bench.capture(clip) + bench.capture(steady)}
-    first = {"policy": bench.engine(bench.policy)}
-    seconds |= warmed(first, warm)[0]
+    seconds["capture"] = bench.capture(clip) + bench.capture(steady)
+    policy = {"policy": bench.engine(bench.policy)}
+    seconds |= warm_up(policy, warm)[0]
     add(memory=memory(pipe))  # while there is no baseline
     dit = load(args, plain=True).engine.dit if args.quantization else pipe.engine.dit
     baselines = {name: Baseline(pipe, compiled=name == "compile", dit=dit) for name in args.baseline}
-    rest = {name: bench.plain(baseline) for name, baseline in baselines.items()}
     counts = [str(n) for n in range(1, pipe.max_steps + 1) if n in (*(args.counts or [n]), pipe.max_steps)]
-    rest |= {n: bench.engine(lambda regime, clip, n=int(n): Fixed(n)) for n in reversed(counts)}
-    more, skipped = warmed(rest, warm, limit.share(CLIPS))
+    others = {name: bench.baseline(baseline) for name, baseline in baselines.items()}
+    others |= {n: bench.engine(lambda scenario, clip, n=int(n): Fixed(n)) for n in reversed(counts)}
+    more, skipped = warm_up(others, warm, limit.share(CLIPS))
     seconds |= more
-    limits = product(pipe)
-    add(product=limits)
+    peak, work = gemm_peak(pipe), Work(pipe)
+    add(product=peak)
 
-    standings = Standings(pipe, list(baselines), counts, limits["tflops"])
-    few = {name: made for name, made in (first | rest).items() if name not in counts[:-1]}
+    def summary(runs: dict[str, Rounds], whole: bool) -> dict:
+        return summarize(runs, whole, args.baseline, counts, lambda rounds: work.rate(rounds, peak["tflops"]))
 
-    def seen(regime: str, runs: dict[str, Rounds]) -> None:
-        standings.runs[regime] = runs
-        if regime == "clip":
-            found = standings.regime("clip")
-            baseline = found.pop("baseline", {}) | {name: {"skipped": why} for name, why in skipped.items()}
-            add(**found, baseline=baseline)
-        elif standings.there("steady", ["policy"]):
-            add(steady={"kv_frames": steady.window, "clips": steady.clips} | standings.regime("steady"))
+    def add_clip(runs: dict[str, Rounds]) -> None:
+        found = summary(runs, whole=True)
+        add(
+            **found
+            | {"baseline": found.get("baseline", {}) | {name: {"skipped": why} for name, why in skipped.items()}}
+        )
 
-    runs, whole = interleaved(first | rest, clip, limit.share(CLIPS), lambda runs: seen("clip", runs))
-    few_runs, both = interleaved(few, steady, limit.share(STEADY), lambda runs: seen("steady", runs))
-    whole = whole and both and not any(why == WHY for why in skipped.values())
+    def add_steady(runs: dict[str, Rounds]) -> None:
+        if found := summary(runs, whole=False):
+            add(steady={"kv_frames": steady.window, "clips": steady.clips} | found)
+
+    subjects = policy | others
+    few = {name: subject for name, subject in subjects.items() if name not in counts[:-1]}
+    clip_runs, complete = interleaved(subjects, clip, limit.share(CLIPS), add_clip)
+    steady_runs, both = interleaved(few, steady, limit.share(STEADY), add_steady)
+    complete = complete and both and WHY not in skipped.values()
     chunks = compared_chunks(bench, args.quick)
-    for name in standings.there("clip", list(baselines)):
-        if not limit.over():
+    for name in args.baseline:
+        if clip_runs.get(name) and "fps" in result and not limit.over():
             result["baseline"][name]["same"] = compared(bench, baselines[name], chunks)
 
-    def by_kind() -> dict:
-        vae = {"vae": decode_ms(few_runs["policy"])} if few_runs["policy"] else {}
-        return by_op(bench, steady) | vae
+    def ops() -> dict:
+        return by_op(bench, steady) | ({"vae": decode_ms(steady_runs["policy"])} if steady_runs["policy"] else {})
 
-    many = bench.steady(args.steady_chunks, args.sessions) if args.sessions else None
     at_last = {  # what matters more comes first
         "decision_us": lambda: decision_us(bench, steady),
-        "fidelity": lambda: fidelity(pipe, bench.embeds[0], bench.size, min(chunks, FEW), dit),
-        "ops": by_kind,
-        "concurrent": lambda: concurrent(bench, many) if many else None,
+        "fidelity": lambda: fidelity(pipe, bench.embeds[0], bench.size, min(chunks, FLOAT32_CHUNKS), dit),
+        "ops": ops,
+        "concurrent": lambda: (
+            concurrent(bench, bench.steady(args.steady_chunks, args.sessions)) if args.sessions else None
+        ),
         "cold": lambda: cold(argv) if args.cold else None,
     }
-    for name, made in at_last.items():
+    for name, measured in at_last.items():
         if limit.over():
-            whole = False
+            complete = False
         else:
-            add(**{name: made()})
-    add(timeline=standings.timeline(), machine=machine())
-    add(unfinished=not whole)
+            add(**{name: measured()})
+    drawn = {
+        scenario: {name: columns(runs[name]) for name in ("policy", *args.baseline) if runs.get(name)}
+        for scenario, runs in (("clip", clip_runs), ("steady", steady_runs))
+        if runs["policy"]
+    }
+    add(timeline=drawn, machine=machine(), unfinished=not complete)
     return result
 
 
@@ -314,13 +269,12 @@ def about(args: argparse.Namespace, pipe: Pipeline) -> dict:
     }
 
 
-HEADER = ("", "steps", "dit", "dit+commit", "decode", "delivered", "p50 ms", "p95", "p99", "max", "TF/s", "of product")
+HEADER = ("steps", "dit", "dit+commit", "decode", "delivered", "p50 ms", "p95", "p99", "max", "TF/s", "of GEMM")
 
 
-def line(name: str, row: dict) -> list[str]:
-    numbers = [row["mean_steps"], *row["fps"].values(), *row["chunk_ms"].values()]
-    rate = row["rate"]
-    return [name, *(f"{x:.2f}" for x in numbers), f"{rate['tflops']:.3g}", f"{rate['of_product']:.0%}"]
+def cells(row: dict) -> list[str]:
+    values = [row["mean_steps"], *row["fps"].values(), *row["chunk_ms"].values()]
+    return [*(f"{x:.2f}" for x in values), f"{row['rate']['tflops']:.3g}", f"{row['rate']['of_product']:.0%}"]
 
 
 def report(result: dict) -> list[str]:
@@ -331,32 +285,29 @@ def report(result: dict) -> list[str]:
             lines += [f"{title}: not measured", ""]
             continue
         rows = {result["policy"]: part} | {f"fixed:{n}": row for n, row in part["fixed"].items()}
-        plain = {name: row for name, row in part["baseline"].items() if "skipped" not in row}
-        body = [line(name, row) for name, row in (rows | {f"baseline {n}": row for n, row in plain.items()}).items()]
-        lines += [*format_table([[f"{title}: fps", *HEADER[1:]], *body]), ""]
-        for name, row in plain.items():
-            for whose, r in row["ratio"].items():
-                busy = f", {r['processor']:.2f} by processor time" if r["processor"] else ""
-                what = result["policy"] if whose == "policy" else f"fixed:{list(part['fixed'])[-1]}"
-                lines.append(f"{what}: {r['median']:.2f} times {name} ({r['low']:.2f} to {r['high']:.2f}{busy})")
+        baselines = {name: row for name, row in part["baseline"].items() if "skipped" not in row}
+        rows |= {f"baseline {name}": row for name, row in baselines.items()}
+        lines += format_table([[f"{title}: fps", *HEADER], *([name, *cells(row)] for name, row in rows.items())])
+        for name, row in baselines.items():
+            for ours, r in row["ratio"].items():
+                cpu = f", {r['processor']:.2f} by CPU time" if r["processor"] else ""
+                what = result["policy"] if ours == "policy" else f"fixed:{list(part['fixed'])[-1]}"
+                lines.append(f"{what}: {r['median']:.2f} times {name} ({r['low']:.2f} to {r['high']:.2f}{cpu})")
         lines.append("")
-    plain = result.get("baseline", {})
-    lines += [f"no baseline {n}: {row['skipped']}" for n, row in plain.items() if "skipped" in row]
+    for name, row in result.get("baseline", {}).items():
+        lines += [f"no baseline {name}: {row['skipped']}"] if "skipped" in row else []
+        lines += [f"latents against {name}: {json.dumps(rounded(row['same']))}"] if "same" in row else []
     if "fps" in result:
-        asked, fresh = result.get("decision_us"), json.dumps(rounded(result.get("cold")))
+        decision = result.get("decision_us")
         lines += [
-            f"first frame {result['first_frame_ms']:.1f} ms; a fresh process: {fresh}",
-            f"steps {result['steps_histogram']}; a decision takes {'nothing' if asked is None else f'{asked:.0f} us'}",
+            f"first frame {result['first_frame_ms']:.1f} ms; a decision takes "
+            + ("nothing" if decision is None else f"{decision:.0f} us"),
             f"chunks that took longer than they play, of {result['deadlines']}: "
             + ", ".join(f"{n} at {rate} fps" for rate, n in result["missed"].items()),
             f"stages over the wall clock: {result['clock']['stages_over_wall']:.4f}",
         ]
-    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in ("concurrent",) if result.get(name)]
-    lines += [f"latents against {n}: {json.dumps(rounded(b['same']))}" for n, b in plain.items() if "same" in b]
-    fidelity = result.get("fidelity", "not measured")
-    lines += [f"latents against float32: {json.dumps(rounded(fidelity))}"]
-    last = ("ops", "product", "memory", "warmup_s")
-    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in last if name in result]
+    names = ("steps_histogram", "cold", "concurrent", "fidelity", "ops", "product", "memory", "warmup_s")
+    lines += [f"{name}: {json.dumps(rounded(result[name]))}" for name in names if result.get(name)]
     return lines + ["unfinished: --limit left something out"] * result["unfinished"]
 
 

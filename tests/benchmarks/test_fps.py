@@ -16,13 +16,20 @@ from hypothesis import strategies as st
 
 from benchmarks import fps
 from benchmarks.common.limit import UNFINISHED, Limit
-from benchmarks.e2e import breakdown, concurrency, protocol, timeline
-from benchmarks.e2e.eager_baseline import Baseline, BaselineStream, ShiftedCache, apart, difference, fidelity
-from benchmarks.e2e.protocol import Bench, drawn, histogram_policy, label, parse_histogram, random_pipeline
-from benchmarks.e2e.timeline import Chunk, Run, Stopwatch, play
+from benchmarks.e2e import breakdown, concurrency, protocol
+from benchmarks.e2e.eager_baseline import Baseline, BaselineStream, ShiftedCache, difference, errors, fidelity
+from benchmarks.e2e.protocol import (
+    Bench,
+    format_histogram,
+    histogram_policy,
+    parse_histogram,
+    random_pipeline,
+    sample_step_counts,
+)
+from benchmarks.e2e.timeline import Chunk, EngineStream, Run, play
 from benchmarks.micro import roofline
 from dsa_engine import Fixed, PerChunk, Pipeline
-from dsa_engine.engine.session import Session, to_uint8
+from dsa_engine.engine.session import Session
 
 SIZE = (8, 8)
 PROMPT = "a red circle jumps"
@@ -81,11 +88,11 @@ def test_fidelity_is_measured_against_float32(untrained):
     assert fidelity(pipe, embeds, SIZE, 2)["psnr_db"] < found["psnr_db"] - 3
 
 
-def test_apart():
-    found = apart(torch.tensor([4.0, 1.0, -1.0, 0.0]), torch.tensor([4.0, 0.0, 0.0, 0.0]))
+def test_errors():
+    found = errors(torch.tensor([4.0, 1.0, -1.0, 0.0]), torch.tensor([4.0, 0.0, 0.0, 0.0]))
     assert (found["max_abs"], found["relative"]) == (1.0, 0.25)
     assert found["psnr_db"] == pytest.approx(10 * np.log10(16 / 0.5))
-    assert apart(torch.ones(2), torch.ones(2))["psnr_db"] is None
+    assert errors(torch.ones(2), torch.ones(2))["psnr_db"] is None
 
 
 @pytest.mark.parametrize("window", [9, -1])
@@ -93,9 +100,9 @@ def test_the_pools_of_both_regimes_are_captured(untrained, monkeypatch, window):
     """On a GPU: the shapes that are captured are those that the streams then have."""
     pipe = Pipeline.from_pretrained(untrained, device="cpu", window=window)
     embeds = pipe.engine.encode([PROMPT])
-    bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(2), 0)
-    regimes = bench.clip(4, 1), bench.steady(2, 1)
-    assert [bench.capture(regime) for regime in regimes] == [0.0, 0.0]  # nothing to capture here
+    bench = Bench(pipe, [embeds], lambda scenario, clip: Fixed(2), 0)
+    scenarios = bench.clip(4, 1), bench.steady(2, 1)
+    assert [bench.capture(scenario) for scenario in scenarios] == [0.0, 0.0]  # nothing to capture here
     shapes = []
 
     def capture(**given):
@@ -104,12 +111,12 @@ def test_the_pools_of_both_regimes_are_captured(untrained, monkeypatch, window):
 
     monkeypatch.setattr(pipe.engine, "capture", capture)
     monkeypatch.setattr(type(pipe.engine.dit), "device", torch.device("cuda"))
-    assert [bench.capture(regime) for regime in regimes] == [1.0, 1.0]
+    assert [bench.capture(scenario) for scenario in scenarios] == [1.0, 1.0]
     monkeypatch.undo()
     assert len(set(shapes)) == (1 if window == 9 else 2)
-    for regime, shape in zip(regimes, shapes, strict=True):
+    for scenario, shape in zip(scenarios, shapes, strict=True):
         pipe.engine.close()
-        bench.stream(regime, 0, Fixed(2)).close()
+        bench.session(scenario, 0, Fixed(2)).close()
         assert [*pipe.engine._pools] == [shape]
 
 
@@ -122,7 +129,7 @@ def rolled_too_far(self):
 
 
 def test_a_difference_in_float32_ends_the_run(pipe, embeds):
-    bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(2), 0)
+    bench = Bench(pipe, [embeds], lambda scenario, clip: Fixed(2), 0)
     baseline = Baseline(pipe)
     assert fps.compared_chunks(bench, False) == 4 and fps.compared_chunks(bench, True) == 2  # of the model's clips
     assert fps.compared(bench, baseline, 4)["chunks"] == 4
@@ -138,7 +145,7 @@ def test_the_baseline_has_no_sink_that_moves(untrained):
 
 
 def test_a_baseline_stream_ends_with_no_commit(pipe, embeds):
-    stream = BaselineStream(Baseline(pipe), Stopwatch("cpu"), embeds, 9, SIZE, chunks=4)
+    stream = BaselineStream(Baseline(pipe), embeds, 9, SIZE, chunks=4)
     chunks = play(lambda: stream, 4).chunks
     assert [c.forwards for c in chunks] == [[3] * 5, [6] * 5, [9] * 5, [9] * 4]
     assert all(list(c.ms) == ["denoise", "commit", "decode", "copy"] and c.frames == 3 for c in chunks)
@@ -147,65 +154,50 @@ def test_a_baseline_stream_ends_with_no_commit(pipe, embeds):
 # What is recorded
 
 
-@pytest.mark.parametrize("commit, pixels", [("clean", True), ("clean", False), ("exit_step", False)])
-def test_a_stream_is_the_session(pipe, embeds, monkeypatch, commit, pixels):
-    """Same frames and steps, and as many rows through the model as its chunks say."""
+@pytest.mark.parametrize("commit", ["clean", "exit_step"])
+def test_a_stream_is_the_session(pipe, embeds, monkeypatch, commit):
+    """Its steps, its stages, and as many rows through the model as its chunks say."""
     counts = [3, 1, 4, 2, 2]
-    options = dict(prompt_embeds=embeds, seed=5, step_policy=PerChunk(counts), num_frames=15, commit=commit)
-    with pipe.session(**options) as session:
-        expected = [session.next_chunk() for _ in counts]
-    rows, forward_features = [], pipe.engine.dit.forward_features
-    monkeypatch.setattr(
-        pipe.engine.dit, "forward_features", lambda x, *args: rows.append(len(x)) or forward_features(x, *args)
-    )
-    bench = Bench(pipe, [embeds], lambda regime, clip: PerChunk(counts), seed=5)
-    stream = bench.stream(bench.clip(5, 1), 0, PerChunk(counts), commit, pixels)
-    seen = []
-    monkeypatch.setattr(timeline, "to_uint8", lambda x: seen.append(to_uint8(x)) or seen[-1])
-    latents, accept = [], stream.rollout.accept
-    stream.rollout.accept = lambda x: latents.append(x) or accept(x)
-    chunks = play(lambda: stream, 5).chunks
-    assert [c.steps for c in chunks] == counts and sum(rows) == sum(len(c.forwards) for c in chunks)
-    commits = [[], [3], [6], [9], [9]] if commit == "clean" else [[]] * 5
-    keys = [3, 6, 9, 9, 9]
-    assert [c.forwards for c in chunks] == [before + [k] * n for before, k, n in zip(commits, keys, counts)]
-    assert all(torch.equal(made[0], chunk.latents) for made, chunk in zip(latents, expected, strict=True))
-    assert all(list(c.ms) == ["denoise", "decode", "copy"][: 3 if pixels else 1] for c in chunks)
-    assert len(seen) == 5 * pixels and all(np.array_equal(x, chunk.frames) for x, chunk in zip(seen, expected))
-
-
-def test_a_copy_that_is_not_seen_is_an_error(pipe, embeds, monkeypatch):
-    monkeypatch.setattr(timeline, "to_uint8", lambda x: np.zeros((3, 64, 64, 3), np.uint8))
-    bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(1), 0)
-    stream = bench.stream(bench.clip(1, 1), 0, Fixed(1))
-    with pytest.raises(RuntimeError, match="where decoding ends"):
-        stream.next()
-    stream.close()
+    bench = Bench(pipe, [embeds], lambda scenario, clip: PerChunk(counts), seed=5)
+    rows, forward, made = [], pipe.engine.dit.forward_features, []
+    next_chunk = Session.next_chunk
+    monkeypatch.setattr(Session, "next_chunk", lambda self: made.append(next_chunk(self)) or made[-1])
+    monkeypatch.setattr(pipe.engine.dit, "forward_features", lambda x, *args: rows.append(len(x)) or forward(x, *args))
+    session = bench.session(bench.clip(5, 1), 0, PerChunk(counts), commit)
+    run = play(lambda: EngineStream(session), 5)
+    assert [c.steps for c in run.chunks] == counts and sum(rows) == sum(len(c.forwards) for c in run.chunks)
+    commits, keys = [[], [3], [6], [9], [9]] if commit == "clean" else [[]] * 5, [3, 6, 9, 9, 9]
+    assert [c.forwards for c in run.chunks] == [before + [k] * n for before, k, n in zip(commits, keys, counts)]
+    for chunk, expected in zip(run.chunks, made, strict=True):
+        copy = chunk.ms["copy"]
+        assert chunk.ms == {s: expected.timings[s] for s in ("denoise", "commit", "decode")} | {"copy": copy}
+        assert chunk.frames == 3 and copy > 0
+    assert sum(c.total for c in run.chunks) <= run.wall and session.closed
 
 
 def test_the_second_pass_takes_the_same_steps(pipe, embeds):
     counts = [2, 4, 1, 3, 2, 1]
-    bench = Bench(pipe, [embeds], lambda regime, clip: PerChunk([4, 4, 4, *counts]), 0)
-    regime = bench.steady(6, 1)
-    run = bench.engine(bench.policy)(regime, 0)
-    assert regime.skip == 3 and len(run.chunks) == 6
+    bench = Bench(pipe, [embeds], lambda scenario, clip: PerChunk([4, 4, 4, *counts]), 0)
+    scenario = bench.steady(6, 1)
+    run = bench.engine(bench.policy)(scenario, 0)
+    assert scenario.skip == 3 and len(run.chunks) == 6
     assert [c.steps for c in run.chunks] == [c.steps for c in run.dit.chunks] == counts
     assert all(set(c.forwards) == {9} for c in run.chunks + run.dit.chunks)  # the window is full
     assert [len(c.forwards) - c.steps for c in run.chunks + run.dit.chunks] == [1] * 6 + [0] * 6
-    assert (run.frames, run.dit.frames) == (18, 0) and run.first_frame > 0
+    assert run.frames == run.dit.frames == 18 and run.first_frame > 0
     assert pipe.engine._pools and all(pool.cache.in_use == 0 for pool in pipe.engine._pools.values())
 
 
-def test_contestants_take_turns():
+def test_subjects_take_turns():
     order = []
 
-    def contestant(name):
-        return lambda regime, clip: order.append((name, clip)) or (name, clip)
+    def subject(name):
+        return lambda scenario, clip: order.append((name, clip)) or (name, clip)
 
-    regime = protocol.Regime("clip", 2, 2, 1, 0, 9, 3)
+    scenario = protocol.Scenario("clip", 2, 2, 1, 0, 9, 3)
     seen = []
     runs, whole = protocol.interleaved(
-        {"a": contestant("a"), "b": contestant("b")}, regime, seen=lambda runs: seen.append(sum(runs["b"], []))
+        {"a": subject("a"), "b": subject("b")}, scenario, report=lambda runs: seen.append(sum(runs["b"], []))
     )
     assert whole and len(seen) == 8 and seen[1] == [("b", 0)] and seen[-1] == [("b", 0), ("b", 1)] * 2
     assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1)] * 2
@@ -216,8 +208,8 @@ def test_no_run_is_begun_that_would_end_after_the_limit(monkeypatch):
     """The slow one's second run does not fit any more, the quick one's does; what was made is kept."""
     now, took = [0.0], {"slow": 6.0, "quick": 1.0}
 
-    def contestant(name):
-        def made(regime, clip):
+    def subject(name):
+        def made(scenario, clip):
             now[0] += took[name]
             return name, clip
 
@@ -225,8 +217,8 @@ def test_no_run_is_begun_that_would_end_after_the_limit(monkeypatch):
 
     monkeypatch.setattr(Limit, "left", lambda self: 10.0 - now[0])
     monkeypatch.setattr(protocol.time, "perf_counter", lambda: now[0])
-    regime = protocol.Regime("clip", 3, 1, 1, 0, 9, 3)
-    runs, whole = protocol.interleaved({name: contestant(name) for name in took}, regime, Limit())
+    scenario = protocol.Scenario("clip", 3, 1, 1, 0, 9, 3)
+    runs, whole = protocol.interleaved({name: subject(name) for name in took}, scenario, Limit())
     assert not whole and runs == {"slow": [[("slow", 0)]], "quick": [[("quick", 0), ("quick", 1), ("quick", 2)]]}
 
 
@@ -242,21 +234,21 @@ def test_a_share_of_a_limit_begins_with_it():
 @pytest.mark.parametrize("histogram", [(0.2, 0.3, 0.3, 0.2), (0.1, 0.15, 0.55, 0.2), (0, 1), (1 / 3, 1 / 3, 1 / 3)])
 @pytest.mark.parametrize("count", [1, 7, 35, 1000])
 def test_drawn_steps_have_their_shares(histogram, count):
-    steps = drawn(histogram, count, seed=3)
+    steps = sample_step_counts(histogram, count, seed=3)
     taken = Counter(steps)
     assert len(steps) == count and set(taken) <= {n for n, share in enumerate(histogram, 1) if share}
     assert all(abs(taken[n] - share * count) < 1 for n, share in enumerate(histogram, 1))
-    assert steps == drawn(histogram, count, seed=3)
+    assert steps == sample_step_counts(histogram, count, seed=3)
     if count == 1000 and len(set(steps)) > 1:
-        assert steps != sorted(steps) and steps != drawn(histogram, count, seed=4)
+        assert steps != sorted(steps) and steps != sample_step_counts(histogram, count, seed=4)
         first = Counter(steps[:500])  # not in order: half of them is much like all
         assert all(abs(first[n] - share * 500) < 70 for n, share in enumerate(histogram, 1))
 
 
 def test_a_regime_has_the_histogram_and_its_clips_the_rest():
     policy = histogram_policy((0.2, 0.3, 0.3, 0.2), 4, seed=0)
-    regime = protocol.Regime("steady", 5, 1, 8, 3, 9, None)
-    counts = [policy(regime, clip).counts for clip in range(5)]
+    scenario = protocol.Scenario("steady", 5, 1, 8, 3, 9, None)
+    counts = [policy(scenario, clip).counts for clip in range(5)]
     assert all(c[:3] == [4, 4, 4] and len(c) == 11 for c in counts)
     assert Counter(n for c in counts for n in c[3:]) == {1: 8, 2: 12, 3: 12, 4: 8}
     assert len({tuple(c) for c in counts}) > 1
@@ -271,16 +263,16 @@ def test_histograms_that_are_none(shares):
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=6), st.sets(st.integers(0, 5)))
 def test_a_histogram_is_read_as_it_is_written(shares, gone):
     shares = [round(share, 3) * (n not in gone) for n, share in enumerate(shares[:-1])] + [round(shares[-1], 3)]
-    assert parse_histogram(label(shares)) == pytest.approx(shares)
-    backwards = ",".join(reversed(label(shares).removeprefix("histogram:").split(",")))
+    assert parse_histogram(format_histogram(shares)) == pytest.approx(shares)
+    backwards = ",".join(reversed(format_histogram(shares).removeprefix("histogram:").split(",")))
     assert parse_histogram(f"histogram:{backwards}") == pytest.approx(shares)
     assert parse_histogram(",".join(map(str, shares))) == pytest.approx(shares)
 
 
 def test_what_does_not_come_out_even_takes_rather_more_steps():
-    assert sorted(drawn((0.2, 0.3, 0.3, 0.2), 7, 0)) == [1, 2, 2, 3, 3, 4, 4]
-    assert np.mean(drawn((0.2, 0.3, 0.3, 0.2), 14, 0)) == 2.5  # the two clips of the GPU suite
-    assert drawn((0.5, 0.5), 1, 0) == [2]
+    assert sorted(sample_step_counts((0.2, 0.3, 0.3, 0.2), 7, 0)) == [1, 2, 2, 3, 3, 4, 4]
+    assert np.mean(sample_step_counts((0.2, 0.3, 0.3, 0.2), 14, 0)) == 2.5  # the two clips of the GPU suite
+    assert sample_step_counts((0.5, 0.5), 1, 0) == [2]
 
 
 @pytest.mark.parametrize("frames", roofline.KEY_FRAMES)
@@ -290,10 +282,10 @@ def test_flop_of_a_run_are_those_of_its_forwards(pipe, frames):
     forward = sum(roofline.total(roofline.forward(rows, "bf16", frames), "bf16", {}).flop.values())
     step = sum(r.flop for r in rows if r.op == "epilogue")
     counted = breakdown.Work(pipe)
-    marks = [("", 0.0), ("denoise", 0.01), ("commit", 0.02), ("decode", 1.0)]
-    run = Run([Chunk(2, 3, [frames] * 3, marks)], 1000.0, 1000.0, 0.0)
+    ms = {"denoise": 10.0, "commit": 10.0, "decode": 980.0}
+    run = Run([Chunk(2, 3, [frames] * 3, ms)], 1000.0, 1000.0, 0.0)
     assert counted(run) == pytest.approx(3 * forward + 2 * step)
-    rate = counted.rate([[run]], ceiling=2e-6)
+    rate = counted.rate([[run]], peak=2e-6)
     assert rate["tflops"] == pytest.approx(counted(run) / 0.02 / 1e12)
     assert rate["of_product"] == pytest.approx(rate["tflops"] / 2e-6) and rate["of_sheet"] is None
 
@@ -432,11 +424,11 @@ def test_streams_at_a_time_are_those_of_a_runner(pipe, embeds, monkeypatch):
     real = Session.finish
     monkeypatch.setattr(Session, "finish", lambda self: made.append(real(self)) or made[-1])
     monkeypatch.setattr(Session, "close", lambda self, close=Session.close: closed.append(self) or close(self))
-    bench = Bench(pipe, [embeds], lambda regime, clip: Fixed(1 + clip), 0)
-    regime = bench.steady(3, 2)
-    found = concurrency.concurrent(bench, regime)
+    bench = Bench(pipe, [embeds], lambda scenario, clip: Fixed(1 + clip), 0)
+    scenario = bench.steady(3, 2)
+    found = concurrency.concurrent(bench, scenario)
     counts = Counter(chunk.steps for chunk in made)
-    assert regime.skip == 3 and counts[2] == 3 + 3 < counts[1]  # the one of two steps is the slower one
+    assert scenario.skip == 3 and counts[2] == 3 + 3 < counts[1]  # the one of two steps is the slower one
     assert found["chunks"] < len(made) and found["sessions"] == 2 == len(closed)
     assert all(pool.cache.in_use == 0 for pool in pipe.engine._pools.values())
 
@@ -448,12 +440,12 @@ def test_figures_of_streams():
     assert found["missed"] == {"16": 3, "24": 3, "30": 3}  # 187.5, 125 and 100 ms
 
 
-def test_a_failure_of_any_other_contestant_is_one():
-    def fails(regime, clip):
+def test_a_failure_of_any_other_subject_is_one():
+    def fails(scenario, clip):
         raise RuntimeError("out of order")
 
     with pytest.raises(RuntimeError, match="out of order"):
-        fps.warmed({"policy": fails}, None)
+        fps.warm_up({"policy": fails}, None)
 
 
 def test_the_fresh_process(untrained, capsys, monkeypatch):
@@ -506,6 +498,6 @@ def test_the_public_model_has_its_true_sizes():
     pipe = random_pipeline("wan2.1-t2v-1.3b", "meta", None)
     assert protocol.clip_chunks(pipe) == 7 and type(pipe.engine.decoder).__name__ == "WanVAE"
     assert sum(p.numel() for p in pipe.engine.dit.parameters()) == pytest.approx(1.419e9, rel=1e-3)
-    full = Run([Chunk(4, 12, [21] * 5, [])], 0.0, 0.0, 0.0)
+    full = Run([Chunk(4, 12, [21] * 5, {})], 0.0, 0.0, 0.0)
     assert breakdown.Work(pipe)(full) / 1e12 == pytest.approx(5 * 40.4, rel=2e-3)
     assert Bench(pipe, [], None, 0).steady(40, 1).window == 21

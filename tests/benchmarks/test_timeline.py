@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import numpy as np
 import pytest
-import torch
 
-from benchmarks.e2e.timeline import Chunk, Run, Stopwatch, bars, columns, figures, rates, ratio
+from benchmarks.e2e.timeline import Chunk, Run, columns, figures, rates, ratio, stacked
 
 
-def chunk(steps, frames, forwards, start=0.0, **ms) -> Chunk:
-    """A chunk that took so many milliseconds a stage."""
-    times = accumulate(ms.values(), lambda t, d: t + d / 1e3, initial=start)
-    return Chunk(steps, frames, forwards, list(zip(["", *ms], times)))
+def chunk(steps, frames, forwards, **ms) -> Chunk:
+    """A chunk that took so many milliseconds per stage."""
+    return Chunk(steps, frames, forwards, dict.fromkeys(("denoise", "commit", "decode", "copy"), 0.0) | ms)
 
 
 def run_of(*chunks: Chunk, dit=None) -> Run:
@@ -58,29 +54,6 @@ def test_a_ratio_is_of_pairs():
     assert ratio(ours, theirs) == pytest.approx({"median": 1.75, "low": 1, "high": 5, "processor": 1.75})
 
 
-def test_marks_on_a_device_are_read_afterwards(monkeypatch):
-    class Event:
-        now = 0.0
-
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = Event.now = Event.now + 2.5
-
-        def elapsed_time(self, later):
-            return later.at - self.at
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    watch = Stopwatch("cuda")
-    watch.start()
-    watch.mark("denoise")
-    watch.mark("decode")
-    first = Chunk(1, 3, [3], watch.marks)
-    watch.start()
-    assert first.ms == {"denoise": 2.5, "decode": 2.5} and first.total == 5
-
-
 def test_the_commit_that_rides_along_is_shown_apart():
     def one(first, second, dit):
         dit = run_of(*(chunk(1, 0, [3], denoise=ms) for ms in dit))
@@ -88,8 +61,8 @@ def test_the_commit_that_rides_along_is_shown_apart():
 
     table = columns([[one(10, 30, (9, 10)), one(10, 30, (2, 5)), one(10, 30, (8, 18))]])
     assert table["kv_frames"] == [3, 6] and table["riding"] == pytest.approx([0, 20])  # the first chunk has none
-    stacked = bars(table)
-    assert list(stacked) == ["denoise", "commit", "decode"]
-    assert stacked["denoise"] == pytest.approx([10, 10]) and stacked["commit"] == pytest.approx([0, 20])
+    parts = stacked(table)
+    assert list(parts) == ["denoise", "commit", "decode", "copy"]
+    assert parts["denoise"] == pytest.approx([10, 10]) and parts["commit"] == pytest.approx([0, 20])
     below = columns([[one(10, 3, (9, 10))]])
-    assert below["riding"] == [0, 0] and bars(below)["denoise"] == pytest.approx([10, 3])  # noise
+    assert below["riding"] == [0, 0] and stacked(below)["denoise"] == pytest.approx([10, 3])  # noise

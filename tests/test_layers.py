@@ -101,6 +101,41 @@ def test_imports_point_down():
     assert found == []
 
 
+def test_no_cycle_of_modules():
+    files = [(module, path.read_text(), is_package) for path, module, is_package in sources()]
+    known = {module for module, *_ in files}
+    edges = {module: targets(source, module, known, is_package) - {module} for module, source, is_package in files}
+    assert cycles(edges) == []
+
+
+def targets(source: str, module: str, known: set[str], is_package: bool = False) -> set[str]:
+    """The modules of the package that a source imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = {f"{node.module}.{a.name}" for a in node.names} - {
+                "dsa_engine.csrc"
+            }  # csrc: the compiled extension
+            found |= {name if name in known else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Sets of modules that import each other: what is left when those without imports are taken away, again and again."""
+    edges = {module: set(names) for module, names in edges.items()}
+    for reverse in (False, True):
+        while free := {m for m in edges if not (any(m in e for e in edges.values()) if reverse else edges[m])}:
+            edges = {module: names - free for module, names in edges.items() if module not in free}
+    return [sorted(edges)] if edges else []
+
+
+def test_a_cycle_is_seen():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
+    assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
 @pytest.mark.parametrize(
     "module, source",
     [

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from dsa_engine import pipeline_inputs
-from dsa_engine.cli.options import LOADING, Result, add_loading, warm_up
+from dsa_engine.cli.options import Result, warm_up
 from dsa_engine.config import COMMIT_MODES, ROPE_MODES
 from dsa_engine.engine.session import Chunk
 from dsa_engine.files import check_output_path
@@ -25,6 +25,7 @@ from dsa_engine.media import mp4, report
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import POLICY_FORMS
+from dsa_engine.serving.settings import ModelOptions, add_flags, from_args
 from dsa_engine.shapes.world import GRAMMAR
 
 MIN_SIDE = 256  # px; smaller videos are scaled up until their shorter side has as many
@@ -64,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--commit", choices=COMMIT_MODES, help="what a chunk leaves in the cache")
     add("--no-graphs", action="store_true", help="capture no CUDA graphs: the first frame comes earlier, others later")
     add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
-    add_loading(parser)
+    add_flags(parser, ModelOptions)
+    parser.set_defaults(model=ModelOptions.model)
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ def run(args: argparse.Namespace) -> Result:
     for path, suffix in ((args.output, ".mp4"), (args.report, ".png")):
         if path is not None:
             check_output_path(path, suffix)
-    parts = {name: getattr(args, name) for name in LOADING}
-    with Pipeline.from_pretrained(args.model, device=args.device, max_sessions=1, **parts) as pipe:
+    with from_args(ModelOptions, args).load(max_sessions=1) as pipe:
         options = {name: getattr(args, name) for name in SESSION_OPTIONS}
         options |= {"step_policy": args.steps, **input_pixels(args)}
         plan = plan_clip(pipe, args, options)

@@ -13,7 +13,6 @@ from dsa_engine.models.fp8 import QUANTIZATIONS
 from dsa_engine.pipeline import Pipeline
 
 Result = tuple[dict[str, Any] | None, list[str], int]  # for --json, lines for people, the exit code
-LOADING = ("family", "lora", "vae", "text", "offload", "quantization")  # what Pipeline.from_pretrained gets as it is
 
 
 def add_family(parser: argparse.ArgumentParser) -> None:
@@ -24,27 +23,6 @@ def add_family(parser: argparse.ArgumentParser) -> None:
 def add_quantization(parser: argparse.ArgumentParser) -> None:
     text = "what is in FP8: GEMMs and cache, or one of them (compute capability 8.9)"
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help=text)
-
-
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Flags of a model that is loaded to make video."""
-    add = parser.add_argument
-    add("--model", default="shapes", help="shipped name, folder or checkpoint (default shapes)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--threads", type=threads, help="CPU threads (default: 1 for a small model, else torch's own count)")
-    add_family(parser)
-    add("--lora", metavar="FILE", help="an adapter to merge into a checkpoint")
-    add("--vae", metavar="PATH", help="video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)")
-    add("--text", metavar="PATH", help="text encoder of a checkpoint, or prompts encoded before")
-    add("--offload", metavar="PARTS", help="auto, or of text,vae: they live on the CPU and visit the device")
-    add_quantization(parser)
-
-
-def threads(text: str) -> int:
-    count = int(text)
-    if not 1 <= count <= 1024:
-        raise argparse.ArgumentTypeError(f"{count}: must be from 1 to 1024; nearest is {min(max(count, 1), 1024)}")
-    return count
 
 
 def warm_up(pipe: Pipeline, graphs: bool = True) -> float:

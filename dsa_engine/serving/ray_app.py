@@ -19,11 +19,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
 
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.serving.http.app import create_app
@@ -32,7 +32,7 @@ from dsa_engine.serving.replicas.replica import POLL_TIMEOUT_S, Replica
 from dsa_engine.serving.replicas.snapshots import InMemorySnapshotStore
 from dsa_engine.serving.server import address as address_of
 from dsa_engine.serving.server import bind
-from dsa_engine.serving.settings import Settings, WorkerLimits
+from dsa_engine.serving.settings import ServerOptions, WorkerLimits, add_flags, flag, group
 from dsa_engine.serving.worker.worker import Worker
 
 try:
@@ -53,63 +53,71 @@ HEALTH_TIMEOUT_S = 20.0  # seconds after which a worker that does nothing counts
 EXTRA_CALLS = 64  # short calls to a replica at once, beside the streams'
 
 
-class Options(BaseModel, extra="forbid"):
-    """What is said on the command line, or after `serve run`."""
+@dataclass(frozen=True)
+class ReplicaOptions:
+    """How many replicas there are and what each gets. Raises ValueError for values out of range."""
 
-    model: str = Field("shapes", description="shipped name, folder or checkpoint")
-    device: str | None = Field(None, description="cpu, cuda (default: cuda where replicas have a GPU)")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a replica")
-    family: str | None = Field(None, description="whose chunks, window and schedule a checkpoint gets")
-    lora: str | None = Field(None, description="an adapter to merge into a checkpoint")
-    vae: str | None = Field(None, description="video VAE of a checkpoint")
-    text: str | None = Field(None, description="text encoder of a checkpoint")
-    offload: str | None = Field(None, description="auto, or of text,vae: they visit the device")
-    deterministic: bool = Field(False, description="a video's bits never depend on what else is made; no batching")
+    replicas: int = flag(1, "replicas of the engine, at least", int, metavar="N")
+    max_replicas: int | None = flag(None, "more are started while streams wait, up to so many", int, metavar="N")
+    cpus: float = flag(1.0, "of a replica, as Ray counts them", float, metavar="N")
+    gpus: float | None = flag(None, "of a replica (default: 1 where there is a CUDA device)", float, metavar="N")
+    snapshot_every: int = flag(8, "chunks between two snapshots of a stream, 0 for none", int, metavar="N")
 
-    replicas: int = Field(1, ge=1, description="replicas of the engine, at least")
-    max_replicas: int | None = Field(None, ge=1, description="more are started while streams wait, up to so many")
-    cpus: float = Field(1.0, ge=0, description="of a replica, as Ray counts them")
-    gpus: float | None = Field(None, ge=0, description="of a replica (default: 1 where there is a CUDA device)")
-    snapshot_every: int = Field(8, ge=0, description="chunks between two snapshots of a stream, 0 for none")
+    def __post_init__(self):
+        for name, low in (("replicas", 1), ("max_replicas", self.replicas), ("cpus", 0), ("gpus", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                what = f"replicas={low}" if name == "max_replicas" else low
+                raise ValueError(f"{name}={value}: must be at least {what}")
+        if self.snapshot_every < 0:
+            raise ValueError(f"snapshot_every={self.snapshot_every}: must be at least 0")
 
-    host: str = Settings.host
-    port: int = Field(Settings.port, ge=0, le=65535, description="0 for any that is free")
-    token: str | None = Field(None, description="clients must send it (default: the environment's DSA_TOKEN, or none)")
-    origins: tuple[str, ...] = Field((), description="another page that may use the API; repeatable")
-    data: Path = Field(Settings.data, description="the jobs' database and videos")
-    sessions: int = Field(WorkerLimits.max_sessions, description="live streams at once, of a replica")
-    jobs: int = Field(WorkerLimits.max_jobs, description="jobs at once, of a replica")
-    waiting: int = Field(WorkerLimits.max_queue, description="live streams that may wait for a place, of a replica")
-    idle: float = Field(WorkerLimits.idle_timeout, description="seconds without a sign of the client")
-    lifetime: float = Field(WorkerLimits.lifetime, description="seconds of a live stream")
-    rows: int = Field(WorkerLimits.max_batch_rows, description="sequences of one forward, at most")
-    steps: str | None = Field(None, description="where a request does not say: budget, dsa, fixed or a preset")
 
-    def limits(self) -> WorkerLimits:
-        return WorkerLimits(
-            max_sessions=self.sessions,
-            max_jobs=self.jobs,
-            max_queue=self.waiting,
-            idle_timeout=self.idle,
-            lifetime=self.lifetime,
-            max_batch_rows=self.rows,
-            steps=self.steps,
-        )
+@dataclass(frozen=True)
+class Options(ServerOptions):
+    """A server on Ray."""
 
-    def settings(self) -> Settings:
-        names = ("host", "port", "token", "origins", "data")
-        return Settings(**{name: getattr(self, name) for name in names})
+    replicas: ReplicaOptions = group(ReplicaOptions)
 
-    def placed(self) -> Options:
-        """The same, said in a way that processes elsewhere understand."""
-        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
-        gpus = float(torch.cuda.is_available()) if self.gpus is None else self.gpus
-        device = self.device or ("cuda" if gpus else "cpu")
+    @classmethod
+    def parse(cls, args: argparse.Namespace) -> Options:
+        """With paths and devices that mean the same in processes elsewhere."""
+        options = super().parse(args)
+        model, gpus = options.model, options.replicas.gpus
+        path = str(Path(model.model).absolute()) if Path(model.model).exists() else model.model
+        gpus = float(torch.cuda.is_available()) if gpus is None else gpus
+        device = model.device or ("cuda" if gpus else "cpu")
         if device.startswith("cuda") and not gpus:
             raise ValueError(f"device={device!r} with gpus=0: replicas then see no GPU; give them one with gpus=1")
-        token = self.token or os.environ.get("DSA_TOKEN") or None
-        changes = {"model": model, "gpus": gpus, "device": device, "token": token, "data": self.data.absolute()}
-        return self.model_copy(update=changes)
+        return replace(
+            options,
+            model=replace(model, model=path, device=device),
+            settings=replace(options.settings, data=options.settings.data.absolute()),
+            replicas=replace(options.replicas, gpus=gpus),
+        )
+
+    @classmethod
+    def of(cls, args: dict[str, Any]) -> Options:
+        """From flags by name, without dashes, such as {"max_sessions": 3}; strings are converted as on the command
+        line. Raises ValueError for what is unknown or not possible."""
+        argv = []
+        for name, value in args.items():
+            key, text = f"--{name.replace('_', '-')}", str(value)
+            if text.lower() in ("true", "false"):
+                argv += [key] if text.lower() == "true" else []
+            else:
+                values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+                argv += [f"{key}={one}" for one in values]
+        parser = Parser(allow_abbrev=False)
+        add_flags(parser, cls)
+        return cls.parse(parser.parse_args(argv))
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError instead of ending the process."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
 
 
 class StickyRouter(RequestRouter):
@@ -131,18 +139,9 @@ class RaySnapshotStore:
     """`snapshots.SnapshotStore` in an actor that outlives the replicas."""
 
     def __init__(self, app: str, lifetime: float):
-        self.actor = (
-            ray.remote(InMemorySnapshotStore)
-            .options(
-                name=f"{app}-snapshots",
-                namespace=NAME,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=0,
-                max_restarts=-1,
-            )
-            .remote(lifetime)
-        )
+        options = {"lifetime": "detached", "get_if_exists": True, "num_cpus": 0, "max_restarts": -1}
+        store = ray.remote(InMemorySnapshotStore).options(name=f"{app}-snapshots", namespace=NAME, **options)
+        self.actor = store.remote(lifetime)
 
     async def claim(self, id: str, run: str, have: int) -> bytes | None:
         return await self.actor.claim.remote(id, run, have)
@@ -164,20 +163,12 @@ class EngineReplica:
         self.worker.start()
         keeper = RaySnapshotStore(context.app_name, limits.lifetime)
         await keeper.actor.sizes.remote()  # it is there before anybody waits for it
-        self.replica = Replica(self.worker, keeper, context.replica_id.unique_id, options.snapshot_every)
+        self.replica = Replica(self.worker, keeper, context.replica_id.unique_id, options.replicas.snapshot_every)
         self._sweeping = asyncio.create_task(self._sweep())
 
     @staticmethod
     def _load(options: Options) -> tuple[Pipeline, WorkerLimits]:
-        names = ("device", "family", "lora", "vae", "text", "offload", "deterministic")
-        parts = {name: getattr(options, name) for name in names}
-        limits = options.limits()
-        places = limits.slots
-        asked = places if options.model_fields_set & {"sessions", "jobs"} else None
-        pipe = Pipeline.from_pretrained(options.model, max_sessions=asked, **parts)
-        if asked is None:
-            limits = limits.within(pipe.make_room(places))
-        torch.set_num_threads(options.threads or pipe.cpu_threads)  # the process is the replica's own
+        pipe, limits = options.load()
         pipe.warmup()
         return pipe, limits
 
@@ -239,25 +230,34 @@ class Ingress:
         self.engine, self.options = engine, options
 
     async def __serve_build_asgi_app__(self):
-        backend = await RemoteBackend.connect(RayReplicas(self.engine), self.options.replicas)
-        app = create_app(backend, self.options.settings(), jobs=self.options.jobs > 0)
+        backend = await RemoteBackend.connect(RayReplicas(self.engine), self.options.replicas.replicas)
+        app = create_app(backend, self.options.settings, jobs=self.options.limits.max_jobs > 0)
         backend.observers.append(app.state.metrics.observe)
         return app
 
 
 def app(args: dict[str, Any]) -> serve.Application:
-    """The application, for `serve.run` and `serve run`. args: of `Options`. Raises ValueError for what cannot be."""
-    options = Options.model_validate(args).placed()
-    limits, most = options.limits(), options.max_replicas or options.replicas
-    if most < options.replicas:
-        raise ValueError(f"max_replicas={most}: must be at least replicas={options.replicas}")
-    scale: dict[str, Any] = {"num_replicas": options.replicas}
-    if most > options.replicas:
-        # A stream is one call at a time, also while it waits: more calls than places are a queue.
+    """The application, for `serve.run` and `serve run`.
+
+    Args:
+        args: flags by name (`Options.of`).
+
+    Raises:
+        ValueError: an unknown flag, or a value that is not possible.
+    """
+    return build(Options.of(args))
+
+
+def build(options: Options) -> serve.Application:
+    limits, replicas = options.limits, options.replicas
+    max_replicas = replicas.max_replicas or replicas.replicas
+    scale: dict[str, Any] = {"num_replicas": replicas.replicas}
+    if max_replicas > replicas.replicas:
+        # A stream is one call at a time, also while it is queued: more calls than slots are a queue.
         scale = {
             "autoscaling_config": {
-                "min_replicas": options.replicas,
-                "max_replicas": most,
+                "min_replicas": replicas.replicas,
+                "max_replicas": max_replicas,
                 "target_ongoing_requests": limits.max_sessions,
                 "metrics_interval_s": 2.0,
                 "look_back_period_s": 6.0,
@@ -267,11 +267,12 @@ def app(args: dict[str, Any]) -> serve.Application:
     common = {"logging_config": {"enable_access_log": False}}  # it has a line for every chunk
     engine = serve.deployment(
         EngineReplica,
+        name="Engine",
         **scale,
         **common,
         graceful_shutdown_timeout_s=10.0,
-        max_ongoing_requests=limits.max_sessions + limits.max_queue + limits.max_jobs + EXTRA_CALLS,
-        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        max_ongoing_requests=limits.slots + limits.max_queue + EXTRA_CALLS,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         request_router_config=RequestRouterConfig(request_router_class=StickyRouter),
     )
     ingress = serve.deployment(
@@ -280,24 +281,28 @@ def app(args: dict[str, Any]) -> serve.Application:
         **common,
         graceful_shutdown_timeout_s=5.0,
         graceful_shutdown_wait_loop_s=0.5,
-        max_ongoing_requests=most * (limits.max_sessions + limits.max_queue) + EXTRA_CALLS,
+        max_ongoing_requests=max_replicas * (limits.max_sessions + limits.max_queue) + EXTRA_CALLS,
         ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(engine.bind(options), options)
 
 
 def run(options: Options, ready: Callable[[str], None], address: str | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C, on the Ray cluster at `address`, or one that is started here and ends with it.
+    """Serve until SIGTERM or Ctrl-C.
 
-    ready: called with the address of the server once requests are answered.
+    Args:
+        options: of the server; port 0 is any that is free.
+        ready: called with the server's address once requests are answered.
+        address: of a Ray cluster; None starts one, which ends with the server.
     """
-    with bind(options.settings()) as sock:  # an address that cannot be had is an error before anything starts
-        port, where = sock.getsockname()[1], address_of(options.host, sock)
+    with bind(options.settings) as sock:  # an address that cannot be had is an error before anything starts
+        host, port = options.settings.host, sock.getsockname()[1]
+        where = address_of(host, sock)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    target = app({**options.model_dump(), "port": port})
+    target = build(replace(options, settings=replace(options.settings, port=port)))
     ray.init(address=address, include_dashboard=None if address else False, namespace=NAME)
     try:
-        serve.start(http_options={"host": options.host, "port": port})
+        serve.start(http_options={"host": host, "port": port})
         serve.run(target, name=NAME)
         ready(where)
         _wait()
@@ -328,27 +333,17 @@ def forget(name: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsa_engine.serving.ray_app", description="Serve on Ray.")
     parser.add_argument("--address", help="of a Ray cluster (default: one is started, and ends with the server)")
-    for name, field in Options.model_fields.items():
-        kind = {"action": "store_true"} if field.annotation is bool else {"metavar": "X"}
-        kind |= {"action": "append"} if name == "origins" else {}
-        default = "" if field.default in (None, (), False) else f" (default {field.default})"
-        text = f"{field.description or name}{default}"
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    address = given.pop("address")
+    add_flags(parser, Options)
+    args = parser.parse_args(argv)
 
     def ready(where: str) -> None:
         sys.stdout.write(f"serving at {where}\n")
         sys.stdout.flush()
 
     try:
-        run(Options.model_validate(given), ready, address)
+        run(Options.parse(args), ready, args.address)
     except KeyboardInterrupt:
         return 130
-    except ValidationError as error:
-        words = [f"{one['loc'][0]}={one['input']}: {one['msg']}" for one in error.errors()]
-        sys.stderr.write(f"error: {'; '.join(words)}\n")
-        return 2
     except (ValueError, OSError, RuntimeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

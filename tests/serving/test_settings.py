@@ -1,0 +1,63 @@
+"""The options of a server: limits, and flags that were renamed."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from dsa_engine.serving.settings import ServerOptions, WorkerLimits, add_flags
+
+
+def parse(cls, *argv):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, cls)
+    return cls.parse(parser.parse_args([*map(str, argv)]))
+
+
+@pytest.fixture(params=["serve", "ray"])
+def options(request):
+    """Of `dsa-engine serve` and of `ray_app`."""
+    if request.param == "serve":
+        return ServerOptions
+    pytest.importorskip("ray", reason="needs the extra ray: pip install 'dsa-engine[ray]'")
+    return pytest.importorskip("dsa_engine.serving.ray_app", exc_type=ImportError).Options
+
+
+def test_old_names_of_flags_still_work_and_say_so(options, capsys):
+    new = ("--max-sessions", 3, "--max-jobs", 2, "--queue", 1, "--idle-timeout", 5, "--origin", "a", "--origin", "b")
+    old = ("--sessions", 3, "--jobs", 2, "--waiting", 1, "--idle", 5, "--origins", "a", "--origins", "b")
+    expected = parse(options, *new)
+    assert expected.limits == WorkerLimits(max_sessions=3, max_jobs=2, max_queue=1, idle_timeout=5.0)
+    assert expected.settings.origins == ("a", "b") and not expected.fit and capsys.readouterr().err == ""
+    assert parse(options, *old) == expected
+    said = capsys.readouterr().err
+    assert all(f"{was} is now called {now}\n" in said for was, now in zip(old[::2], new[::2]))
+
+
+def test_every_option_of_a_server_is_one_on_ray(options):
+    flags = (
+        "--quantization",
+        "fp8",
+        "--vae",
+        "taehv",
+        "--rows",
+        4,
+        "--deterministic",
+        "--token",
+        "t",
+        "--device",
+        "cpu",
+    )
+    made = parse(options, *flags)
+    assert (made.model.quantization, made.model.vae, made.limits.max_batch_rows) == ("fp8", "taehv", 4)
+    assert (made.deterministic, made.settings.token, made.fit) == (True, "t", True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_sessions": 0}, {"max_jobs": -1}, {"max_batch_rows": True}, {"idle_timeout": 0.0}, {"lifetime": -1.0}],
+)
+def test_limits_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        WorkerLimits(**wrong)

@@ -32,7 +32,7 @@ if [ -n "${DSA_FAKE_CUDA:-}" ]; then # sizes that a CPU computes; a sanitizer ha
   SMOKE_PARTS=${SMOKE_PARTS-"torch loop"} # the interpreter takes minutes for a chunk by Triton, and longer to time it
   KERNELS_ARGS=${KERNELS_ARGS-"--quick --inline --model shapes --ops modulate pool_frames --backends torch"}
   FPS_ARGS=${FPS_ARGS-"--model shapes --random-weights --quick --frames 6 --steady-chunks 2 --counts 2"}
-  VAE_ARGS=${VAE_ARGS-"--height 16 --width 24 --dim 32 --seconds 0.001"}
+  VAE_ARGS=${VAE_ARGS-"--quick --inline --model shapes --height 16 --width 16"}
   TESTS_ARGS=${TESTS_ARGS-"--collect-only tests/ops tests/engine"}
   CHECK_ARGS=${CHECK_ARGS-"--model shapes --ops modulate"}
   SANITIZER=${SANITIZER-}
@@ -45,7 +45,7 @@ SMOKE_PARTS=${SMOKE_PARTS-"torch triton loop cuda"} # csrc last: the likeliest t
 KERNELS_ARGS=${KERNELS_ARGS-"--quick"}
 # Two clips of 7 chunks: the least in which 2.5 steps on average come out even.
 FPS_ARGS=${FPS_ARGS-"--model wan2.1-t2v-1.3b --random-weights --quick --clips 2 --steady-chunks 8 --counts 2 4"}
-VAE_ARGS=${VAE_ARGS-"--seconds 1"}
+VAE_ARGS=${VAE_ARGS-}
 TESTS_ARGS=${TESTS_ARGS-"tests/ops tests/engine"}
 # A chunk of 72 tokens of the real width: tiles that are not full.
 CHECK_ARGS=${CHECK_ARGS-"--height 64 --width 96"}
@@ -63,7 +63,7 @@ declare -A ABOUT=(
   [smoke]="benchmarks/smoke.py: two chunks of the 1.3B by torch, Triton and csrc agree; one loop on the device"
   [kernels]="benchmarks/kernels.py: every op, every backend"
   [fps]="benchmarks/fps.py: whole chunks"
-  [vae]="benchmarks/vae_decode.py: a chunk's decode, three ways"
+  [vae]="benchmarks/kernels.py --ops vae_decode: a chunk's decode, three ways"
   [tests]="pytest -m gpu on tests/ops and tests/engine"
   [memcheck]="compute-sanitizer on small shapes: accesses out of bounds"
   [racecheck]="compute-sanitizer on small shapes: races in shared memory"
@@ -117,7 +117,9 @@ part_kernels() {
 
 part_fps() { $PYTHON benchmarks/fps.py $FPS_ARGS --limit "$1" --save "$OUT/gpu-fps.json"; }
 
-part_vae() { $PYTHON benchmarks/vae_decode.py $VAE_ARGS --limit "$1" --save "$OUT/gpu-vae.json"; }
+part_vae() {
+  $PYTHON benchmarks/kernels.py --ops vae_decode $VAE_ARGS --limit "$1" ${RESUME:+--resume} --save "$OUT/gpu-vae.json"
+}
 
 part_tests() {
   $PYTHON -m pytest -q -m gpu -x --durations=10 -p no:cacheprovider --limit "$1" $TESTS_ARGS

@@ -3,32 +3,30 @@
     python benchmarks/kernels.py --plan                   # FLOP, bytes and floors of each op; needs no GPU
     python benchmarks/kernels.py --save benchmarks/results/kernels-h200.json           # on a GPU: times everything
     python benchmarks/kernels.py --ops attention --backends triton cuda --quick
-    python benchmarks/kernels.py --check --height 64 --width 96         # only whether the numbers are right
+    python benchmarks/kernels.py --ops vae_decode                       # the Wan VAE's decode of a chunk, only by name
+    python benchmarks/kernels.py --check --height 64 --width 96         # only whether the values are right
     python benchmarks/kernels.py --time --model shapes                  # plain torch on a CPU, to try the harness
 
-The VAE's decode of a chunk is planned by layer and stage, before and after its fusions (`vae_work.py`); it is timed by
-`vae_decode.py`.
+An op's floor is the larger of its FLOP over the peak rate and its bytes over the bandwidth, at the rates of the
+datasheets (`micro/roofline.py`); "expect" takes rates that good kernels reach. Sums are of one forward of the whole
+model; a chunk is n denoising steps, each with its noise and epilogue, and the commit, which is a forward without them.
 
-An op's floor is the larger of its FLOP over the rate of the products and its bytes over the bandwidth, at the rates of
-the datasheets (`work.py`); "expect" takes rates that good kernels reach. Sums are of one forward of the whole model;
-a chunk is n denoising steps, each with its noise and epilogue, and the commit, which is a forward without them.
-
-Every backend (`contenders.py`) is first compared with float32 on hostile inputs: error is ||out - ref|| / ||ref|| of
-the worst output, at most twice that of plain torch in the same dtype. Then it is timed as replays of a CUDA graph on
+Every backend (`micro/backends.py`) is first compared with float32 on poisoned inputs: error is ||out - ref|| / ||ref||
+of the worst output, at most twice that of plain torch in the same dtype. Then it is timed as replays of a CUDA graph on
 fresh random inputs that take turns and together exceed the L2 cache. us is the median, again what a second round
 differed by: differences below that are noise. "of limit" is the rate or the bandwidth reached, whichever bounds the op,
-over that of a large product or copy measured in the same process. `choice` holds, by compute capability, the fastest
-correct backend that `ops.dispatch` may pick, over the sum of an op's rows. `twins` sets every FP8 product and attention
+over that of a large GEMM or copy measured in the same process. `choice` holds, by compute capability, the fastest
+correct backend that `ops.dispatch` may pick, over the sum of an op's rows. `twins` sets every FP8 GEMM and attention
 beside what does the same in bfloat16: how many times faster the fastest is than the fastest, the goal being 1.4. Where
-GELU is in the bfloat16 product's epilogue the FP8 one has the time of `gelu_bias` added. A backend that raises or hangs
-is reported and the others go on. On a GPU where dispatch could not run Triton, or a kernel of --backends, nothing is
+GELU is in the bfloat16 GEMM's epilogue the FP8 one has the time of `gelu_bias` added. A backend that raises or hangs is
+reported and the others go on. On a GPU where dispatch could not run Triton, or a kernel of --backends, nothing is
 timed: the figures would be those of plain torch.
 
 The rows that weigh most in a forward come first, and --save is written anew after every result, with `unfinished` true
 until the last one. --limit SECONDS of the process's life: what no longer fits is "skipped". --resume takes the results
 that the file of --save holds, if they are of the same commit, GPU and arguments, and goes on with the others.
 
-The exit code is 1 if the numbers of any backend are wrong or, with --check, if one fails; else 75 if anything was
+The exit code is 1 if the values of any backend are wrong or, with --check, if one fails; else 75 if anything was
 skipped. The last line of stdout is one JSON object.
 """
 
@@ -36,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,15 +45,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks import vae_work
 from benchmarks.common.cli import format_table
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.common.isolation import Worker, WorkerDied
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
 from benchmarks.micro import roofline
-from benchmarks.micro.backends import BACKENDS, DISPATCHED, refuse_others
-from benchmarks.micro.measure import Job, ceilings, judge
+from benchmarks.micro.backends import BACKENDS, DISPATCHED, backends_of, refuse_others
+from benchmarks.micro.measure import OpCase, machine_peaks, measure_op
 from benchmarks.micro.roofline import GPUS, PRACTICAL, PRECISIONS, STEPS, Row, Sizes
+from benchmarks.micro.summary import absent, choices, measured_forwards, report, twins
 from dsa_engine.config import PRESETS, ModelConfig
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import check_output_path
@@ -64,17 +61,16 @@ from dsa_engine.files import check_output_path
 WAN = "wan2.1-t2v-1.3b"
 SMALL = 1000  # tokens of a chunk, up to which a CPU times it
 PATIENCE = 90.0  # seconds for one backend on one row; the first one of an op may compile
+VAE_OPS = ("norm_silu", "bias_residual")
+
+
+# ---- the plan
 
 
 def plan_row(row: Row) -> dict:
-    return {
-        "op": row.op,
+    fields = {name: getattr(row, name) for name in ("op", "precision", "flop", "read", "written", "calls")}
+    return fields | {
         "row": row.name,
-        "precision": row.precision,
-        "flop": row.flop,
-        "read": row.read,
-        "written": row.written,
-        "calls": row.calls,
         "bound": {name: row.bound(rates) for name, rates in GPUS.items()},
         "floor_us": {name: row.floor(rates) for name, rates in GPUS.items()},
         "expect_us": {name: row.floor(rates) for name, rates in PRACTICAL.items()},
@@ -84,31 +80,25 @@ def plan_row(row: Row) -> dict:
 def plan_forward(rows: Sequence[Row], s: Sizes, precision: str, frames: int) -> dict:
     """Sums over a forward, and over a chunk of n steps and the commit."""
     some = roofline.forward(rows, precision, frames)
-    floor, expect = (roofline.total(some, precision, rates) for rates in (GPUS, PRACTICAL))
-    others = [r for r in rows if r.op in roofline.STEP_OPS]
-
-    def chunk(total: roofline.Total, gpus: dict) -> dict:
-        step = {name: sum(r.floor(rates) for r in others) for name, rates in gpus.items()}
-        return {str(n): {name: ((n + 1) * us + n * step[name]) / 1e3 for name, us in total.us.items()} for n in STEPS}
-
-    return {
-        "precision": precision,
-        "kv": frames * s.S,
-        "tflop": sum(floor.flop.values()) / 1e12,
-        "tflop_by_kind": {name: flop / 1e12 for name, flop in floor.flop.items()},
-        "elementwise_gb": floor.elementwise / 1e9,
+    found = {"precision": precision, "kv": frames * s.S}
+    for name, gpus in (("floor", GPUS), ("expect", PRACTICAL)):
+        total = roofline.total(some, precision, gpus)
+        steps = {gpu: sum(r.floor(rates) for r in rows if r.op in roofline.STEP_OPS) for gpu, rates in gpus.items()}
+        found[f"{name}_ms"] = {gpu: us / 1e3 for gpu, us in total.us.items()}
+        found[f"chunk_{name}_ms"] = {
+            str(n): {gpu: ((n + 1) * us + n * steps[gpu]) / 1e3 for gpu, us in total.us.items()} for n in STEPS
+        }
+    return found | {
+        "tflop": sum(total.flop.values()) / 1e12,
+        "tflop_by_kind": {name: flop / 1e12 for name, flop in total.flop.items()},
+        "elementwise_gb": total.elementwise / 1e9,
         "elementwise_gb_in_epilogues": roofline.elementwise_bytes(roofline.in_epilogues(some, s), precision) / 1e9,
-        "floor_ms": {name: us / 1e3 for name, us in floor.us.items()},
-        "expect_ms": {name: us / 1e3 for name, us in expect.us.items()},
-        "chunk_floor_ms": chunk(floor, GPUS),
-        "chunk_expect_ms": chunk(expect, PRACTICAL),
     }
 
 
 def plan(rows: Sequence[Row], s: Sizes) -> dict:
     forwards = [plan_forward(rows, s, precision, frames) for precision in PRECISIONS for frames in roofline.KEY_FRAMES]
-    vae = vae_work.plan(*s.latent, s.F) if s.config != ModelConfig.preset("shapes") else None  # that has a pixel codec
-    return {"plan": [plan_row(r) for r in rows], "forward": forwards, "not_timed": roofline.NOT_TIMED, "vae": vae}
+    return {"plan": [plan_row(r) for r in rows], "forward": forwards, "not_timed": roofline.NOT_TIMED}
 
 
 def report_plan(found: dict) -> list[str]:
@@ -133,55 +123,50 @@ def report_plan(found: dict) -> list[str]:
         lines += ["", *format_table([head, *body])]
     one = found["forward"][0]
     now, then = one["elementwise_gb"], one["elementwise_gb_in_epilogues"]
-    more = "with GELU, gate and residual in the epilogues of the products"
-    lines += ["", f"elementwise in {one['precision']}: {now:.2f} GB a forward, {then:.2f} GB {more}"]
-    if found["vae"]:
-        rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in found["vae"]["assumed_tflops"].items())
-        share = found["vae"]["assumed_of_bandwidth"]
-        lines += [
-            "",
-            *format_table(vae_work.report(found["vae"])),
-            f"assumed: TF/s of {rates}; {share:.1%} of the bandwidth",
-        ]
-    return lines
+    more = "with GELU, gate and residual in the epilogues of the GEMMs"
+    return [*lines, "", f"elementwise in {one['precision']}: {now:.2f} GB a forward, {then:.2f} GB {more}"]
 
 
-def jobs(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str) -> Iterator[Job]:
-    """By the time that a row takes of a forward at the least, the longest first."""
+# ---- measuring
+
+
+def cases(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str) -> Iterator[OpCase]:
+    """By the minimum time that a row takes of a forward, the longest first."""
     seconds = None if args.check else 0.1 if args.quick else 0.3
     some = [(row, args.seed + 1000 * number) for number, row in enumerate(chosen(args, rows))]
     for row, seed in sorted(some, key=lambda one: -one[0].floor(GPUS["H200"]) * max(one[0].calls.values())):
-        for backend in args.backends or [b for b in BACKENDS if not (args.quick and b == "compile")]:
-            yield Job(row, s, backend, device, seed, seconds)
+        for backend in backends_of(row.op):
+            if backend in args.backends if args.backends else not (args.quick and backend == "compile"):
+                yield OpCase(row, s, backend, device, seed, seconds)
 
 
 def chosen(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
     """--ops, and with --quick one KV length."""
     middle = roofline.KEY_FRAMES[1]
-    some = [r for r in rows if not args.ops or r.op in args.ops]
+    some = [r for r in rows if (r.op in args.ops if args.ops else r.op != "vae_decode")]
     return [r for r in some if not args.quick or r.frames in (None, middle)]
 
 
 @dataclass
-class Known:
-    """What a run has found out so far. ceilings: None where nothing is timed; results: of every job that was done."""
+class Progress:
+    """What a run has found so far. ceilings: None where nothing is timed; results: of every case that was done."""
 
     ceilings: dict | None = None
     results: list[dict] = field(default_factory=list)
 
-    def of(self, job: Job) -> dict | None:
-        return next((r for r in self.results if (r["row"], r["backend"]) == (job.row.name, job.backend)), None)
+    def of(self, case: OpCase) -> dict | None:
+        return next((r for r in self.results if (r["row"], r["backend"]) == (case.row.name, case.backend)), None)
 
 
 def run(
-    todo: Sequence[Job],
+    todo: Sequence[OpCase],
     device: str,
     limit: Limit,
     worker: Worker | None,
-    known: Known,
+    progress: Progress,
     saved: Callable[[], object] = lambda: None,
 ) -> None:
-    """Adds what is not known yet, and calls `saved` after each result. Without a worker all runs here."""
+    """Adds what is missing, and calls `saved` after each result. Without a worker all runs here."""
 
     def call(function, *args) -> dict:
         if limit.over():
@@ -193,216 +178,91 @@ def run(
             cut = limit.over()
             return {"status": "skipped" if cut else "failed", "why": WHY if cut else str(reason)}
 
-    if known.ceilings is None and todo and todo[0].seconds is not None:
-        known.ceilings = call(ceilings, device, todo[0].seconds)
+    if progress.ceilings is None and todo and todo[0].seconds is not None:
+        progress.ceilings = call(machine_peaks, device, todo[0].seconds)
         saved()
-    for job in (job for job in todo if known.of(job) is None):
-        found = call(judge, job)
+    for case in (case for case in todo if progress.of(case) is None):
+        found = call(measure_op, case)
         if found.pop("broken", False) and worker:
             worker.end()
-        known.results.append({"op": job.row.op, "row": job.row.name, "backend": job.backend} | found)
+        progress.results.append({"op": case.row.op, "row": case.row.name, "backend": case.backend} | found)
         if found["status"] != "absent":
-            sys.stderr.write(f"{job.row.name:32} {job.backend:9} {found.get('us') or found['status']}\n")
+            sys.stderr.write(f"{case.row.name:32} {case.backend:13} {found.get('us') or found['status']}\n")
             saved()
 
 
 def refuse(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     """Raises SystemExit where the installation lacks kernels that were asked for; csrc is only by name."""
     ops = {row.op for row in chosen(args, rows)}
+    if "vae_decode" in ops:
+        refuse_others(only=VAE_OPS)
     for backend in args.backends or ["triton"]:
         if backend in DISPATCHED:
             refuse_others(backend, only=ops)
 
 
-def absent(results: Sequence[dict]) -> dict[str, list[str]]:
-    """Why a backend is not in the results, or not on every row."""
-    some = [r for r in results if r["status"] == "absent"]
-    return {b: sorted({r["why"] for r in some if r["backend"] == b}) for b in dict.fromkeys(r["backend"] for r in some)}
+# ---- the result
 
 
-def share(row: Row, result: dict, limits: dict | None) -> float | None:
-    """What it reaches of the machine's own product or copy, whichever bounds the op."""
-    if not limits or "us" not in result:
-        return None
-    bytes_ = row.bound(GPUS["H200"]) == "bytes"
-    rate = limits.get("copy_gbs" if bytes_ else f"{row.precision}_tflops")
-    return result["gbs" if bytes_ else "tflops"] / rate if rate else None
-
-
-def fastest(results: Sequence[dict], names: Sequence[str] = BACKENDS) -> dict | None:
-    """Of the results of one row."""
-    timed = [r for r in results if "us" in r and r["backend"] in names]
-    return min(timed, key=lambda r: r["us"], default=None)
-
-
-def choices(rows: Sequence[Row], results: Sequence[dict]) -> dict[str, dict]:
-    """By op (and fp8): the backend that dispatch may pick with the least sum of microseconds over the op's rows, all of
-    them right; how often longer the next one takes; and the fastest of all on each row."""
-    table = {}
-    by_row = {r.name: [x for x in results if x["row"] == r.name] for r in rows}
-    for name in dict.fromkeys(key(r) for r in rows if r.op != "linear"):
-        mine = [r.name for r in rows if key(r) == name]
-        sums = {}
-        for backend in DISPATCHED:
-            times = [x["us"] for n in mine for x in by_row[n] if x["backend"] == backend and "us" in x]
-            if len(times) == len(mine):
-                sums[backend] = math.fsum(times)
-        if sums:
-            first, *others = sorted(sums, key=sums.get)
-            lead = sums[others[0]] / sums[first] if others else None
-            best = {n: fastest(by_row[n])["backend"] for n in mine}
-            table[name] = {"backend": first, "us": sums[first], "lead": lead, "fastest": best}
-    return table
-
-
-GOAL = 1.4  # times as fast as in bfloat16
-
-
-def twins(rows: Sequence[Row], results: Sequence[dict], names: Sequence[str]) -> dict[str, dict]:
-    """By FP8 row with products: the fastest of the named in both precisions, and how many times faster FP8 is; those
-    with both timed."""
-
-    def best(row: Row) -> dict | None:
-        return fastest([r for r in results if r["row"] == row.name], names)
-
-    found = {}
-    gelu = next((best(r) for r in rows if r.op == "gelu_bias" and r.precision == "fp8"), None)
-    for row in (r for r in rows if r.precision == "fp8" and r.flop):
-        twin = next(
-            t for t in rows if (t.precision, t.what, roofline.kind(t)) == ("bf16", row.what, roofline.kind(row))
-        )
-        fp8, bf16, more = best(row), best(twin), gelu if twin.op == "linear_gelu" else {"us": 0.0}
-        if fp8 and bf16 and more:
-            times = bf16["us"] / (fp8["us"] + more["us"])
-            found[row.name] = {"fp8": fp8["backend"], "bf16": bf16["backend"], "times": times, "goal": times >= GOAL}
-    return found
-
-
-def key(row: Row) -> str:
-    return row.op + (" fp8" if row.precision == "fp8" and "fp8" not in row.op else "")
-
-
-def measured_forwards(rows: Sequence[Row], s: Sizes, results: Sequence[dict], names: Sequence[str]) -> list[dict]:
-    """Milliseconds of a forward by kind of op, each row with the fastest of the named; those with every row timed."""
-    found = []
-    for precision in PRECISIONS:
-        for frames in roofline.KEY_FRAMES:
-            some = roofline.forward(rows, precision, frames)
-            best = [fastest([x for x in results if x["row"] == r.name], names) for r in some]
-            if all(best):
-                by_kind = dict.fromkeys(map(roofline.kind, some), 0.0)
-                for r, x in zip(some, best):
-                    by_kind[roofline.kind(r)] += r.calls[precision] * x["us"] / 1e3
-                found.append({"precision": precision, "kv": frames * s.S, "ms": sum(by_kind.values()), **by_kind})
-    return found
-
-
-def report(rows: Sequence[Row], found: dict) -> list[str]:
-    """A line for every backend that is there, the fastest of a row starred; then sums and ceilings."""
-    body = []
-    for row in rows:
-        mine = [r for r in found["results"] if r["row"] == row.name]
-        best = fastest(mine)
-        body += [line(row, r, r is best, found["ceilings"]) for r in mine]
-    head = ["op", "backend", "us", "again", "TF/s", "GB/s", "of limit", "error", "allowed", ""]
-    lines = [*format_table([head, *body]), "", *(f"no {b}: {'; '.join(why)}" for b, why in found["absent"].items())]
-    for capability, table in found["choice"].items():
-        body = [
-            [op, c["backend"], f"{c['us']:.1f}", f"{c['lead']:.2f}" if c["lead"] else "-"] for op, c in table.items()
-        ]
-        lines += (
-            ["", *format_table([[f"choice on {capability}", "backend", "us", "times ahead"], *body])] if body else []
-        )
-    for which, forwards in found["measured_forward"].items():
-        kinds = ("ms", "products", "attention", "cross_attention", "elementwise")
-        body = [[f["precision"], str(f["kv"]), *(f"{f[k]:.2f}" for k in kinds)] for f in forwards]
-        lines += ["", *format_table([[f"one forward, {which}", "KV", *kinds], *body])] if body else []
-    for which, pairs in found["twins"].items():
-        body = [[n, p["fp8"], p["bf16"], f"{p['times']:.2f}", "yes" if p["goal"] else "NO"] for n, p in pairs.items()]
-        head = [f"FP8 beside bfloat16, {which}", "fp8", "bf16", "times as fast", f"{GOAL} reached"]
-        lines += ["", *format_table([head, *body])] if body else []
-    if found["ceilings"]:
-        lines += ["", f"ceilings: {json.dumps(rounded(found['ceilings']))}"]
-    return lines
-
-
-def line(row: Row, r: dict, best: bool, limits: dict | None) -> list[str]:
-    def text(name: str, form: str) -> str:
-        return form.format(r[name]) if r.get(name) is not None else "-"
-
-    part, why = share(row, r, limits), " ".join(filter(None, (r["status"].replace("ok", ""), r.get("why"))))
-    return [
-        row.name,
-        r["backend"] + ("*" if best else ""),
-        text("us", "{:.1f}"),
-        text("again", "{:+.1%}"),
-        text("tflops", "{:.1f}") if row.flop else "-",
-        text("gbs", "{:.0f}"),
-        f"{part:.0%}" if part else "-",
-        text("error", "{:.1e}"),
-        text("limit", "{:.1e}"),
-        why,
-    ]
-
-
-def summed(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, known: Known, about: dict) -> dict:
-    """What the results come to. unfinished: something was left out, or is still to come; about: `machine()`."""
-    results = [r for r in known.results if r["status"] != "skipped"]
+def summed(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, progress: Progress, about: dict) -> dict:
+    """What the results come to; about: `machine()`."""
+    results = [r for r in progress.results if r["status"] != "skipped"]
     capability = about["gpu"]["capability"] if about["gpu"] else "cpu"
+    groups = {"fastest": BACKENDS, "dispatched": DISPATCHED}
     return {
-        "ceilings": known.ceilings,
-        "results": [r for r in known.results if r["status"] != "absent"],
+        "ceilings": progress.ceilings,
+        "results": [r for r in progress.results if r["status"] != "absent"],
         "absent": absent(results),
         "choice": {capability: choices(chosen(args, rows), results)},
-        "measured_forward": {
-            "fastest": measured_forwards(rows, s, results, BACKENDS),
-            "dispatched": measured_forwards(rows, s, results, DISPATCHED),
-        },
-        "twins": {"fastest": twins(rows, results, BACKENDS), "dispatched": twins(rows, results, DISPATCHED)},
+        "measured_forward": {name: measured_forwards(rows, s, results, names) for name, names in groups.items()},
+        "twins": {name: twins(rows, results, names) for name, names in groups.items()},
         "machine": about,
     }
 
 
 def measured(args: argparse.Namespace, rows: Sequence[Row], s: Sizes, device: str, front: dict) -> dict:
     """All figures, with what every result of this run begins with in front; saved after each of them."""
-    limit, todo, about = Limit(args.limit), list(jobs(args, rows, s, device)), machine()
-    known = resumed(args, front, about)
+    limit, todo, about = Limit(args.limit), list(cases(args, rows, s, device)), machine()
+    progress = resumed(args, front, about)
 
     def result() -> dict:
-        done = all((known.of(job) or {"status": "skipped"})["status"] != "skipped" for job in todo)
-        return front | {"unfinished": not done} | summed(args, rows, s, known, about)
+        done = all((progress.of(case) or {"status": "skipped"})["status"] != "skipped" for case in todo)
+        return front | {"unfinished": not done} | summed(args, rows, s, progress, about)
 
     def saved() -> None:
         if args.save:
             save(rounded(result()), args.save)
 
     with nullcontext() if device == "cpu" or args.inline else Worker() as worker:
-        run(todo, device, limit, worker, known, saved)
+        run(todo, device, limit, worker, progress, saved)
     return result()
 
 
-def resumed(args: argparse.Namespace, front: dict, about: dict) -> Known:
+def resumed(args: argparse.Namespace, front: dict, about: dict) -> Progress:
     """What the file of --save holds of the same commit, GPU and arguments; nothing without --resume."""
     if not (args.resume and args.save and args.save.is_file()):
-        return Known()
+        return Progress()
     found = json.loads(args.save.read_text())
     gpu, before = ((machine.get("gpu") or {}).get("name") for machine in (about, found.get("machine", {})))
     same = json.loads(json.dumps(rounded(front)))
     if gpu != before or any(found.get(name) != same[name] for name in same if name not in ("date", "plan", "forward")):
         sys.stderr.write(f"--resume: {args.save} holds results of something else: all is timed anew\n")
-        return Known()
-    limits, results = found["ceilings"], [r for r in found["results"] if r["status"] != "skipped"]
+        return Progress()
+    ceilings, results = found["ceilings"], [r for r in found["results"] if r["status"] != "skipped"]
     sys.stderr.write(f"--resume: {len(results)} results of {args.save}\n")
-    return Known(None if limits and "status" in limits else limits, results)
+    return Progress(None if ceilings and "status" in ceilings else ceilings, results)
 
 
-def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+# ---- the command
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--plan", action="store_true", help="what the ops must do; the default without a GPU")
     mode.add_argument("--time", action="store_true", help="check and time; the default with a GPU")
-    mode.add_argument("--check", action="store_true", help="only check the numbers")
+    mode.add_argument("--check", action="store_true", help="only check the values")
     add("--model", choices=PRESETS, default=WAN)
     add("--height", type=int, metavar="PIXELS", help="of the video; default 480, of the small model 64")
     add("--width", type=int, metavar="PIXELS", help="default 832, of the small model 64")
@@ -426,7 +286,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parsed(argv)
+    args = parse_args(argv)
     s = Sizes(ModelConfig.preset(args.model), args.height, args.width)
     rows, device = roofline.rows(s), "cuda" if torch.cuda.is_available() else "cpu"
     asked = args.time or args.check

@@ -89,7 +89,7 @@ def chunk(args: argparse.Namespace, device: str) -> dict:
         for module in (pipe.engine.dit, pipe.engine.head):
             module.float()
         expected = latents(pipe, args.seed)
-        error = inputs.distance([found], [expected])
+        error = inputs.relative_error([found], [expected])
         args.work.mkdir(parents=True, exist_ok=True)
         torch.save({"latents": expected.cpu(), "error": error, "of": asked(args)}, truth)
     else:
@@ -100,7 +100,7 @@ def chunk(args: argparse.Namespace, device: str) -> dict:
             raise ValueError(f"{truth}: of {known['of']}, must be of {asked(args)}: run the part torch again")
         expected, error = known["latents"].to(device), known["error"]
     limit = inputs.TWICE * error + inputs.FLOOR
-    distance = inputs.distance([found], [expected])
+    distance = inputs.relative_error([found], [expected])
     status = "ok" if distance <= limit and error < 1 else "wrong"  # NaN is wrong
     return {"status": status, "error": distance, "limit": limit, "first_seconds": seconds}
 
@@ -126,7 +126,7 @@ def loop(args: argparse.Namespace, device: str) -> dict:
                     looped = denoised(session.rollout, by_host=False)
                     single = denoised(session.rollout, by_host=True)
                     if looped.steps != single.steps or not looped.latents.equal(single.latents):
-                        apart = inputs.distance([looped.latents], [single.latents])
+                        apart = inputs.relative_error([looped.latents], [single.latents])
                         return {"status": "wrong", "steps": [looped.steps, single.steps], "error": apart}
                     steps += looped.steps
                     session.rollout.accept(single.latents)

@@ -1,22 +1,27 @@
-"""What a chunk's forward must do: FLOP and bytes of every op, how often it runs, and the time no version can beat.
+"""Roofline of a chunk's forward: FLOP and bytes of every op, how often it runs, and the time that no version can beat.
 
-FLOP are those of the matrix products, 2 a multiply-add. Bytes: each input read once, each output written once, nothing
-kept in cache between ops. An op's floor is the larger of FLOP / rate and bytes / bandwidth. Vector arithmetic is left
-out: the heaviest, GELU, is a tenth of its bytes' time. At D = 128 the exponentials of attention (16 a clock and
-multiprocessor, of 8,192 FLOP in FP8) take as long as its FP8 products: that floor is reached only if the two overlap.
+FLOP are those of GEMMs and convolutions, 2 per multiply-add. Bytes: each input read once, each output written once,
+nothing kept in cache between ops. The floor is the larger of FLOP / rate and bytes / bandwidth. Vector arithmetic is
+left out: the heaviest, GELU, takes a tenth of the time of its bytes. At D = 128 the exponentials of attention (16 per
+clock and SM, of 8,192 FLOP in FP8) take as long as its FP8 GEMMs: that floor is reached only if the two overlap.
 
-The forward is the model's (`models.dit`): one product for q, k and v; the end of each sub-layer fused with the norm of
-the next, also across blocks, so `modulate` runs once, before the first, and `gate_residual` once, after the last; in
-bfloat16 GELU in the epilogue of its product. With FP8 products it is an op of its own, which quantises too. Left out:
-patch embedding (0.01 % of the FLOP), and the embeddings of text and time, made once a prompt or level.
+The forward is that of `models.dit`: one GEMM for q, k and v; the end of each sub-layer fused with the norm of the next,
+also across blocks, so `modulate` runs once, before the first, and `gate_residual` once, after the last; in bfloat16
+GELU in the epilogue of its GEMM. With FP8 GEMMs it is an op of its own, which quantizes too. Left out: patch embedding
+(0.01 % of the FLOP), and the embeddings of text and time, made once per prompt or noise level.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsa_engine.config import ModelConfig
+from dsa_engine.models.wan_vae import WanVAE
 
 TEXT_KEYS = 60  # of a usual prompt with its padding collapsed into the last
 CHUNK = 3  # latent frames
@@ -26,8 +31,8 @@ STEPS = (1, 2, 3, 4)
 BF16, FP32 = 2, 4
 INDEX = 8
 PRECISIONS = ("bf16", "fp8")
-STEP_OPS = ("epilogue", "gaussian")  # run once in a denoising step, not in a forward; a commit has none
-VAE_LEVELS = ((384, 2), (96, 8))  # channels, and times the latents' sides; up to 4 times the frames
+STEP_OPS = ("epilogue", "gaussian")  # run once per denoising step, not per forward; a commit has none
+VAE_LEVELS = ((384, 2), (96, 8))  # channels, and multiple of the latents' sides; up to 4 times the frames
 NOT_TIMED = {
     "norm_rope": "`norm_rope_append` does the same and stores K and V; without a cache only training calls it",
     "velocity_to_x0": "a part of `epilogue`",
@@ -37,14 +42,14 @@ NOT_TIMED = {
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP a second of products and of attention, by precision, and bytes a second."""
+    """FLOP per second of GEMMs and of attention, by precision, and bytes per second."""
 
-    product: dict[str, float]
+    gemm: dict[str, float]
     attention: dict[str, float]
     memory: float
 
 
-HOPPER = {"bf16": 989e12, "fp8": 1979e12}  # dense, by the datasheet; the two cards share the chip
+HOPPER = {"bf16": 989e12, "fp8": 1979e12}  # dense, by the datasheet; the two GPUs share the chip
 GPUS = {"H100 SXM": Rates(HOPPER, HOPPER, 3.35e12), "H200": Rates(HOPPER, HOPPER, 4.8e12)}
 # What good kernels reach: published figures, and 85 to 90 % of the bandwidth for a copy.
 PRACTICAL = {
@@ -86,12 +91,17 @@ class Sizes:
 
     @property
     def patch(self) -> int:
-        """Numbers of a patch, P of the last layer."""
+        """Elements of a patch, P of the last layer."""
         return self.config.patch_size[1] ** 2 * self.config.out_dim
 
     @property
-    def products(self) -> dict[str, tuple[int, int, int, bool]]:
-        """The forward's linear layers: N, K, how many a block, and whether an FP8 product adds the bias (that of `up`
+    def vae_dim(self) -> int:
+        """Of the Wan VAE; a narrow one beside the small model, whose own codec is another."""
+        return 8 if self.config == ModelConfig.preset("shapes") else 96
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int, int, bool]]:
+        """The forward's linear layers: N, K, how many per block, and whether an FP8 GEMM adds the bias (that of `up`
         `gelu_bias` adds). o is the shape of the output projections and of the queries of cross-attention."""
         c, ffn = self.C, self.config.ffn_dim
         return {"qkv": (3 * c, c, 1, True), "o": (c, c, 3, True), "up": (ffn, c, 1, False), "down": (c, ffn, 1, True)}
@@ -101,7 +111,7 @@ class Sizes:
 class Row:
     """One op at one shape. calls: in a forward of each precision at a KV length; of `STEP_OPS`, in a step."""
 
-    op: str  # a public function of `ops`, or linear: a bfloat16 product that does nothing else
+    op: str  # a public function of `ops`; linear, a plain bfloat16 GEMM; or vae_decode, of a chunk after the first
     what: str
     precision: str
     flop: int
@@ -119,49 +129,50 @@ class Row:
     def bytes(self) -> int:
         return self.read + self.written
 
+    @property
+    def kind(self) -> str:
+        if self.op in ("linear", "linear_gelu", "fp8_linear"):
+            return "products"
+        return self.op if self.flop else "elementwise"
+
     def microseconds(self, rates: Rates) -> tuple[float, float]:
-        """(of the products, of the bytes)"""
-        kind = rates.attention if "attention" in self.op else rates.product
-        return 1e6 * self.flop / kind[self.precision], 1e6 * self.bytes / rates.memory
+        """(of the FLOP, of the bytes)"""
+        rate = rates.attention if "attention" in self.op else rates.gemm
+        return 1e6 * self.flop / rate[self.precision], 1e6 * self.bytes / rates.memory
 
     def floor(self, rates: Rates) -> float:
         return max(self.microseconds(rates))
 
     def bound(self, rates: Rates) -> str:
-        products, memory = self.microseconds(rates)
-        return "products" if products > memory else "bytes"
+        flop, memory = self.microseconds(rates)
+        return "products" if flop > memory else "bytes"
 
 
-def once(bf16: int, fp8: int | None = None) -> dict[str, int]:
+def calls(bf16: int, fp8: int | None = None) -> dict[str, int]:
     return {"bf16": bf16, "fp8": bf16 if fp8 is None else fp8}
 
 
 def elementwise(s: Sizes) -> list[Row]:
     """The ops that only move bytes, in both precisions where they have two."""
     layers, tokens, vector, wide = s.config.num_layers, s.T * s.C, s.F * s.C * FP32, s.T * s.config.ffn_dim
-    gain, table, index = s.C * BF16, s.T * s.config.head_dim * FP32, (1 + s.F) * INDEX
+    weight, table, index = s.C * BF16, s.T * s.config.head_dim * FP32, (1 + s.F) * INDEX
     scales = 2 * s.H * FP32
-    rows = [Row("rms_norm", "", "bf16", 0, tokens * BF16 + gain, tokens * BF16, once(layers))]
-    for precision in PRECISIONS:
-        fp8 = precision == "fp8"
-        only = {p: int(p == precision) for p in PRECISIONS}
-        size, per_row = (1, s.T * FP32) if fp8 else (BF16, 0)  # of what a product or the cache takes
-
-        def row(op: str, read: int, written: int, calls: int, precision=precision, only=only) -> Row:
-            return Row(op, "", precision, 0, read, written, {p: calls * n for p, n in only.items()})
-
-        qkv = 3 * tokens * BF16 + 2 * gain + table + index + (scales if fp8 else 0)
-        rows += [
-            row("norm_rope_append", qkv, tokens * BF16 + 2 * tokens * size, layers),
-            row("modulate", tokens * BF16 + 2 * vector, tokens * size + per_row, 1),
-            row("residual_modulate", 2 * tokens * BF16 + 3 * vector, tokens * (BF16 + size) + per_row, 3 * layers - 1),
-            row("gelu_bias", (wide + s.config.ffn_dim) * BF16, wide * size + per_row, layers * fp8),
-        ]
-    rows += [
-        Row("gate_residual", "", "bf16", 0, 2 * tokens * BF16 + vector, tokens * BF16, once(1)),
-        # of the two attentions' outputs, which no op before them quantises
-        Row("quantise", "", "fp8", 0, tokens * BF16, tokens + s.T * FP32, once(0, 2 * layers)),
+    rows = [
+        Row("rms_norm", "", "bf16", 0, tokens * BF16 + weight, tokens * BF16, calls(layers)),
+        Row("gate_residual", "", "bf16", 0, 2 * tokens * BF16 + vector, tokens * BF16, calls(1)),
+        # of the outputs of both attentions, which no op before them quantizes
+        Row("quantise", "", "fp8", 0, tokens * BF16, tokens + s.T * FP32, calls(0, 2 * layers)),
     ]
+    for precision, size, per_row in (("bf16", BF16, 0), ("fp8", 1, s.T * FP32)):  # of what a GEMM or the cache takes
+        fp8 = precision == "fp8"
+        qkv = 3 * tokens * BF16 + 2 * weight + table + index + scales * fp8
+        for op, read, written, count in (
+            ("norm_rope_append", qkv, tokens * BF16 + 2 * tokens * size, layers),
+            ("modulate", tokens * BF16 + 2 * vector, tokens * size + per_row, 1),
+            ("residual_modulate", 2 * tokens * BF16 + 3 * vector, tokens * (BF16 + size) + per_row, 3 * layers - 1),
+            ("gelu_bias", (wide + s.config.ffn_dim) * BF16, wide * size + per_row, layers * fp8),
+        ):
+            rows.append(Row(op, "", precision, 0, read, written, calls(0, count) if fp8 else calls(count, 0)))
     return rows
 
 
@@ -169,30 +180,32 @@ def attentions(s: Sizes) -> list[Row]:
     layers, queries, rows = s.config.num_layers, s.T * s.C * BF16, []
     for frames in KEY_FRAMES:
         keys, index = frames * s.S, 3 * INDEX
-        for precision, size, scales in (("bf16", BF16, 0), ("fp8", 1, 2 * s.H * FP32)):
+        flop = 4 * s.T * keys * s.C
+        for precision, size, scales, count in (
+            ("bf16", BF16, 0, calls(layers, 0)),
+            ("fp8", 1, 2 * s.H * FP32, calls(0, layers)),
+        ):
             read = queries + 2 * keys * s.C * size + index + scales
-            calls = {p: layers * (p == precision) for p in PRECISIONS}
-            row = Row("attention", f"kv {keys}", precision, 4 * s.T * keys * s.C, read, queries, calls, frames=frames)
-            rows.append(row)
+            rows.append(Row("attention", f"kv {keys}", precision, flop, read, queries, count, frames=frames))
     whole, part = s.config.text_len, min(TEXT_KEYS, s.config.text_len)
-    for what, keys, index, calls in ((f"keys {whole}", whole, 0, layers), (f"used {part}", part, INDEX + FP32, 0)):
+    for what, keys, index, count in ((f"keys {whole}", whole, 0, layers), (f"used {part}", part, INDEX + FP32, 0)):
         read, flop = queries + 2 * keys * s.C * BF16 + index, 4 * s.T * keys * s.C
-        rows.append(Row("cross_attention", what, "bf16", flop, read, queries, once(calls), keys=keys))
+        rows.append(Row("cross_attention", what, "bf16", flop, read, queries, calls(count), keys=keys))
     return rows
 
 
-def products(s: Sizes) -> list[Row]:
+def linears(s: Sizes) -> list[Row]:
     rows = []
-    for what, (n, k, count, bias) in s.products.items():
-        calls, flop = count * s.config.num_layers, 2 * s.T * n * k
-        read, op = (s.T * k + n * k + n) * BF16, "linear" if bias else "linear_gelu"
-        rows.append(Row(op, what, "bf16", flop, read, s.T * n * BF16, once(calls, 0)))
+    for what, (n, k, count, bias) in s.linears.items():
+        count, flop, written = count * s.config.num_layers, 2 * s.T * n * k, s.T * n * BF16
+        read = (s.T * k + n * k + n) * BF16
+        rows.append(Row("linear" if bias else "linear_gelu", what, "bf16", flop, read, written, calls(count, 0)))
         read = s.T * k + n * k + (s.T + n) * FP32 + n * BF16 * bias
-        rows.append(Row("fp8_linear", what, "fp8", flop, read, s.T * n * BF16, once(0, calls)))
+        rows.append(Row("fp8_linear", what, "fp8", flop, read, written, calls(0, count)))
     return rows
 
 
-def ends(s: Sizes) -> list[Row]:
+def step_ops(s: Sizes) -> list[Row]:
     """What a denoising step does besides its forward; `epilogue` pools by itself."""
     tokens, per_frame, latents = s.T * s.C * BF16, s.F * s.C, s.F * s.config.in_dim * s.latent[0] * s.latent[1] * BF16
     hidden = s.C // 2
@@ -201,37 +214,45 @@ def ends(s: Sizes) -> list[Row]:
     read = tokens + per_frame * BF16 + 2 * latents + 2 * s.F * FP32 + modulation + weights + rule
     flop = 2 * s.T * s.patch * s.C + 2 * s.F * hidden * (3 * s.C + 1)
     return [
-        Row("pool_frames", "", "bf16", 0, tokens, 2 * per_frame * FP32, once(0)),
-        Row("epilogue", "", "bf16", flop, read, 2 * latents + (s.F + 1) * FP32, once(1)),
-        Row("gaussian", "", "bf16", 0, 3 * INDEX, latents // BF16 * FP32, once(1)),
+        Row("pool_frames", "", "bf16", 0, tokens, 2 * per_frame * FP32, calls(0)),
+        Row("epilogue", "", "bf16", flop, read, 2 * latents + (s.F + 1) * FP32, calls(1)),
+        Row("gaussian", "", "bf16", 0, 3 * INDEX, latents // BF16 * FP32, calls(1)),
     ]
 
 
-def between_convolutions(s: Sizes) -> list[Row]:
-    """Ops of the Wan VAE, at its picture's level and at its widest, whose sums `vae_work.py` has."""
+def vae(s: Sizes) -> list[Row]:
+    """The ops between the convolutions of the Wan VAE, at its lowest and its widest level; and the whole decode."""
     rows = []
     for channels, scale in VAE_LEVELS:
         pixels = s.F * min(scale, 4) * (scale * s.latent[0]) * (scale * s.latent[1])
         one, vector = pixels * channels * BF16, channels * BF16
         what = f"{channels} channels, x{scale}"
-        rows.append(Row("norm_silu", what, "bf16", 0, one + 2 * vector, one, once(0)))
-        rows.append(Row("bias_residual", what, "bf16", 0, 2 * one + vector, one, once(0)))
-    return rows
+        rows.append(Row("norm_silu", what, "bf16", 0, one + 2 * vector, one, calls(0)))
+        rows.append(Row("bias_residual", what, "bf16", 0, 2 * one + vector, one, calls(0)))
+    return [*rows, Row("vae_decode", "", "bf16", *decode_counts(s.vae_dim, s.F, *s.latent), calls(0))]
+
+
+@cache
+def decode_counts(dim: int, *latents: int) -> tuple[int, int, int]:
+    """FLOP, and bytes read and written, of one decode as a whole: weights, latents, frames, and the state twice."""
+    frames, *sides = latents
+    with torch.device("meta"), torch.no_grad():
+        vae, chunk = WanVAE(dim).to("meta", torch.bfloat16), torch.empty(1, frames, 16, *sides, dtype=torch.bfloat16)
+        _, state = vae.decode(chunk)
+        with FlopCounterMode(display=False) as counter:
+            pixels, _ = vae.decode(chunk, state)
+    past = sum(x.nbytes for x in state)
+    weights = sum(x.nbytes for part in (vae.conv2, vae.decoder) for x in part.parameters())
+    return counter.get_total_flops(), weights + chunk.nbytes + past, pixels.nbytes + past
 
 
 def rows(s: Sizes) -> list[Row]:
-    return [*products(s), *attentions(s), *elementwise(s), *ends(s), *between_convolutions(s)]
+    return [*linears(s), *attentions(s), *elementwise(s), *step_ops(s), *vae(s)]
 
 
 def forward(all_rows: Sequence[Row], precision: str, frames: int) -> list[Row]:
     """The rows that run in a forward over `frames` frames of keys."""
     return [r for r in all_rows if r.calls[precision] and r.op not in STEP_OPS and r.frames in (None, frames)]
-
-
-def kind(row: Row) -> str:
-    if row.op in ("linear", "linear_gelu", "fp8_linear"):
-        return "products"
-    return row.op if row.flop else "elementwise"
 
 
 @dataclass(frozen=True)
@@ -247,7 +268,7 @@ def total(some: Sequence[Row], precision: str, gpus: dict[str, Rates]) -> Total:
     flop = dict.fromkeys(("products", "attention", "cross_attention"), 0)
     for r in some:
         if r.flop:
-            flop[kind(r)] += r.calls[precision] * r.flop
+            flop[r.kind] += r.calls[precision] * r.flop
     times = {name: sum(r.calls[precision] * r.floor(rates) for r in some) for name, rates in gpus.items()}
     return Total(flop, elementwise_bytes(some, precision), times)
 
@@ -257,8 +278,8 @@ def elementwise_bytes(some: Sequence[Row], precision: str) -> int:
 
 
 def in_epilogues(some: Sequence[Row], s: Sizes) -> list[Row]:
-    """The rows as they were if the products' epilogues did still more: GELU in all of them moves nothing, and with
-    bias, gate and residual there the stream is written by the product itself, which takes one read of it."""
+    """The rows if GEMM epilogues did still more: GELU moves nothing, and with bias, gate and residual the GEMM itself
+    writes the stream, for one read of it."""
     tokens = s.T * s.C * BF16
     saved = {"residual_modulate": (0, tokens), "gate_residual": (tokens, tokens)}
     rows = []

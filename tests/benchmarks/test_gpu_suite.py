@@ -26,7 +26,7 @@ from pathlib import Path
 
 argv = sys.argv[1:]
 name = "pip" if "pip" in argv else "tests" if "pytest" in argv else Path(argv[0]).stem
-name = "check" if "--check" in argv else argv[1] if name == "smoke" else name
+name = "check" if "--check" in argv else "vae" if "vae_decode" in argv else argv[1] if name == "smoke" else name
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(f"{name} {os.environ.get('DSA_BUILD_CUDA', '')} {' '.join(argv)}\\n")
 action = json.loads(os.environ.get("STUB", "{}")).get(name, "ok")
@@ -116,7 +116,7 @@ def test_all_parts_leave_at_most_eight_files_and_one_archive_of_them(stage):
     assert code == 0 and stage.table() == dict.fromkeys(PARTS, "ok")
     assert {path.name for path in stage.out.iterdir()} == FILES and len(FILES) <= 8
     assert stage.packed() == FILES - {"all.tgz"}
-    assert stage.called() == "pip torch triton loop cuda kernels fps vae_decode tests check check".split()
+    assert stage.called() == "pip torch triton loop cuda kernels fps vae tests check check".split()
     limits = {
         line.split()[0]: line.split("--limit ")[1].split()[0]
         for line in stage.calls.read_text().splitlines()
@@ -141,7 +141,7 @@ def test_one_part_that_fails_or_hangs_stops_no_other(stage):
         limits="kernels=4 fps=2 vae=60",
         kernels="clean",
         fps="hang",
-        vae_decode="3",
+        vae="3",
         tests="5",
     )
     assert code == 1 and stage.table() == {
@@ -193,7 +193,7 @@ def test_killed_in_the_middle_and_resumed(stage, how):
         os.kill(child, signal.SIGKILL)
     assert len(list(stage.out.iterdir())) <= 8
     code, out = stage.run("--resume", "kernels", "fps", "vae")
-    assert code == 0 and stage.called() == ["fps", "vae_decode"] and "kernels: done before" in out
+    assert code == 0 and stage.called() == ["fps", "vae"] and "kernels: done before" in out
     assert stage.table() == dict.fromkeys(("kernels", "fps", "vae"), "ok")
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import plain_vae
+from benchmarks.micro import eager_vae
 from dsa_engine.models import wan_vae as vae_module
 from dsa_engine.models.streaming_vae import Stream
 from dsa_engine.models.wan_vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE
@@ -47,7 +47,7 @@ def test_any_partition_gives_the_frames_of_plain_torch(vae, parts, rows, laid_ou
     clip = latents(sum(parts), rows)
     expected, past = [], None
     for chunk in clip.split(1, dim=1):
-        frames, past = plain_vae.decode(vae, chunk, past)
+        frames, past = eager_vae.decode(vae, chunk, past)
         expected.append(frames)
     found, state = [], None
     for chunk in clip.split(parts, dim=1):
@@ -67,8 +67,8 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_plain_torch(vae):
     state = past = plain = None
     for seed in range(3):
         chunk = latents(3 + seed)[:, -3:]
-        expected, past = plain_vae.decode(vae, chunk, past)
-        rounded, plain = plain_vae.decode(half, chunk, plain)
+        expected, past = eager_vae.decode(vae, chunk, past)
+        rounded, plain = eager_vae.decode(half, chunk, plain)
         frames, state = half.decode(chunk, state)
         error, allowed = ((x.float() - expected).norm().item() for x in (frames, rounded))
         assert frames.dtype == torch.bfloat16 and error <= 1.2 * allowed, (seed, error, allowed)

@@ -9,12 +9,10 @@ TRITON_INTERPRET, importing this file puts the interpreter right). Import the ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from benchmarks.micro.inputs import poisoned_memory as poisoned_memory
 from tests.support import interpreter
 
 interpreter.install()
@@ -58,16 +56,6 @@ def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     Every bit is set, which is NaN in all dtypes, those of FP8 included, and -1 in integers.
     """
     return torch.full((*shape, dtype.itemsize), 255, dtype=torch.uint8, device=DEVICE).view(dtype).squeeze(-1)
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Whatever is allocated within is NaN: a kernel that leaves a part of its output or workspace unwritten shows."""
-    torch.use_deterministic_algorithms(True)  # which fills new memory, `torch.utils.deterministic`
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def nan_cache(cache: Tensor, used: dict[int, list[int]]) -> Tensor:

@@ -1,7 +1,6 @@
-"""The decoder of the Wan VAE the usual way, to be compared with: plain torch, one op after the other, the past put
-before each convolution's input by a copy, every frame taken apart by one.
+"""The decoder of the Wan VAE in plain torch, op by op and channels first: what `models/wan_vae.py` is compared with.
 
-It walks a `WanVAE`'s own layers and shares no line of arithmetic with them.
+It walks the layers of a `WanVAE` and shares no line of arithmetic with them.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ from dsa_engine.models.wan_vae import AttentionBlock, Head, ResidualBlock, Upsam
 
 def decode(vae: WanVAE, latents: Tensor, state: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
     """As `WanVAE.decode` of one pass: latents [B, F, C, h, w] -> frames [B, T, 3, H, W], and the next state."""
-    dtype = vae.conv2.weight.dtype
-    z = (latents.to(dtype) * vae.std + vae.mean).transpose(1, 2)
+    z = (latents.to(vae.conv2.weight.dtype) * vae.std + vae.mean).transpose(1, 2)
     walk = Walk(state)
-    x = F.conv3d(z, vae.conv2.weight, vae.conv2.bias)
-    x = walk.conv(vae.decoder.conv1, x)
+    x = walk.conv(vae.decoder.conv1, F.conv3d(z, vae.conv2.weight, vae.conv2.bias))
     for layer in (*vae.decoder.middle, *vae.decoder.upsamples, vae.decoder.head):
         x = walk.layer(layer, x)
     return x.transpose(1, 2).clamp(-1, 1) / 2 + 0.5, walk.tails
@@ -61,8 +58,7 @@ class Walk:
     def upsample(self, layer: Upsample, x: Tensor) -> Tensor:
         if layer.time_conv is not None:
             new = self.conv(layer.time_conv, x[:, :, 1:] if self.first else x)
-            batch, channels = x.shape[:2]
-            pairs = new.reshape(batch, 2, channels, -1, *x.shape[3:])
+            pairs = new.reshape(len(x), 2, x.shape[1], -1, *x.shape[3:])
             new = torch.stack((pairs[:, 0], pairs[:, 1]), dim=3).flatten(2, 3)
             x = torch.cat((x[:, :, :1], new), dim=2) if self.first else new
         frames = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2.0, mode="nearest-exact")
@@ -72,7 +68,7 @@ class Walk:
 
 
 def normed(gamma: Tensor, x: Tensor) -> Tensor:
-    """Over the channels, x [B, C, ...]."""
+    """RMS norm over the channels, x [B, C, ...]."""
     unit = F.normalize(x.float(), dim=1).to(x.dtype)
     return unit * (x.shape[1] ** 0.5 * gamma.view(-1, *[1] * (x.ndim - 2)))
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 from benchmarks.e2e.protocol import Bench, Scenario
 from benchmarks.e2e.timeline import latencies, missed
-from dsa_engine.engine.batch_runner import Runner
+from dsa_engine.engine.batch_runner import BatchRunner
 
 
 def concurrent(bench: Bench, scenario: Scenario) -> dict:
@@ -15,11 +15,11 @@ def concurrent(bench: Bench, scenario: Scenario) -> dict:
 
     Nothing is recorded until every stream has a full window, and all go on until the slowest has made scenario.chunks
     more, so the load never changes. chunk_ms: from the request of a chunk to its frames on the host, during which
-    others are decoded and share its forwards (`Runner`). fps: of all streams together; a_stream: the mean.
+    others are decoded and share its forwards (`BatchRunner`). fps: of all streams together; a_stream: the mean.
     """
     bench.capture(scenario)
     sessions = [bench.session(scenario, i, bench.policy(scenario, i)) for i in range(scenario.clips)]
-    runner, made, requested = Runner(), Counter(), {}
+    runner, made, requested = BatchRunner(), Counter(), {}
     spans: list[tuple[float, int]] = []  # milliseconds and frames
     start = None
     for session in sessions:
@@ -40,7 +40,7 @@ def concurrent(bench: Bench, scenario: Scenario) -> dict:
     for session in sessions:
         runner.remove(session)
         session.close()
-    return figures(spans, wall, len(sessions)) | {"rows": runner.batcher.capacity, "kv_frames": scenario.window}
+    return figures(spans, wall, len(sessions)) | {"rows": runner.scheduler.capacity, "kv_frames": scenario.window}
 
 
 def figures(spans: list[tuple[float, int]], wall: float, sessions: int) -> dict:

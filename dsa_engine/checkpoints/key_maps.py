@@ -1,6 +1,6 @@
 """How public checkpoints of the Wan family name their weights: data, and the one function that renames.
 
-Sources of the names: Wan 2.1 `wan/modules/{model,t5,vae}.py`; diffusers `scripts/convert_wan_to_diffusers.py`; FastVideo
+Sources: Wan 2.1 `wan/modules/{model,t5,vae}.py`; diffusers `scripts/convert_wan_to_diffusers.py`; FastVideo
 `fastvideo/configs/models/dits/wanvideo.py`; transformers `models/umt5`.
 """
 

@@ -44,7 +44,7 @@ def is_model_folder(path: Path) -> bool:
 
 
 def load_model_folder(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ModelComponents:
-    """Read what `save_model_folder` wrote. Raises ValueError for a folder of another format, or one that lacks a part."""
+    """Read what `save_model_folder` wrote. Raises ValueError for another format, or one that lacks a part."""
     values = read_json(folder / "config.json")
     if values.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'}: format={values.get('format')!r}, expected {FORMAT!r}")
@@ -83,7 +83,7 @@ def save_model_folder(
     dtype=torch.float16,
     calibration: Iterable[tuple[float, float]] = (),
 ):
-    """Write a folder for `load_model_folder`. Floating-point weights are stored as `dtype`; each file is renamed into place.
+    """Write a folder for `load_model_folder`; each file is renamed into place. dtype: of floating-point weights.
 
     modules: by component: `generator`, and any of `confidence`, `codec`, `text`. video: height, width, frames, fps.
     calibration: as in `ModelComponents`.

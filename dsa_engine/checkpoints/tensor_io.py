@@ -1,14 +1,12 @@
 """Files of tensors: what is in them without reading it, and one tensor after the other.
 
-Tensors are read by their offset in the file, in safetensors files as in the zip archives that torch.save writes, so
-that no more than one is in memory beside the model that is being filled. No code of a file is ever run: pickles are
-read with `weights_only=True`.
-Source of the formats: the safetensors README (8 bytes of header length, a JSON header, then the data); torch's notes on
-serialization (a zip archive of uncompressed records, one for each storage).
+Headers are read by the safetensors library and by torch, pickles with `weights_only=True`: no code of a file is run.
+A tensor is copied out of its file when it is read, so no more than one is in memory beside the model that is filled.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,11 +14,14 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dsa_engine.files import atomic_write
@@ -46,8 +47,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 class LazyTensor(NamedTuple):
@@ -109,7 +108,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises FileNotFoundError for a missing file and ValueError for one that is truncated, foreign, or holds anything
     but tensors; no code from the file is ever run.
     """
-    return {name: entry.read() for name, entry in open_checkpoint(path).tensors.items()}
+    return {name: tensor.read() for name, tensor in open_checkpoint(path).tensors.items()}
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -154,22 +153,16 @@ def write_tensors(
 ) -> None:
     """A safetensors file with a header of texts, renamed into place; its folder is created.
 
-    dtype: for floating-point tensors, None leaves theirs. One tensor at a time is converted and written.
+    dtype: for floating-point tensors, None leaves theirs. The tensors must not overlap in memory.
     """
-    kept = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-kept[name].itemsize, name))  # keeps every tensor aligned
-    about: dict[str, Any] = {"__metadata__": {"format": "pt", **(header or {})}}
-    end = 0
-    for name in order:
-        start, end = end, end + tensors[name].numel() * kept[name].itemsize
-        about[name] = {"dtype": CODES[kept[name]], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(about, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_write(path) as part, part.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            plain = tensors[name].detach().to("cpu", kept[name]).contiguous().reshape(-1)
-            file.write(memoryview(plain.view(torch.uint8).numpy()))
+    plain = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
+    }
+    with atomic_write(path) as part:
+        mode = part.stat().st_mode
+        save_file(plain, part, {"format": "pt", **(header or {})})
+        part.chmod(mode)  # some versions of the library leave a file that only its owner may read
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -206,47 +199,34 @@ def _check_magic(path: Path) -> None:
 
 
 def _open_safetensors(path: Path) -> TensorFile:
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, LARGEST_HEADER):
-                raise ValueError(f"its header should have {length} bytes, the file has {size}")
-            about = json.loads(file.read(length))
-        header = about.pop("__metadata__", {})
-        tensors = {name: _entry(path, name, 8 + length, size, **values) for name, values in about.items()}
-        end = 8 + length + max((values["data_offsets"][1] for values in about.values()), default=0)
-        if end != size:
-            raise ValueError(f"{size} bytes, its header says {end}")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path}: not a whole safetensors file ({reason}); copy or download it again") from error
+        with safe_open(path, "numpy") as file:
+            header, slices = file.metadata() or {}, {name: file.get_slice(name) for name in file.offset_keys()}
+            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file, cut off or damaged ({error}); copy or download it again"
+        ) from error
+    if unknown := [f"{name} is of dtype {code}" for name, (code, _) in kinds.items() if code not in DTYPES]:
+        raise ValueError(f"{path}: {unknown[0]}; known are {', '.join(DTYPES)}")
+    # The library has checked that the tensors follow each other up to the end. Its `get_tensor` maps the whole file,
+    # which the system refuses for one larger than its memory, and counts every page that was read as the process's.
+    sizes = [prod(shape) * DTYPES[code].itemsize for code, shape in kinds.values()]
+    starts = accumulate(sizes, initial=path.stat().st_size - sum(sizes))
+    tensors = {
+        name: LazyTensor(DTYPES[code], shape, partial(_read, path, start, DTYPES[code], shape))
+        for (name, (code, shape)), start in zip(kinds.items(), starts)
+    }
     return TensorFile(path, tensors, (path,), header=header)
-
-
-def _entry(path: Path, name: str, data: int, size: int, *, dtype: str, shape: list, data_offsets: list) -> LazyTensor:
-    if dtype not in DTYPES:
-        raise ValueError(f"{name} is of dtype {dtype}; known are {', '.join(DTYPES)}")
-    begin, end = data_offsets
-    if any(not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"{name} has the shape {shape}")
-    if end - begin != prod(shape) * DTYPES[dtype].itemsize or begin < 0:
-        raise ValueError(f"{name} {dtype} {shape} does not fill its {end - begin} bytes")
-    if data + end > size:
-        raise ValueError(f"{size} bytes, but {name} ends at {data + end}: cut off")
-    kind = DTYPES[dtype]
-    return LazyTensor(kind, tuple(shape), partial(_read, path, data + begin, kind, tuple(shape)))
 
 
 def _read(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], device: Any = "cpu") -> Tensor:
     raw = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8, device="cpu")
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         file.seek(offset)
-        rest = memoryview(raw.numpy())
-        while rest and (count := file.readinto(rest)):  # one call gives at most 2 GiB
-            rest = rest[count:]
-    if rest:
-        raise ValueError(f"{path}: {len(rest)} bytes fewer than when it was opened")
+        missing = len(raw) - file.readinto(memoryview(raw.numpy()))
+    if missing:
+        raise ValueError(f"{path}: {missing} bytes fewer than when it was opened")
     return raw.view(dtype).view(shape).to(device)
 
 
@@ -278,57 +258,31 @@ def _open_index(path: Path) -> TensorFile:
 
 
 def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
-    records = _records(path)
-    if records:
-        key, tensors = _plain_tensors(path, _unpickle(path, map_location="meta"), keys)
-        offsets = {name: getattr(t.untyped_storage(), "_checkpoint_offset", None) for name, t in tensors.items()}
-        if all(records.get(offsets[name]) == t.untyped_storage().nbytes() for name, t in tensors.items()):
-            tensors = {
-                name: LazyTensor(t.dtype, tuple(t.shape), partial(_read_strided, path, offsets[name], t))
-                for name, t in tensors.items()
-            }
-            return TensorFile(path, tensors, (path,), key)
-    # An older layout, in which only torch itself finds its way; plain records can at least be mapped.
-    key, tensors = _plain_tensors(path, _unpickle(path, map_location="cpu", mmap=bool(records)), keys)
-    tensors = {name: LazyTensor(t.dtype, tuple(t.shape), partial(_own, t)) for name, t in tensors.items()}
-    return TensorFile(path, tensors, (path,), key)
+    key, tensors = _named_tensors(path, _unpickle(path, map_location="meta"), keys)
+    size, mmap = path.stat().st_size, _can_be_mapped(path)
+
+    @functools.cache
+    def content() -> dict[str, Tensor]:
+        return _named_tensors(path, _unpickle(path, map_location="cpu", mmap=mmap), keys)[1]
+
+    def read(name: str, device: Any = "cpu") -> Tensor:
+        """A copy: a mapped tensor would keep the file open and change with it."""
+        if path.stat().st_size < size:
+            raise ValueError(f"{path}: {size - path.stat().st_size} bytes fewer than when it was opened")
+        return content()[name].detach().to(device, copy=True).contiguous()
+
+    lazy = {name: LazyTensor(t.dtype, tuple(t.shape), partial(read, name)) for name, t in tensors.items()}
+    return TensorFile(path, lazy, (path,), key)
 
 
-def _records(path: Path) -> dict[int, int]:
-    """offset -> bytes of a zip archive's records; none for another file, compressed ones or the other byte order."""
-    records = {}
+def _can_be_mapped(path: Path) -> bool:
+    """Whether torch can map a file: an archive, with records that are not compressed (it does not look at that)."""
     try:
-        if not zipfile.is_zipfile(path):  # nor is one that is cut off: its directory is at its end
-            return {}
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            for record in archive.infolist():
-                if record.compress_type or (
-                    record.filename.endswith("/byteorder") and archive.read(record) != b"little"
-                ):
-                    return {}
-                file.seek(record.header_offset + 26)  # its header is 30 bytes, the lengths of two texts after it last
-                name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-                records[record.header_offset + 30 + name + extra] = record.file_size
+        return zipfile.is_zipfile(path) and not any(r.compress_type for r in zipfile.ZipFile(path).infolist())
     except Exception as error:  # BadZipFile, NotImplementedError and whatever else a damaged file provokes
         raise ValueError(
             f"{path}: not a whole archive of torch.save ({error or type(error).__name__}); copy or download it again"
         ) from error
-    return records
-
-
-def _read_strided(path: Path, offset: int, like: Tensor, device: Any = "cpu") -> Tensor:
-    """The tensor that a meta tensor stands for, in a storage that begins at `offset`."""
-    if like.is_contiguous():
-        start = offset + like.storage_offset() * like.dtype.itemsize
-        return _read(path, start, like.dtype, tuple(like.shape), device)
-    count = like.untyped_storage().nbytes() // like.dtype.itemsize
-    whole = _read(path, offset, like.dtype, (count,), device)
-    return whole.as_strided(like.shape, like.stride(), like.storage_offset()).contiguous()
-
-
-def _own(tensor: Tensor, device: Any = "cpu") -> Tensor:
-    """A copy: a mapped tensor would keep the file open and change with it."""
-    return tensor.detach().to(device, copy=True).contiguous()
 
 
 def _unpickle(path: Path, **options: Any) -> Any:
@@ -341,7 +295,7 @@ def _unpickle(path: Path, **options: Any) -> Any:
         ) from error
 
 
-def _plain_tensors(path: Path, content: Any, keys: tuple[str, ...]) -> tuple[str | None, dict[str, Tensor]]:
+def _named_tensors(path: Path, content: Any, keys: tuple[str, ...]) -> tuple[str | None, dict[str, Tensor]]:
     """(the key that the tensors are under, the tensors by name)."""
     nested = content if isinstance(content, Mapping) else {}
     key = next((k for k in keys if isinstance(nested.get(k), Mapping) and nested[k]), None)

@@ -96,7 +96,7 @@ class ModelConfig:
         unused = [k for k in values if k not in known and k not in _NEUTRAL_KEYS and not k.startswith("_")]
         if unused:
             logger.warning("config keys without a meaning here, not used: %s", ", ".join(unused))
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
         return cls(**kept)
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +163,8 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout config has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**kept)
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "steps": list(self.steps)}

@@ -90,8 +90,8 @@ def lora_of(file: TensorFile) -> Lora:
     strange = []
     for name, entry in file.tensors.items():
         match = _PART.fullmatch(strip_wrappers(name))
-        side = match and ("alpha" if match["alpha"] else _SIDES[match["part"]])
-        target = match and to_wan(f"{match['module']}.weight")
+        side = "alpha" if match and match["alpha"] else _SIDES[match["part"]] if match else ""
+        target = to_wan(f"{match['module']}.weight") if match else ""
         if not match or side in parts[target] or (side != "alpha" and len(entry.shape) != 2):
             strange.append(name)
         else:

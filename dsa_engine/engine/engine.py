@@ -29,7 +29,7 @@ from dsa_engine.models.interfaces import TextEncoder, TextKV, VideoCodec
 from dsa_engine.models.offload import Offloaded
 from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.sampling.kv_cache import KVCache
-from dsa_engine.sampling.noise import ExternalNoise, SDEditNoise, Noise, Renoise, SeededNoise
+from dsa_engine.sampling.noise import ExternalNoise, Noise, Renoise, SDEditNoise, SeededNoise
 from dsa_engine.sampling.policy import Policy
 from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 

@@ -19,7 +19,7 @@ from dsa_engine.models.interfaces import TextKV
 from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk, read_policy_signals
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import Noise
-from dsa_engine.sampling.policy import Policy, ExitRule
+from dsa_engine.sampling.policy import ExitRule, Policy
 from dsa_engine.sampling.schedule import Schedule
 
 

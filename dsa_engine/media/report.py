@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -147,7 +147,7 @@ def _draw_bars(ax: Axes, chunks: Sequence, threshold: float | None, top: int) ->
     bars = ax.bar(range(n), steps, width=0.8, color=[shades((s - 1) / max(1, top - 1)) for s in steps])
     if n <= 2 * MOST_COLUMNS:
         for bar, s in zip(bars, steps):
-            style = {"ha": "center", "size": 8, "color": "white" if s > (top + 1) / 2 else INK}
+            style: dict[str, Any] = {"ha": "center", "size": 8, "color": "white" if s > (top + 1) / 2 else INK}
             ax.annotate(str(s), (bar.get_x() + 0.4, 0), (0, 3), textcoords="offset points", **style)
     every = max(1, -(-n // 25))
     ax.set(ylim=(0, 1.08 * top), xticks=range(0, n, every), xlabel="chunk", yticks=range(0, top + 1, max(1, top // 8)))
@@ -169,7 +169,13 @@ def _draw_confidence(ax: Axes, confidence: Sequence[float], threshold: float | N
     right.set_ylabel("confidence", color=ACCENT)
     right.tick_params(labelsize=8, colors=INK, length=2)
     right.spines[["top", "left"]].set_visible(False)
-    style = {"color": ACCENT, "marker": "o", "markersize": 5, "markeredgecolor": "white", "linewidth": 1.4}
+    style: dict[str, Any] = {
+        "color": ACCENT,
+        "marker": "o",
+        "markersize": 5,
+        "markeredgecolor": "white",
+        "linewidth": 1.4,
+    }
     handles = right.plot(range(len(confidence)), confidence, label="confidence (least frame)", **style)
     if threshold is not None:
         label = f"threshold {threshold:g}"

@@ -87,7 +87,8 @@ class CrossAttention(Attention):
 
     def forward(self, x: Tensor | RowwiseFP8, layer: int, text: TextKV) -> Tensor:
         q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
-        return self.o(ops.cross_attention(q, *text.kv[layer], text.used, text.repeat).flatten(2))
+        k, v = text.kv[layer]
+        return self.o(ops.cross_attention(q, k, v, text.used, text.repeat).flatten(2))
 
 
 class Block(nn.Module):

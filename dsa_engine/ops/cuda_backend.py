@@ -16,7 +16,7 @@ from dsa_engine.ops import launch_args
 from dsa_engine.ops.support import E4M3, Call, Kind, Limits, Reason
 
 try:
-    from dsa_engine import csrc
+    from dsa_engine import csrc  # type: ignore[attr-defined]
 except ImportError as error:  # a pure Python installation
     csrc, _missing = None, str(error)
 

@@ -32,7 +32,8 @@ def shape(op: str, x: Tensor) -> tuple[int, int, int]:
 
 def strides(x: Tensor) -> tuple[int, int]:
     """Of the first two dims; 0 for a dim of one, whatever torch says, so that it broadcasts."""
-    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
+    first, second = (x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
+    return first, second
 
 
 def flat(x: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from dsa_engine import ops
 
-Renoise = torch.Tensor | Callable[[int, int], torch.Tensor]
+Renoise: TypeAlias = torch.Tensor | Callable[[int, int], torch.Tensor]
 
 
 def check_seed(seed: int) -> int:

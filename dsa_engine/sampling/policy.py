@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -128,7 +128,11 @@ def _check_range(min_steps: int, max_steps: int | None, frame_reduce: str, limit
         raise ValueError(f"frame_reduce={frame_reduce!r}: must be one of {', '.join(REDUCE)}")
 
 
-REDUCE = {"min": min, "mean": lambda values: sum(values) / len(values), "max": max}
+REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
+    "min": min,
+    "mean": lambda values: sum(values) / len(values),
+    "max": max,
+}
 
 
 @dataclass

@@ -65,21 +65,21 @@ def score(
     colour is wrong. Raises ValueError for other shapes, dtypes or numbers of captions.
     """
     x = _unit(frames)
-    captions = [captions] * len(x) if isinstance(captions, Caption | str) else captions
-    captions = [as_caption(caption) for caption in captions]
-    if len(captions) != len(x):
-        raise ValueError(f"{len(captions)} captions for {len(x)} frames: give one caption, or {len(x)}")
+    texts = [captions] * len(x) if isinstance(captions, Caption | str) else captions
+    shown = [as_caption(text) for text in texts]
+    if len(shown) != len(x):
+        raise ValueError(f"{len(shown)} captions for {len(x)} frames: give one caption, or {len(x)}")
     if chunk_frames < 1:
         raise ValueError(f"chunk_frames = {chunk_frames}: must be at least 1, the nearest legal value")
-    fits, places = _locate(x, captions)
-    own = np.array([SHAPES.index(caption.shape) for caption in captions])
+    fits, places = _locate(x, shown)
+    own = np.array([SHAPES.index(caption.shape) for caption in shown])
     t = np.arange(len(x))
     fit, xy = fits[t, own], places[t, own]
-    seen = _mass(x, captions) > MASS_LIMIT
+    seen = _mass(x, shown) > MASS_LIMIT
     valid = (fit < FIT_LIMIT) & (fits.argmin(axis=1) == own) & seen
     starts = range(0, len(x), chunk_frames)
-    motion = [_chunk_moves(captions, xy, seen, start, start + chunk_frames) for start in starts]
-    return Scores(fit, valid, xy, _texture(x, captions, xy), np.array(motion))
+    motion = [_chunk_moves(shown, xy, seen, start, start + chunk_frames) for start in starts]
+    return Scores(fit, valid, xy, _texture(x, shown, xy), np.array(motion))
 
 
 def moves_as(motion: str, path: np.ndarray) -> bool:

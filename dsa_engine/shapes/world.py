@@ -251,12 +251,12 @@ def roll_clip(rng: np.random.Generator, captions: Sequence[Caption | str], chunk
 
     The place is continuous from chunk to chunk but for a cut or a jumping chunk (which stands still at a new place).
     """
-    captions = [as_caption(caption) for caption in captions]
-    _at_least_one(captions=len(captions), chunk_frames=chunk_frames)
-    events, xy = events_of(captions), _places(rng, captions, chunk_frames)
-    hard = [event in ("first", "cut") or c.motion == "jumping" for event, c in zip(events, captions)]
-    frames = _paint([c.look for c in captions for _ in range(chunk_frames)], xy)
-    return Clip(frames, captions, events, np.array(hard), xy)
+    scenes = [as_caption(caption) for caption in captions]
+    _at_least_one(captions=len(scenes), chunk_frames=chunk_frames)
+    events, xy = events_of(scenes), _places(rng, scenes, chunk_frames)
+    hard = [event in ("first", "cut") or c.motion == "jumping" for event, c in zip(events, scenes)]
+    frames = _paint([c.look for c in scenes for _ in range(chunk_frames)], xy)
+    return Clip(frames, scenes, events, np.array(hard), xy)
 
 
 def _draw(rng: np.random.Generator, weights: Mapping[str, float]) -> Caption:

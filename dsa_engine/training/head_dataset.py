@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ WAN_TIME_STRIDE = 4  # pixel frames a latent frame stands for, where no decoder 
 # Texts, for a pipeline with a text encoder: a prompt a clip or, as a sequence, one a chunk. Or embeddings:
 # [P, L, text_dim], a prompt a clip, or [P, N, L, text_dim], one a chunk.
 Text = str | Caption
-Prompts = Tensor | Sequence[Text | Sequence[Text]]
+Prompts: TypeAlias = Tensor | Sequence[Text | Sequence[Text]]
 
 
 @dataclass(frozen=True)

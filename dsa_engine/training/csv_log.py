@@ -1,4 +1,4 @@
-"""The log of a training run: a CSV that survives a kill, and a picture of its curves."""
+"""The log of a training run: a CSV that survives a kill, and a plot of its curves."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dsa_engine.files import atomic_write
 
-FIRST = ("step", "seconds")  # columns that are not curves
+NOT_CURVES = ("step", "seconds")
 
 
-class Log:
+class CsvLog:
     """Rows of one run in `folder/log.csv`, drawn in `folder/log.png`."""
 
     def __init__(self, folder: Path):
@@ -20,16 +20,16 @@ class Log:
 
     @property
     def seconds(self) -> float:
-        """Of training so far, over all interruptions."""
+        """Seconds of training so far, over all interruptions."""
         return self.rows[-1].get("seconds", 0.0) if self.rows else 0.0
 
-    def keep(self, until: int) -> None:
-        """Take up the file's rows up to a step and drop the later ones, which the run will make again."""
+    def resume(self, step: int) -> None:
+        """Continue the file after a step: the rows of later steps are dropped, for the run will add them again."""
         if not self.csv.exists():
             return
         with self.csv.open(newline="") as f:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f) if None not in row.values()]
-        self.rows = [{**row, "step": int(row["step"])} for row in rows if row["step"] <= until]
+        self.rows = [{**row, "step": int(row["step"])} for row in rows if row["step"] <= step]
         with atomic_write(self.csv) as part, part.open("w", newline="") as f:
             if self.rows:
                 writer = csv.DictWriter(f, self.rows[0])
@@ -51,7 +51,7 @@ class Log:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        names = [name for name in self.rows[0] if name not in FIRST] if self.rows else []
+        names = [name for name in self.rows[0] if name not in NOT_CURVES] if self.rows else []
         if not names:
             return
         columns = min(3, len(names))

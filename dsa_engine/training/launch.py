@@ -18,10 +18,11 @@ from dsa_engine.training.trainer import distributed, rank
 
 RECIPES = (*stages.STAGES, "all")
 ALL = ("codec", "teacher", "joint", "head")
+PARALLEL = ("teacher", "student", "joint")  # the other stages run in one process, the rest waits
 
 
 @contextmanager
-def processes(device: str | None) -> Iterator[torch.device]:
+def process_device(device: str | None) -> Iterator[torch.device]:
     """This process's device; under torchrun within the group of all processes (NCCL on GPUs, else gloo)."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
@@ -49,11 +50,24 @@ def train(
     device: str | None = None,
     compiled: bool = True,
 ) -> dict[str, Any]:
-    """Run one stage of RECIPES, or `all` of them, from where its folder under `out` was left; returns what came out.
+    """Run one stage of a recipe, or all, from where its folder under `out` was left.
 
-    config: a shipped recipe's name or a TOML file; steps, batch, seed: instead of the recipe's (steps and batch of the
-    one stage that is named). Raises ValueError for values that do not fit, FileNotFoundError where a stage that must
-    come before has not run.
+    Args:
+        stage: one of RECIPES.
+        config: a shipped recipe's name or a TOML file.
+        out: the run's folder; a stage writes to `out/<stage>`, `head` also to `out/model`.
+        steps: of the stage, instead of the recipe's.
+        batch: clips a step over all processes, instead of the recipe's.
+        seed: instead of the recipe's.
+        device: cpu, cuda or cuda:N (default: cuda where there is one).
+        compiled: with torch.compile.
+
+    Returns:
+        The recipe, and the figures of each stage by its name.
+
+    Raises:
+        ValueError: for values that do not fit.
+        FileNotFoundError: where an earlier stage has not run.
     """
     if stage not in RECIPES:
         raise ValueError(f"recipe {stage!r}: must be one of {', '.join(RECIPES)}")
@@ -64,17 +78,14 @@ def train(
         plan = recipe.with_seed(plan, seed)
     if (steps, batch) != (None, None):
         plan = plan.replace("student" if stage == "joint" else stage, steps=steps, batch=batch)
-    with processes(device) as where:
-        ctx = stages.StageContext(plan, Path(out), where, compiled)
+    with process_device(device) as local:
+        ctx = stages.StageContext(plan, Path(out), local, compiled)
         facts: dict[str, Any] = {"recipe": stage, "config": plan.name, "seed": plan.seed, "out": str(out)}
         for name in ALL if stage == "all" else (stage,):
             facts[name] = stages.STAGES[name](ctx) if rank() == 0 or name in PARALLEL else None
             if distributed():
                 dist.barrier()
     return facts
-
-
-PARALLEL = ("teacher", "student", "joint")  # the other stages take one process, the rest waits
 
 
 def train_head_of(
@@ -91,13 +102,26 @@ def train_head_of(
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Train a confidence head for a distilled checkpoint on its own rollouts, and write it to `out/head.safetensors`.
+    """Train a confidence head for a distilled checkpoint on its own rollouts, see `head.train_head`.
 
-    prompts: a file as `read_prompts` takes it; window, sink, shift: as for `Pipeline.from_pretrained`; the rest as for
-    `head.train_head`.
+    Args:
+        model: a checkpoint or folder, as for `Pipeline.from_pretrained`.
+        out: the folder for `head.safetensors`, `head.json`, `head.png` and the rollouts.
+        prompts: a file of text or embeddings, see `read_prompts`.
+        frames: pixel frames of a rollout (default: the model's own).
+        window: latent frames of the KV cache, the chunk included.
+        sink: latent frames that stay in the cache for ever.
+        shift: of the noise schedule.
+        iterations: of the fit.
+        batch: clips that are rolled out together.
+        seed: of noise, split and fit.
+        device: as for `train`.
+
+    Returns:
+        The report, as in `head.json`.
     """
-    said = read_prompts(prompts)
+    texts = read_prompts(prompts)
     with Pipeline.from_pretrained(model, device=device, window=window, sink=sink, shift=shift) as pipe:
         options = {name: value for name, value in {"iterations": iterations, "batch": batch}.items() if value}
         chunks = None if frames is None else head_dataset.num_chunks(pipe, frames)
-        return head.train_head(pipe, said, out, chunks=chunks, seed=seed, **options)
+        return head.train_head(pipe, texts, out, chunks=chunks, seed=seed, **options)

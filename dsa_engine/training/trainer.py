@@ -1,4 +1,4 @@
-"""The training loop: optimiser, learning-rate schedule, EMA, resumable checkpoints and a log. Losses live elsewhere."""
+"""The training loop: optimizers, learning-rate schedule, EMA, resumable checkpoints, a log. Losses live elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from dsa_engine.training.csv_log import Log
+from dsa_engine.training.csv_log import CsvLog
 
 LOG_EVERY = 20  # steps
 Loss = Callable[..., Tensor]
@@ -64,12 +64,22 @@ class Objective(nn.Module):
 
 
 class Optimized:
-    """A model, the loss it steps on, its optimisers and the running average of its weights. `update` makes one step.
+    """A model, the loss it steps on, its optimizers and the running average (EMA) of its weights.
 
-    lr: AdamW's learning rate, or one for each child of the model by name; muon: that of Muon (torch.optim.Muon, updates
-    of AdamW's size) for the matrices inside the model's `blocks`, which AdamW then leaves alone; factor(step, steps)
-    multiplies all. Gradients are clipped at norm 1 and averaged over all processes (DistributedDataParallel). The
-    average of the weights warms up as n / (n + 50), so short runs do not average in the initial ones.
+    Gradients are clipped at norm 1 and averaged over all processes (DistributedDataParallel). The EMA's decay warms up
+    as n / (n + 50), so short runs do not average in the initial weights.
+
+    Args:
+        model: what is trained, in place.
+        loss: loss(*args) of `update`'s arguments, a scalar.
+        steps: length of the run, for `lr_factor`.
+        lr: AdamW's learning rate, or one for each child of the model by name.
+        muon: learning rate of torch.optim.Muon (updates of AdamW's size) for the matrices inside the model's `blocks`,
+            which AdamW then leaves alone; None for AdamW alone.
+        betas: of AdamW.
+        weight_decay: of all optimizers.
+        ema_decay: the EMA's, after its warm-up.
+        lr_factor: lr_factor(step, steps) multiplies all learning rates.
     """
 
     def __init__(
@@ -82,9 +92,9 @@ class Optimized:
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
         ema_decay: float = 0.999,
-        factor: Callable[[int, int], float] = lr_schedule,
+        lr_factor: Callable[[int, int], float] = lr_schedule,
     ):
-        self.model, self.steps, self.factor, self.ema_decay, self.step = model, steps, factor, ema_decay, 0
+        self.model, self.steps, self.lr_factor, self.ema_decay, self.step = model, steps, lr_factor, ema_decay, 0
         self.objective: nn.Module = Objective(model, loss)
         if distributed():
             self.objective = DistributedDataParallel(self.objective)  # gives every process the first one's weights
@@ -103,7 +113,7 @@ class Optimized:
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def update(self, *args) -> float:
-        """One step on loss(*args); returns the loss. FloatingPointError when it is not finite: the step is not made."""
+        """One step on loss(*args); returns the loss. FloatingPointError, and no step, where it is not finite."""
         loss = self.objective(*args)
         value = loss.item()
         if not math.isfinite(value):
@@ -113,7 +123,7 @@ class Optimized:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * self.factor(self.step, self.steps)
+                group["lr"] = rate * self.lr_factor(self.step, self.steps)
             optimizer.step()
         self.step += 1
         self._average()
@@ -123,8 +133,8 @@ class Optimized:
     def _average(self) -> None:
         decay = min(self.ema_decay, self.step / (self.step + 50))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        for mine, other in zip(self.ema.buffers(), self.model.buffers()):
-            mine.copy_(other)
+        for average, value in zip(self.ema.buffers(), self.model.buffers()):
+            average.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -134,8 +144,8 @@ class Optimized:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in ("model", "ema"):
             getattr(self, name).load_state_dict(state[name])
-        for optimizer, held in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(held)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
 
 
@@ -143,7 +153,7 @@ class Trainer:
     """Steps a model until its number of steps, and can be killed at any time.
 
     Everything that a run needs to go on is in one file, `folder/checkpoint.pt`: the model, and whatever else is trained
-    or averaged beside it (`others`, by name). The random numbers of step n depend on seed, process and n alone, so a
+    or averaged beside it (`others`, by name). The random values of step n depend on seed, process and n alone, so a
     resumed run equals an uninterrupted one to the bit. Process 0 writes.
     """
 
@@ -152,7 +162,7 @@ class Trainer:
         self.parts: dict[str, Stateful] = {"main": main, **(others or {})}
         self.generator = torch.Generator()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(self.folder)
+        self.log = CsvLog(self.folder)
 
     @property
     def checkpoint(self) -> Path:
@@ -171,11 +181,10 @@ class Trainer:
         Every 20 steps a row of mean loss, seconds and what `report` adds goes to the log; every `save_every` steps, and
         at the end, a checkpoint is written and `on_save` called. The checkpoint's steps, not the clock, decide.
         """
-        main, losses, before = self.main, [], self.log.seconds
-        started = time.perf_counter()
+        main, losses, start = self.main, [], time.perf_counter() - self.log.seconds
         with tqdm(total=main.steps, initial=main.step, desc=note, mininterval=5, disable=rank() > 0) as bar:
             while main.step < main.steps:
-                # torch mixes the seed, so neighbours are as good as strangers
+                # torch mixes the seed: neighbouring seeds are independent
                 self.generator.manual_seed((self.seed * 2**24 + main.step) * 2**10 + rank())
                 losses.append(main.update(*prepare(self.generator)))
                 bar.update()
@@ -183,50 +192,49 @@ class Trainer:
                     mean = sum(losses) / len(losses)
                     losses.clear()
                     bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-                    seconds = before + time.perf_counter() - started
-                    self.log.add({"step": main.step, "loss": mean, "seconds": round(seconds, 1), **report()})
-                if main.step % save_every == 0 or main.step == main.steps:
-                    if rank() == 0:
-                        self.save()
-                        self.log.plot(note)
-                        on_save()
+                    seconds = round(time.perf_counter() - start, 1)
+                    self.log.add({"step": main.step, "loss": mean, "seconds": seconds, **report()})
+                if (main.step % save_every == 0 or main.step == main.steps) and rank() == 0:
+                    self.save()
+                    self.log.plot(note)
+                    on_save()
 
     def save(self) -> None:
         """Write the checkpoint to a temporary name and rename it, so a kill or a full disk leaves the last good one."""
-        part = self.checkpoint.with_suffix(".part")
+        temporary = self.checkpoint.with_suffix(".part")
         try:
-            with part.open("wb") as f:
-                torch.save({name: thing.state_dict() for name, thing in self.parts.items()}, f)
+            with temporary.open("wb") as f:
+                torch.save({name: part.state_dict() for name, part in self.parts.items()}, f)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(part, self.checkpoint)
+            os.replace(temporary, self.checkpoint)
         finally:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def resume(self) -> bool:
         """Load the folder's checkpoint if there is one; True if there was. Log rows after it are dropped."""
         found = self.checkpoint.exists()
         if found:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            for name, thing in self.parts.items():
-                thing.load_state_dict(state[name])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
         if rank() == 0:
-            self.log.keep(until=self.main.step)
+            self.log.resume(self.main.step)
         return found
 
 
 def batches(
     make_pool: Callable[[int], tuple[Tensor, ...]], batch: int, per_pool: int, start: int = 0
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Random batches from pools that are remade every `per_pool` steps; step n's batch depends on n alone.
+    """Random batches from pools that are drawn anew every `per_pool` steps; step n's batch depends on n alone.
 
     make_pool(index) returns tensors of equal first dimension.
     """
-    step, held = start, -1
+    step, index = start, -1
     while True:
-        if step // per_pool != held:
-            held = step // per_pool
-            pool = make_pool(held)  # each process makes its own
+        if step // per_pool != index:
+            index = step // per_pool
+            pool = make_pool(index)  # each process has its own
         rows = torch.randint(len(pool[0]), (batch,), generator=torch.Generator().manual_seed(step * 1024 + rank()))
         yield tuple(part[rows] for part in pool)
         step += 1

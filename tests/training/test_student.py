@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dsa_engine import PerChunk, Pipeline
+from dsa_engine.checkpoints.tensor_io import write_tensors
 from dsa_engine.config import RolloutConfig
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.shapes.codec import PixelCodec
@@ -161,7 +162,7 @@ def begun(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs")
     (out / "tiny.toml").write_text(TINY)
     torch.manual_seed(0)
-    stages.save_tensors(out / "codec" / "weights.safetensors", PixelCodec())
+    write_tensors(out / "codec" / "weights.safetensors", PixelCodec().state_dict())
     launch.train("teacher", out / "tiny.toml", out, steps=2, compiled=False, device="cpu")
     return out
 
@@ -267,6 +268,6 @@ def test_the_same_seed_draws_the_same_clips_and_another_seed_others(tmp_path):
 
     def first(seed):
         ctx = stages.StageContext(recipe.Recipe("tiny", seed=seed, pool=8, rollout=ROLLOUT), tmp_path)
-        return next(stages.clips_of(ctx, codec, 4, 0))[1]
+        return next(stages.training_clips(ctx, codec, 4, 0))[1]
 
     assert first(0).equal(first(0)) and not first(0).equal(first(1))

@@ -47,7 +47,7 @@ def state(thing) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, muon):
     whole = Trainer(new(muon=muon), tmp_path / "whole", seed=3)
     whole.run(draw, save_every=10)
-    first = Trainer(new(10, muon=muon, factor=lambda step, steps: lr_schedule(step, 20)), tmp_path / "parts", seed=3)
+    first = Trainer(new(10, muon=muon, lr_factor=lambda step, steps: lr_schedule(step, 20)), tmp_path / "parts", seed=3)
     first.run(draw, save_every=10)  # as if it had been killed after 10
     second = Trainer(new(seed=1, muon=muon), tmp_path / "parts", seed=3)
     assert second.resume() and second.main.step == 10
@@ -58,7 +58,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, muon):
 
 def test_what_is_trained_beside_it_resumes_with_it(tmp_path):
     def both(steps):
-        main, other = new(steps, factor=lr_warmup), new(100, seed=5, factor=lr_warmup)
+        main, other = new(steps, lr_factor=lr_warmup), new(100, seed=5, lr_factor=lr_warmup)
         trainer = Trainer(main, tmp_path / "run", seed=1, others={"other": other})
 
         def prepare(generator):
@@ -78,7 +78,7 @@ def test_what_is_trained_beside_it_resumes_with_it(tmp_path):
 
 def test_muon_steps_are_orthogonal_and_of_adamws_size(tmp_path):
     """A matrix step of Muon has equal singular values, the more so as 5 Newton-Schulz steps allow: within [.6, 1.3]."""
-    main = new(muon=0.1, weight_decay=0.0, factor=lambda step, steps: 1.0)
+    main = new(muon=0.1, weight_decay=0.0, lr_factor=lambda step, steps: 1.0)
     before = main.model.blocks[0].weight.detach().clone(), main.model.out.weight.detach().clone()
     main.update(torch.randn(64, 4))
     step = main.model.blocks[0].weight.detach() - before[0]
@@ -89,14 +89,14 @@ def test_muon_steps_are_orthogonal_and_of_adamws_size(tmp_path):
 
 
 def test_the_log_of_a_resumed_run_has_each_step_once(tmp_path):
-    first = Trainer(new(60, factor=lr_warmup), tmp_path, seed=2)
+    first = Trainer(new(60, lr_factor=lr_warmup), tmp_path, seed=2)
     first.run(draw, save_every=20)
     rows = (tmp_path / "log.csv").read_text()
     torch.save(torch.load(first.checkpoint, weights_only=True), tmp_path / "keep.pt")
-    back = Trainer(new(40, factor=lr_warmup), tmp_path / "b", seed=2)
+    back = Trainer(new(40, lr_factor=lr_warmup), tmp_path / "b", seed=2)
     back.run(draw, save_every=20)
     (tmp_path / "b" / "log.csv").write_text(rows)  # killed at step 60, the last checkpoint is of step 40
-    again = Trainer(new(60, factor=lr_warmup), tmp_path / "b", seed=2)
+    again = Trainer(new(60, lr_factor=lr_warmup), tmp_path / "b", seed=2)
     assert again.resume()
     again.run(draw, save_every=20)
 
@@ -114,7 +114,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from pathlib import Path
 from test_trainer import Trainer, draw, lr_warmup, new
-trainer = Trainer(new(10, factor=lr_warmup), Path({folder!r}), seed=3)
+trainer = Trainer(new(10, lr_factor=lr_warmup), Path({folder!r}), seed=3)
 trainer.run(draw, save_every=10)
 trainer.main.update(torch.ones(8, 4))
 {accident}

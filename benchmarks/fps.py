@@ -39,7 +39,7 @@ from benchmarks.micro.backends import refuse_others
 from dsa_engine import Fixed, Pipeline, pipeline_inputs
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import check_output_path
-from dsa_engine.models.fp8 import QUANTIZATIONS, quantise_linears, quantization
+from dsa_engine.models.fp8 import QUANTIZATIONS, quantization, quantize_linears
 
 BASELINES = ("eager", "compile")
 CLIPS, STEADY = 0.55, 0.8  # of --limit, after which no clip and no run of the steady state is begun
@@ -57,7 +57,7 @@ def load(args: argparse.Namespace, plain: bool = False) -> Pipeline:
         pipe = protocol.random_pipeline(args.model, device, args.vae)
         pipe.quantization, pipe.engine.fp8_cache = scheme, fp8.cache
         if fp8.linear:
-            quantise_linears(pipe.engine.dit)
+            quantize_linears(pipe.engine.dit)
     else:
         pipe = Pipeline.from_pretrained(args.model, head=args.head, vae=args.vae, device=device, quantization=scheme)
     pipe.engine.max_sessions = args.sessions or 1

@@ -21,7 +21,7 @@ from dsa_engine.engine.device import current, on_device
 from dsa_engine.engine.engine import SESSIONS, Engine
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session, to_uint8
-from dsa_engine.models.fp8 import E4M3, quantise_linears
+from dsa_engine.models.fp8 import E4M3, quantize_linears
 from dsa_engine.models.fp8 import quantization as named_quantization
 from dsa_engine.sampling.denoise import Denoised, Step
 from dsa_engine.sampling.noise import Renoise, check_seed
@@ -128,7 +128,7 @@ class Pipeline:
         with current(device):
             parts = load_components(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
             if fp8.linear:
-                quantise_linears(parts.dit)
+                quantize_linears(parts.dit)
         if head is not None:
             parts = replace_head(parts, head)
         steps = None if steps is None else tuple(steps)

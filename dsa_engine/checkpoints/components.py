@@ -14,7 +14,7 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.offload import Offloaded
+from dsa_engine.models.offload import OffloadedCodec
 from dsa_engine.models.umt5 import UMT5
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def apply_offload(
 
     "text": umT5, a layer at a time for a new prompt (any other text encoder is small, or its maker's business);
     "vae": the decoder's weights and the states of its streams, a latent frame at a time. "auto": the first of
-    `memory.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's own video
+    `memory_estimate.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's own video
     size, whose keys and values are of dtype `cache` (None: the DiT's own), which is logged; nothing where the device is
     not CUDA. None: nothing. The DiT and its cache always stay.
     """
@@ -68,12 +68,12 @@ def apply_offload(
     chosen = (
         _pick_offload(model, rollout or model.rollout, sessions, cache)
         if offload == "auto"
-        else memory_estimate.placement_of(offload)
+        else memory_estimate.parse_offload(offload)
     )
     if "text" in chosen and isinstance(model.text, UMT5):
-        model.text.send_home()
-    if "vae" in chosen and model.decoder is not None and not isinstance(model.decoder, Offloaded):
-        model = replace(model, decoder=Offloaded(model.decoder, device))
+        model.text.enable_offload()
+    if "vae" in chosen and model.decoder is not None and not isinstance(model.decoder, OffloadedCodec):
+        model = replace(model, decoder=OffloadedCodec(model.decoder, device))
     return model
 
 
@@ -88,11 +88,13 @@ def _pick_offload(
     load = memory_estimate.Workload(
         (model.height or 480) // stride, (model.width or 832) // stride, frames, sessions, model.dit.dtype, cache
     )
-    sizes = memory_estimate.sizes_of(model.modules)
+    sizes = memory_estimate.footprints(model.modules)
     needs = {
         name: memory_estimate.predict(model.dit.config, rollout, load, offload=name, **sizes).peak
-        - memory_estimate.CONTEXT
+        - memory_estimate.CUDA_CONTEXT_BYTES
         for name in memory_estimate.PLACEMENTS
     }
     there = memory_estimate.measure(model.modules)["weights"].values()
-    return memory_estimate.choose(needs, memory_estimate.room(device) + sum(part.get(str(device), 0) for part in there))
+    return memory_estimate.pick_offload(
+        needs, memory_estimate.free_bytes(device) + sum(part.get(str(device), 0) for part in there)
+    )

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> Result:
                 workload = memory_estimate.Workload(**fp8_dtypes(args.quantization))
                 facts["memory"] = memory_estimate.report(found.config, found.rollout, workload)
             return facts, lines(facts), 0
-    before = memory_estimate.resident()
+    before = memory_estimate.process_memory()
     pipe = (
         without_weights(args.model) if preset else Pipeline.from_pretrained(args.model, quantization=args.quantization)
     )
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> Result:
     if isinstance(engine.text, SlotTextEncoder):
         facts |= {"prompts": GRAMMAR, "example": str(EXAMPLE)}
     parts["vae"] = parts.pop("codec")
-    sizes = {} if preset else memory_estimate.sizes_of(parts)
+    sizes = {} if preset else memory_estimate.footprints(parts)
     facts["memory"] = memory_estimate.report(model, config, workload, **sizes)
     if not preset:
-        measured, now = memory_estimate.measure(parts, engine.dit.device), memory_estimate.resident()
+        measured, now = memory_estimate.measure(parts, engine.dit.device), memory_estimate.process_memory()
         measured["loading"] = None if before is None or now is None else now - before
         facts["memory"]["measured"] = measured
     return facts, lines(facts), 0
@@ -92,7 +92,9 @@ def fp8_dtypes(quantization: str | None) -> dict[str, torch.dtype]:
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """Facts for people, with bytes of memory as GB."""
-    return table(facts | {name: memory_estimate.shown(value) for name, value in facts.items() if name == "memory"})
+    return table(
+        facts | {name: memory_estimate.format_bytes(value) for name, value in facts.items() if name == "memory"}
+    )
 
 
 def without_weights(preset: str) -> Pipeline:

@@ -18,7 +18,7 @@ from dsa_engine.engine import device_loop
 from dsa_engine.engine.chunk_plan import Forward, RowSpec, chunk_plan
 from dsa_engine.engine.device import read
 from dsa_engine.engine.model_runner import ModelRunner
-from dsa_engine.models.memory_estimate import tensors
+from dsa_engine.models.memory_estimate import module_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class GraphRunner:
 
     def _addresses(self) -> list[int]:
         modules = (self.inputs.dit, self.inputs.head)
-        return [x.data_ptr() for module in modules if module is not None for x in tensors(module)]
+        return [x.data_ptr() for module in modules if module is not None for x in module_tensors(module)]
 
     def _warn_uncaptured(self, rows: int) -> None:
         if rows not in self._warned:

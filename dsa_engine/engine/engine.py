@@ -26,7 +26,7 @@ from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import E4M3, cache_scales
 from dsa_engine.models.interfaces import TextEncoder, TextKV, VideoCodec
-from dsa_engine.models.offload import Offloaded
+from dsa_engine.models.offload import OffloadedCodec
 from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import ExternalNoise, Noise, Renoise, SDEditNoise, SeededNoise
@@ -216,7 +216,7 @@ class Engine:
         fit = self._fit[shape] = self._fitting(shape)
         if fit >= self.max_sessions:
             return self.max_sessions
-        free = memory_estimate.shown(memory_estimate.room(self.device))
+        free = memory_estimate.format_bytes(memory_estimate.free_bytes(self.device))
         if self.asked:
             logger.warning(
                 "max_sessions=%d: memory may run out, for %s is free on %s and that is for %d; nearest is %d",
@@ -257,21 +257,21 @@ class Engine:
         load = memory_estimate.Workload(
             shape.height, shape.width, shape.window, dtype=self.dit.dtype, cache=E4M3 if self.fp8_cache else None
         )
-        away = isinstance(self.decoder, Offloaded)  # its weights are not there yet, all others are
+        away = isinstance(self.decoder, OffloadedCodec)  # its weights are not there yet, all others are
         weights = {
             "generator": 0,
             "confidence": 0,
-            "vae": memory_estimate.part_bytes(self.decoder) if away else 0,
+            "vae": memory_estimate.module_bytes(self.decoder) if away else 0,
             "text": 0,
         }
-        return memory_estimate.sessions(
+        return memory_estimate.count_sessions(
             self.dit.config,
             config,
             load,
-            memory_estimate.room(self.device) + memory_estimate.CONTEXT,
+            memory_estimate.free_bytes(self.device) + memory_estimate.CUDA_CONTEXT_BYTES,
             text=None,
             weights=weights,
-            codec=memory_estimate.codec_of(self.decoder),
+            vae=memory_estimate.vae_footprint(self.decoder),
             offload=("vae",) if away else (),
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsa_engine.models.memory_estimate import codec_of, room, shown
+from dsa_engine.models.memory_estimate import format_bytes, free_bytes, vae_footprint
 from dsa_engine.models.streaming_vae import State, StreamingVAE
 from dsa_engine.models.wan_vae import WanVAE
 
@@ -207,9 +207,9 @@ def _target(source: int | None) -> int:
 
 def why_not_captured(codec: StreamingVAE, latents: Sequence[int]) -> str | None:
     """Why the device's free memory does not hold a `GraphedDecoder` of that shape with its graphs; None if it does."""
-    size, (batch, frames, _, height, width) = codec_of(codec), latents
+    size, (batch, frames, _, height, width) = vae_footprint(codec), latents
     pixels = batch * height * width * codec.spatial_stride**2
     passes = min(frames, codec.pass_frames) * codec.temporal_stride
     weight = next(codec.parameters())
-    needed, free = round(weight.itemsize * pixels * (2 * size.state + size.work * passes)), room(weight.device)
-    return None if needed <= free else f"it would take {shown(needed)} and {shown(free)} are free"
+    needed, free = round(weight.itemsize * pixels * (2 * size.state + size.work * passes)), free_bytes(weight.device)
+    return None if needed <= free else f"it would take {format_bytes(needed)} and {format_bytes(free)} are free"

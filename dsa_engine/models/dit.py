@@ -95,7 +95,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim, self.eps = config.dim, config.eps
-        self.fp8 = False  # whether its products are, and their inputs come so (`models.fp8.quantise_linears`)
+        self.fp8 = False  # whether its products are, and their inputs come so (`models.fp8.quantize_linears`)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)

@@ -60,7 +60,7 @@ def unavailable(device: torch.device | str) -> str | None:
     return None if (major, minor) >= CAPABILITY else f"compute capability {major}.{minor}: e4m3 needs {needs}"
 
 
-def quantise_linears(dit: CausalDiT) -> None:
+def quantize_linears(dit: CausalDiT) -> None:
     """Replace the products of every block by FP8 ones, in place: q, k, v and o of the self-attention, q and o of the
     cross-attention, both of the feed-forward. The prompt's k and v run once a prompt and stay as they are.
 

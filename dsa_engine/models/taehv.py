@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dsa_engine.models.streaming_vae import Stream, StreamingVAE
+from dsa_engine.models.streaming_vae import FeatureCache, StreamingVAE
 
 POOLS = (2, 2, 1)  # frames that each of the encoder's three stages turns into one
 GROWS = (1, 2, 2)  # frames that each of the decoder's three stages makes of one
@@ -113,20 +113,20 @@ class TAEHV(StreamingVAE):
         self.latent_frames_of(frames.shape[1])
         padded = torch.cat((frames, frames[:, -1:].expand(-1, self.temporal_stride - 1, -1, -1, -1)), dim=1)
         pieces = padded.split(self.temporal_stride * self.pass_frames, dim=1)
-        return self._run(lambda piece, stream: _apply(self.encoder, piece, stream), pieces, None)[0]
+        return self._run(lambda piece, cache: _apply(self.encoder, piece, cache), pieces, None)[0]
 
-    def _decode(self, latents: Tensor, stream: Stream) -> Tensor:
-        frames = _apply(self.decoder, latents, stream).clamp(0, 1)
-        return frames[:, self.temporal_stride - 1 :] if stream.first else frames
+    def _decode(self, latents: Tensor, cache: FeatureCache) -> Tensor:
+        frames = _apply(self.decoder, latents, cache).clamp(0, 1)
+        return frames[:, self.temporal_stride - 1 :] if cache.first else frames
 
 
-def _apply(layers: nn.Sequential, x: Tensor, stream: Stream) -> Tensor:
+def _apply(layers: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
     """x [B, T, C, H, W] through layers for pictures; the memory blocks get every frame's predecessor too."""
     batch = len(x)
     x = x.flatten(0, 1)
     for layer in layers:
         if isinstance(layer, MemBlock):
-            past = stream.extend(x.unflatten(0, (batch, -1)), 1)[:, :-1]
+            past = cache.prepend_history(x.unflatten(0, (batch, -1)), 1)[:, :-1]
             x = layer(x, past.flatten(0, 1))
         else:
             x = layer(x)

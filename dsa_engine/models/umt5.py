@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsa_engine.models.memory_estimate import TextSize
-from dsa_engine.models.offload import lend
+from dsa_engine.models.memory_estimate import TextFootprint
+from dsa_engine.models.offload import add_offload_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +91,12 @@ class UMT5(nn.Module):
         return self.model.shared.embedding_dim
 
     @property
-    def size(self) -> TextSize:
+    def footprint(self) -> TextFootprint:
         """Parameters of all and of a layer."""
         layers = [sum(p.numel() for p in layer.parameters()) for layer in self._layers()]
-        return TextSize("umT5", sum(p.numel() for p in self.model.parameters()), max(layers))
+        return TextFootprint("umT5", sum(p.numel() for p in self.model.parameters()), max(layers))
 
-    def send_home(self) -> None:
+    def enable_offload(self) -> None:
         """From the next prompt on as with `offload=True`."""
         if not self.offload:
             self.offload, self._placed = True, False
@@ -113,7 +113,9 @@ class UMT5(nn.Module):
         self.model.to(home)
         if self.offload:
             for layer in self._layers():
-                lend(layer, self.device, pin=True)  # pageable, a prompt of umT5-XXL waits seconds for its copies
+                add_offload_hooks(
+                    layer, self.device, pin=True
+                )  # pageable, a prompt of umT5-XXL waits seconds for its copies
         self._placed = True
 
     def _find(self, prompt: str) -> Tensor:

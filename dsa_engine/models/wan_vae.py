@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsa_engine import ops
-from dsa_engine.models.streaming_vae import State, Stream, StreamingVAE
+from dsa_engine.models.streaming_vae import FeatureCache, State, StreamingVAE
 
 # Mean and standard deviation of each latent channel over Wan's training videos (from `wan/modules/vae.py`).
 LATENT_MEAN = (
@@ -66,15 +66,15 @@ LATENT_STD = (
 
 
 class Causal:
-    """Marks the layers with a past: they are called with (x, stream), all others with x."""
+    """Marks the layers with a past: they are called with (x, cache), all others with x."""
 
 
 class Chain(Causal, nn.Sequential):
     """Layers one after the other, x [B, C, T, H, W]."""
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         for layer in self:
-            x = layer(x, stream) if isinstance(layer, Causal) else layer(x)
+            x = layer(x, cache) if isinstance(layer, Causal) else layer(x)
         return x
 
 
@@ -96,9 +96,9 @@ class CausalConv3d(Causal, nn.Conv3d):
         super().__init__(inputs, outputs, kernel, stride=(time_stride, 1, 1), padding=padding)
         self.bias_later = bias_later
 
-    def forward(self, x: Tensor, stream: Stream, write: Callable[[Tensor], object] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache, write: Callable[[Tensor], object] | None = None) -> Tensor:
         """write(part): puts what is convolved, a function of x of its shape, into memory of the layer's; None: x."""
-        return self.convolve(stream.extend(x, self.kernel_size[0] - 1, write))
+        return self.convolve(cache.prepend_history(x, self.kernel_size[0] - 1, write))
 
     def convolve(self, x: Tensor) -> Tensor:
         """x with its past in front -> the frames that the kernel fits on, which may be none (torch refuses that)."""
@@ -159,10 +159,10 @@ class ResidualBlock(Causal, nn.Module):
         )
         self.shortcut = nn.Identity() if inputs == outputs else PointwiseConv3d(inputs, outputs)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = conv1(x, stream, partial(norm1.silu_into, x))
-        y = conv2(y, stream, partial(norm2.silu_into, y, bias=conv1.bias))
+        y = conv1(x, cache, partial(norm1.silu_into, x))
+        y = conv2(y, cache, partial(norm2.silu_into, y, bias=conv1.bias))
         return _channels_first(ops.bias_residual(_channels_last(self.shortcut(x)), _channels_last(y), conv2.bias))
 
 
@@ -172,9 +172,9 @@ class Head(Causal, nn.Sequential):
     def __init__(self, channels: int, outputs: int):
         super().__init__(RMSNorm(channels), nn.Identity(), CausalConv3d(channels, outputs))
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         norm, _, conv = self
-        return conv(x, stream, partial(norm.silu_into, x))
+        return conv(x, cache, partial(norm.silu_into, x))
 
 
 class AttentionBlock(nn.Module):
@@ -205,14 +205,14 @@ class Upsample(Causal, nn.Module):
         )
         self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         if self.time_conv is None:
             large = _enlarged(_channels_last(x)[:, :, None])
         else:
             # A clip's first frame is neither doubled nor the past of the others: zeros come before the second.
-            pairs = self.time_conv(x[:, :, int(stream.first) :], stream).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+            pairs = self.time_conv(x[:, :, int(cache.first) :], cache).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
             large = _enlarged(pairs.movedim((1, 2), (2, -1)))
-            if stream.first:
+            if cache.first:
                 large = torch.cat((_enlarged(_channels_last(x[:, :, :1])[:, :, None]), large), dim=1)
         return _each_frame(self.resample, _channels_first(large))
 
@@ -225,12 +225,12 @@ class Downsample(Causal, nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2) if in_time else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         x = _each_frame(self.resample, x)
         if self.time_conv is None:
             return x
-        past_and_x = stream.extend(x, 1)
-        if not stream.first:
+        past_and_x = cache.prepend_history(x, 1)
+        if not cache.first:
             return self.time_conv.convolve(past_and_x)
         # A clip's first frame stays as it is and is the past of the others: no zeros before it.
         return torch.cat((x[:, :, :1], self.time_conv.convolve(x)), dim=2)
@@ -370,10 +370,10 @@ class WanVAE(StreamingVAE):
         pieces = frames.split([self.frames_of(size, first and i == 0) for i, size in enumerate(sizes)], dim=1)
         return self._run(self._encode, pieces, state)
 
-    def _encode(self, frames: Tensor, stream: Stream) -> Tensor:
-        moments = self.conv1(self.encoder(2 * frames.transpose(1, 2) - 1, stream))  # mean and log variance
+    def _encode(self, frames: Tensor, cache: FeatureCache) -> Tensor:
+        moments = self.conv1(self.encoder(2 * frames.transpose(1, 2) - 1, cache))  # mean and log variance
         return (moments[:, : self.latent_channels].transpose(1, 2) - self.mean) / self.std
 
-    def _decode(self, latents: Tensor, stream: Stream) -> Tensor:
+    def _decode(self, latents: Tensor, cache: FeatureCache) -> Tensor:
         z = (latents * self.std + self.mean).transpose(1, 2)
-        return self.decoder(self.conv2(z), stream).transpose(1, 2).clamp(-1, 1) / 2 + 0.5
+        return self.decoder(self.conv2(z), cache).transpose(1, 2).clamp(-1, 1) / 2 + 0.5

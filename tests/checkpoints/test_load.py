@@ -31,7 +31,7 @@ from dsa_engine.engine.engine import Engine
 from dsa_engine.models import memory_estimate, offload
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.offload import Offloaded
+from dsa_engine.models.offload import OffloadedCodec
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 
@@ -365,7 +365,7 @@ def test_offloaded_parts_make_the_same_clip(wan):
             chunks = [session.next_chunk().frames, session.next_chunk().frames]
         assert torch.equal(torch.from_numpy(np.concatenate(chunks)), (clips[-1][0] * 255).round().to(torch.uint8))
     torch.testing.assert_close(*clips, rtol=0, atol=1e-5)
-    assert isinstance(parts.decoder, Offloaded) and parts.text.offload
+    assert isinstance(parts.decoder, OffloadedCodec) and parts.text.offload
     assert apply_offload(parts, "text,vae").decoder is parts.decoder  # it is there already
 
 
@@ -386,8 +386,11 @@ def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
     there["weights"]["vae"] = {"cpu": 7, "cuda": on_device}
     monkeypatch.setattr(CausalDiT, "device", property(lambda self: torch.device("cuda")))
     monkeypatch.setattr(memory_estimate, "measure", lambda parts: there)
-    monkeypatch.setattr(offload, "Loan", lambda *args, **options: None)
-    workload, sizes = memory_estimate.Workload(sessions=2, dtype=torch.float32), memory_estimate.sizes_of(parts.modules)
+    monkeypatch.setattr(offload, "DeviceSwap", lambda *args, **options: None)
+    workload, sizes = (
+        memory_estimate.Workload(sessions=2, dtype=torch.float32),
+        memory_estimate.footprints(parts.modules),
+    )
     rollout = RolloutConfig(window=12)
     peaks = [
         memory_estimate.predict(SMALL, rollout, workload, offload=name, **sizes).peak
@@ -397,9 +400,11 @@ def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
     for short, expected in ((0, (False, False)), (1, (True, False)), (1 + peaks[0] - peaks[1], (True, True))):
         parts = replace(parts, text=copy.copy(parts.text))
         monkeypatch.setattr(
-            memory_estimate, "room", lambda d, short=short: peaks[0] - memory_estimate.CONTEXT - on_device - short
+            memory_estimate,
+            "free_bytes",
+            lambda d, short=short: peaks[0] - memory_estimate.CUDA_CONTEXT_BYTES - on_device - short,
         )
         with caplog.at_level(logging.INFO, logger=memory_estimate.__name__):
             placed = apply_offload(parts, "auto", rollout, sessions=2)
-        assert (placed.text.offload, isinstance(placed.decoder, Offloaded)) == expected
+        assert (placed.text.offload, isinstance(placed.decoder, OffloadedCodec)) == expected
         assert caplog.records[-1].levelname == "INFO" and caplog.records[-1].message.startswith("offload ")

@@ -19,7 +19,7 @@ from dsa_engine import Change, Confidence, Fixed, PerChunk
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine import cuda_graphs, device_loop
 from dsa_engine.engine.chunk_plan import RowSpec, chunk_plan, run_plan
-from dsa_engine.engine.cuda_graphs import GraphKey, LaunchSpec, GraphRunner, key_of, graph_keys, lower, run_launches
+from dsa_engine.engine.cuda_graphs import GraphKey, GraphRunner, LaunchSpec, graph_keys, key_of, lower, run_launches
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.models import memory_estimate
@@ -451,7 +451,7 @@ def test_a_loop_that_the_driver_refuses_costs_the_loops_alone(cuda, model, caplo
 
 def on_cuda(engine, monkeypatch):
     """Who asks an engine for its device is told that it is a CUDA device, with room for anything."""
-    monkeypatch.setattr(memory_estimate, "room", lambda device: 10**12)
+    monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: 10**12)
     monkeypatch.setattr(type(engine), "device", torch.device("cuda", 0))
 
 

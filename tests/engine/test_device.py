@@ -136,7 +136,7 @@ def test_an_engine_has_two_streams_for_its_life(untrained, monkeypatch):
     monkeypatch.setattr(type(pipe.engine), "device", torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
     monkeypatch.setattr(devices, "current", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(memory_estimate, "room", lambda device: 10**12)
+    monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: 10**12)
     used = set()
     for _ in range(40):
         with pipe.session(RED) as session:

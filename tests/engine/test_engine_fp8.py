@@ -12,7 +12,7 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.engine.cuda_graphs import GraphRunner
 from dsa_engine.engine.engine import Engine
-from dsa_engine.models.fp8 import E4M3, cache_scales, quantise_linears
+from dsa_engine.models.fp8 import E4M3, cache_scales, quantize_linears
 from dsa_engine.ops import reference
 from dsa_engine.sampling.schedule import Schedule
 from tests.engine.test_cuda_graphs import chunk as graphed_chunk
@@ -109,7 +109,7 @@ def test_the_engine_is_the_plain_loop(tiny_dit, options, linear):
     they are the same products, so the same bits."""
     noise, given, embeds = drawn(1)
     if linear:
-        quantise_linears(tiny_dit)
+        quantize_linears(tiny_dit)
     made = engine(tiny_dit, deterministic=True, **options)
     plain, ours = (rollout(made, noise, embeds, given) for _ in range(2))
     for _ in range(CHUNKS):
@@ -194,7 +194,7 @@ def test_captured_forwards_are_the_eager_ones(monkeypatch, options):
 
     monkeypatch.setattr(reference, "attention", attention)
     dit, head = random_model(dim=64, ffn_dim=96, num_heads=2, text_len=12)
-    quantise_linears(dit)
+    quantize_linears(dit)
     config = RolloutConfig(chunk_frames=FRAMES, shift=3.0, window=6, **options)
     made = Engine(dit, head, None, None, config, 2, True, True)
     pools = [made._pool(made._pool_shape(SIZE, SIZE, None, config), 2) for _ in range(2)]
@@ -217,9 +217,9 @@ def test_on_a_gpu():
         dim=256, ffn_dim=384, num_heads=2, text_len=12
     )  # heads of 128, as the CUDA kernel has them
     quantised = copy.deepcopy(dit)
-    quantise_linears(quantised)
+    quantize_linears(quantised)
     cuda = copy.deepcopy(dit).to("cuda", torch.bfloat16)
-    quantise_linears(cuda)
+    quantize_linears(cuda)
     config = RolloutConfig(chunk_frames=FRAMES, shift=3.0, window=6)
     on_cpu, on_gpu = (
         Engine(m, copy.deepcopy(head).to(m.device, m.dtype), None, None, config, 1, True, True)

@@ -17,7 +17,7 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import engine as engine_module
 from dsa_engine.engine import graphed_decoder as module
 from dsa_engine.engine.engine import Engine
-from dsa_engine.engine.graphed_decoder import GraphedDecoder, BorrowedState
+from dsa_engine.engine.graphed_decoder import BorrowedState, GraphedDecoder
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from dsa_engine.pipeline import Pipeline
@@ -253,7 +253,7 @@ def test_a_closed_session_leaves_no_state_behind(pipe, monkeypatch):
 
 
 def test_what_does_not_fit_is_not_captured_and_said(pipe, monkeypatch, caplog):
-    monkeypatch.setattr(module, "room", lambda device: 1000)
+    monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
     with caplog.at_level(logging.WARNING):
         assert pipe.engine._capture_decoder((1, 3, 16, 60, 104)) == 0
     (text,) = caplog.messages
@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_not_captured_and_said(pipe, monkeypatch, caplog):
 def test_the_room_it_asks_for_is_that_of_its_buffers_and_its_work(monkeypatch):
     vae = WanVAE(dim=96).to("meta", torch.bfloat16)
     asked = []
-    monkeypatch.setattr(module, "room", lambda device: asked.append(device) or 0)
+    monkeypatch.setattr(module, "free_bytes", lambda device: asked.append(device) or 0)
     why = module.why_not_captured(vae, (1, 3, 16, 60, 104))
     gigabytes = float(why.split("would take ")[1].split(" GB")[0])
     assert gigabytes == pytest.approx(2 * 1.89 + 4.2, abs=0.15)  # two states, and what lives during a pass

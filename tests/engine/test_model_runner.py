@@ -10,7 +10,7 @@ from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.chunk_plan import RowSpec
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.sampling.policy import Policy, ExitRule
+from dsa_engine.sampling.policy import ExitRule, Policy
 
 SIZE, CHUNKS, FRAMES = 4, 5, 2
 
@@ -192,7 +192,11 @@ def test_a_chunk_begins_with_one_copy_of_what_the_host_knows(tiny_dit, monkeypat
     for slot, rule, own in zip((3, 0, 2), rules, noise):
         assert inputs.sigmas[slot].equal(levels) and inputs.threshold[slot] == torch.tensor(rule.threshold)
         counts = inputs.min_steps[slot], inputs.max_steps[slot], inputs.reduce[slot]
-        assert [c.tolist() for c in counts] == [rule.min_steps, rule.max_steps, ["min", "mean", "max"].index(rule.reduce)]
+        assert [c.tolist() for c in counts] == [
+            rule.min_steps,
+            rule.max_steps,
+            ["min", "mean", "max"].index(rule.reduce),
+        ]
         assert inputs.noise[slot].equal(own) and inputs.x[slot].equal(own[0]) and inputs.step[slot] == 0
     assert inputs.min_steps.dtype == inputs.max_steps.dtype == inputs.reduce.dtype == torch.int32
     assert inputs.chunk_params[[1, 4]].eq(-1).all()

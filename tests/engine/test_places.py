@@ -23,7 +23,7 @@ def gpu(monkeypatch):
     """gpu(bytes): from now on engines believe that they are on a GPU with so many free."""
 
     def free(amount):
-        monkeypatch.setattr(memory_estimate, "room", lambda device: round(amount))
+        monkeypatch.setattr(memory_estimate, "free_bytes", lambda device: round(amount))
 
     monkeypatch.setattr(Engine, "device", torch.device("cuda", 0))
     monkeypatch.setattr(Engine, "streams", None)
@@ -61,7 +61,7 @@ def test_nobody_asked_so_there_are_as_many_as_fit(untrained, gpu, monkeypatch, c
     (inputs,) = pipe.engine._pools.values()
     assert inputs.cache.slots == 4 and not caplog.messages  # no more than that: others may want the device too
     pipe.close()
-    monkeypatch.setattr(memory_estimate, "sessions", lambda *_, **__: 2)
+    monkeypatch.setattr(memory_estimate, "count_sessions", lambda *_, **__: 2)
     gpu(5e9)
     with pipe.session(RED), pipe.session(RED):
         (text,) = caplog.messages
@@ -72,7 +72,7 @@ def test_nobody_asked_so_there_are_as_many_as_fit(untrained, gpu, monkeypatch, c
 
 def test_a_number_that_does_not_fit_is_taken_with_a_warning_that_names_what_does(untrained, gpu, monkeypatch, caplog):
     pipe = load(untrained, max_sessions=3)
-    monkeypatch.setattr(memory_estimate, "sessions", lambda *_, **__: 0)
+    monkeypatch.setattr(memory_estimate, "count_sessions", lambda *_, **__: 0)
     gpu(5e6)
     with caplog.at_level(logging.WARNING):
         pipe.session(RED).close()
@@ -101,7 +101,7 @@ def test_a_server_makes_room_for_what_fits(untrained, gpu, monkeypatch):
 def test_memory_is_counted_for_the_pool_that_is_made(untrained, gpu, monkeypatch):
     """Its own window and size, beside an offloaded decoder's weights, and without those that are there already."""
     seen = []
-    monkeypatch.setattr(memory_estimate, "sessions", lambda *args, **sizes: seen.append((*args, sizes)) or 5)
+    monkeypatch.setattr(memory_estimate, "count_sessions", lambda *args, **sizes: seen.append((*args, sizes)) or 5)
     pipe = load(untrained, offload="vae")
     gpu(1e9)
     pipe.session(RED, window=12, sink=3, rope="relative", height=32, width=48).close()
@@ -110,12 +110,12 @@ def test_memory_is_counted_for_the_pool_that_is_made(untrained, gpu, monkeypatch
     assert (rolling.window, rolling.sink, rolling.rope, whole.window) == (12, 3, "relative", None)
     stride = pipe.engine.decoder.spatial_stride
     assert (load_a.height, load_a.width, load_b.frames) == (32 // stride, 48 // stride, 15)
-    assert room == 1e9 + memory_estimate.CONTEXT and sizes["offload"] == ("vae",) and sizes["text"] is None
+    assert room == 1e9 + memory_estimate.CUDA_CONTEXT_BYTES and sizes["offload"] == ("vae",) and sizes["text"] is None
     assert sizes["weights"] == {
         "generator": 0,
         "confidence": 0,
         "text": 0,
-        "vae": memory_estimate.part_bytes(pipe.engine.decoder),
+        "vae": memory_estimate.module_bytes(pipe.engine.decoder),
     }
 
 
@@ -140,7 +140,7 @@ def test_limits_within_places(given, places, expected, caplog):
 def test_a_pool_that_nobody_uses_goes_before_the_next_is_counted(tiny_dit, gpu, monkeypatch):
     engine = Engine(tiny_dit, None, None, None, RolloutConfig(window=6))
     there = []
-    monkeypatch.setattr(memory_estimate, "sessions", lambda *_, **__: there.append(len(engine._pools)) or 4)
+    monkeypatch.setattr(memory_estimate, "count_sessions", lambda *_, **__: there.append(len(engine._pools)) or 4)
     gpu(1e9)
     for window in (6, 9, 12):
         engine._shared(engine._pool_shape(4, 4, None, RolloutConfig(window=window)))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsa_engine.engine.scheduler import StepScheduler, ScheduledRow
+from dsa_engine.engine.scheduler import ScheduledRow, StepScheduler
 
 COUNTS = st.integers(1, 4)
 DEADLINES = st.none() | st.integers(0, 3) | st.just(-math.inf)

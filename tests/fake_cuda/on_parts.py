@@ -11,7 +11,7 @@ import torch
 
 from dsa_engine import Fixed, Pipeline
 from dsa_engine.engine.graphed_decoder import GraphedDecoder
-from dsa_engine.models.offload import Offloaded, lend
+from dsa_engine.models.offload import OffloadedCodec, add_offload_hooks
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, device
@@ -68,7 +68,7 @@ def test_captured_chunks_are_the_codecs(codec, latents, expected):
 def test_an_offloaded_codec_leaves_nothing_on_the_device(codec, latents, expected):
     gc.collect()  # what earlier tests have left
     before = device.memory.now
-    offloaded = Offloaded(copy.deepcopy(codec), "cuda")
+    offloaded = OffloadedCodec(copy.deepcopy(codec), "cuda")
     there = latents.to("cuda")
     with torch.no_grad():
         frames = decoded(offloaded, there)
@@ -90,7 +90,7 @@ def test_a_module_that_is_lent_is_there_for_its_forward_only(pin, request):
     layer, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
     with torch.no_grad():
         expected = layer(x)
-        lend(layer, "cuda", pin)
+        add_offload_hooks(layer, "cuda", pin)
         before, device.phase = device.memory.now, request.node.name
         ours = layer(x)
     weights = [e.detail for e in device.of(device.phase, TO_DEVICE) if e.detail.endswith((" 256 bytes", " 32 bytes"))]

@@ -66,9 +66,10 @@ def test_memory_is_what_info_predicts(pipe, chunks):
         pytest.skip("the first pipeline is still there")
     parts = {"generator": engine.dit, "confidence": engine.head, "vae": engine.decoder, "text": None}
     load = memory_estimate.Workload(HEIGHT, WIDTH, 21, sessions=1)
-    sizes = memory_estimate.sizes_of(parts)
+    sizes = memory_estimate.footprints(parts)
     predicted = (
-        memory_estimate.predict(engine.dit.config, replace(engine.config), load, **sizes).peak - memory_estimate.CONTEXT
+        memory_estimate.predict(engine.dit.config, replace(engine.config), load, **sizes).peak
+        - memory_estimate.CUDA_CONTEXT_BYTES
     )
     print(f"{engine.dit.device}: predicted {predicted / 1e9:.2f} GB, counted {device.memory.peak / 1e9:.2f} GB")
     assert abs(device.memory.peak / predicted - 1) < 0.05

@@ -19,7 +19,7 @@ from dsa_engine.config import ModelConfig
 from dsa_engine.models import dit as dit_module
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.models.fp8 import E4M3, cache_scales, quantise_linears
+from dsa_engine.models.fp8 import E4M3, cache_scales, quantize_linears
 from dsa_engine.models.linear import Fp8Linear, fused_gemm
 
 
@@ -98,7 +98,7 @@ def test_a_dit_of_fp8_products(tiny_dit, monkeypatch):
     embeds, x = torch.randn(2, 5, 40), torch.randn(2, 2, 16, 4, 4)
     plain = velocity(tiny_dit, embeds, x)
     ours = copy.deepcopy(tiny_dit)
-    quantise_linears(ours)
+    quantize_linears(ours)
     for block in tiny_dit.blocks:
         own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
         for linear in (own.q, own.k, own.v, own.o, cross.q, cross.o, ffn[0], ffn[2]):
@@ -118,7 +118,7 @@ def test_a_dit_of_fp8_products(tiny_dit, monkeypatch):
 def test_producers_quantise_all_but_what_attention_gives(tiny_dit, monkeypatch):
     module = sys.modules["dsa_engine.ops.fp8_linear"]
     seen, real = [], module.quantise
-    quantise_linears(tiny_dit)
+    quantize_linears(tiny_dit)
     monkeypatch.setattr(module, "quantise", lambda x: seen.append(x.shape) or real(x))
     velocity(tiny_dit, torch.randn(2, 5, 40), torch.randn(2, 2, 16, 4, 4))
     assert seen == 2 * len(tiny_dit.blocks) * [(2, 8, tiny_dit.config.dim)]
@@ -126,30 +126,22 @@ def test_producers_quantise_all_but_what_attention_gives(tiny_dit, monkeypatch):
 
 def test_what_is_replaced_and_what_stays(tiny_dit):
     embeds, before, names = torch.randn(1, 5, 40), copy.deepcopy(tiny_dit), set()
-    quantise_linears(tiny_dit)
+    quantize_linears(tiny_dit)
     for name, module in tiny_dit.named_modules():
         if isinstance(module, Fp8Linear):
             names.add(name)
-    parts = (
-        "self_attn.q",
-        "self_attn.k",
-        "self_attn.v",
-        "self_attn.o",
-        "cross_attn.q",
-        "cross_attn.o",
-        "ffn.0",
-        "ffn.2",
-    )
+    parts = (*(f"self_attn.{part}" for part in "qkvo"), "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
     assert names == {f"blocks.{i}.{part}" for i in range(3) for part in parts}
     assert tiny_dit.text_kv(embeds).kv.equal(before.text_kv(embeds).kv)
-    saved = memory_estimate.part_bytes(before) - memory_estimate.part_bytes(tiny_dit)
-    assert saved == memory_estimate.fp8_saves(tiny_dit.config, 4)
+    saved = memory_estimate.module_bytes(before) - memory_estimate.module_bytes(tiny_dit)
+    dim, ffn = tiny_dit.config.dim, tiny_dit.config.ffn_dim
+    assert saved == 3 * ((4 - 1) * (6 * dim**2 + 2 * dim * ffn) - 4 * (7 * dim + ffn))  # a float32 scale per channel
     assert tiny_dit.dtype == torch.float32 and all(not p.requires_grad for p in tiny_dit.parameters())
 
 
 def test_scales_of_a_cache_are_those_of_the_rounded_weights(tiny_dit):
     plain = cache_scales(tiny_dit, [1000.0, 0.0])
-    quantise_linears(tiny_dit)
+    quantize_linears(tiny_dit)
     fp8 = cache_scales(tiny_dit, [1000.0, 0.0])
     assert fp8.k.equal(plain.k) and not fp8.v.equal(plain.v)
     torch.testing.assert_close(fp8.v, plain.v, rtol=0.05, atol=0)
@@ -165,7 +157,7 @@ def test_scales_of_a_cache_are_those_of_the_rounded_weights(tiny_dit):
 def test_sizes_that_tensor_cores_do_not_take_are_an_error_at_load(sizes, wrong):
     dit = CausalDiT(ModelConfig(num_heads=2, num_layers=1, **sizes))
     with pytest.raises(ValueError, match=wrong):
-        quantise_linears(dit)
+        quantize_linears(dit)
     assert not dit.blocks[0].fp8 and isinstance(dit.blocks[0].self_attn.q, nn.Linear)
 
 
@@ -174,7 +166,7 @@ def test_another_dtype_on_a_gpu_is_an_error_at_load():
         config=ModelConfig.preset("shapes"), device=torch.device("cuda"), dtype=torch.float16, blocks=[None]
     )
     with pytest.raises(ValueError, match=r"dtype=torch\.float16: .*load the model in that dtype"):
-        quantise_linears(dit)
+        quantize_linears(dit)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import nn
 from dsa_engine.checkpoints.tensor_io import LazyTensor, write_tensors
 from dsa_engine.checkpoints.wan import load_dit
 from dsa_engine.checkpoints.weights import load_weights_streaming
-from dsa_engine.models import dit
+from dsa_engine.models import dit, linear
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.linear import fused_gemm, fused_linear, pack_parameters
 
@@ -164,7 +164,7 @@ class Elsewhere(torch.Tensor):
 
 def test_which_way_is_taken(monkeypatch):
     calls = []
-    monkeypatch.setattr(dit, "fused_gemm", lambda x, layers: calls.append(len(layers)))
+    monkeypatch.setattr(linear, "fused_gemm", lambda x, layers: calls.append(len(layers)))
     layers, there = linears(8, 8), x.as_subclass(Elsewhere)
     assert len(fused_linear(x, layers)) == 2 and calls == []
     fused_linear(there, layers)

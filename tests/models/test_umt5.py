@@ -232,29 +232,31 @@ def test_offloaded_layers_are_on_the_device_for_their_turn_only(folder, theirs):
 def test_an_offloaded_encoder_gives_the_same(folder, theirs, close, monkeypatch):
     entered = []
     monkeypatch.setattr(
-        offload.Loan, "__enter__", lambda self, own=offload.Loan.__enter__: entered.append(1) or own(self)
+        offload.DeviceSwap, "__enter__", lambda self, own=offload.DeviceSwap.__enter__: entered.append(1) or own(self)
     )
     for encoder in (load(folder / "text_encoder", folder, offload=True), load(folder / "text_encoder", folder)):
         assert all(p.is_meta for p in encoder.parameters())  # its weights are read for the first prompt
-        encoder.send_home()
+        encoder.enable_offload()
         close(encoder.encode(PROMPTS), reference(theirs), 1e-4)
         assert len(entered) == (3 + 1) * len(PROMPTS)
         entered.clear()
     used = load(folder / "text_encoder", folder)
     before = used.encode(["the sea"])
-    used.send_home()
-    used.send_home()
+    used.enable_offload()
+    used.enable_offload()
     assert used.encode(["the sea", "a tree"])[0].equal(before[0]) and len(entered) == 3 + 1
     assert used.model.shared.weight is used.model.encoder.embed_tokens.weight
 
 
 def test_the_size_is_that_of_the_weights_it_will_have(folder, theirs):
     encoder = load_umt5(folder / "text_encoder", length=LENGTH)
-    assert encoder.size.parameters == sum(p.numel() for p in theirs.parameters())
-    assert encoder.size.block == sum(p.numel() for p in theirs.encoder.block[0].parameters())
-    assert memory_estimate.part_bytes(encoder) == 2 * encoder.size.parameters  # bfloat16, although nothing is read yet
+    assert encoder.footprint.parameters == sum(p.numel() for p in theirs.parameters())
+    assert encoder.footprint.block == sum(p.numel() for p in theirs.encoder.block[0].parameters())
+    assert (
+        memory_estimate.module_bytes(encoder) == 2 * encoder.footprint.parameters
+    )  # bfloat16, although nothing is read yet
     encoder.encode(["the sea"])
-    assert memory_estimate.part_bytes(encoder) == 2 * encoder.size.parameters
+    assert memory_estimate.module_bytes(encoder) == 2 * encoder.footprint.parameters
 
 
 @pytest.mark.parametrize("naming, dtype", [("transformers", torch.float16), ("wan", torch.float8_e4m3fn)])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.micro import eager_vae
 from dsa_engine.models import wan_vae as vae_module
-from dsa_engine.models.streaming_vae import Stream
+from dsa_engine.models.streaming_vae import FeatureCache
 from dsa_engine.models.wan_vae import LATENT_MEAN, LATENT_STD, CausalConv3d, WanVAE
 
 PARTS = st.lists(st.integers(1, 3), min_size=1, max_size=4)
@@ -269,11 +269,11 @@ def test_the_next_state_goes_where_it_is_told(vae, frames):
 def test_a_stream_puts_the_past_before_what_is_written(axis, shape, frames):
     x, past = torch.randn(shape), torch.randn([frames if i == axis else n for i, n in enumerate(shape)])
     for state, before in ((None, torch.zeros_like(past)), ((past,), past)):
-        stream = Stream(state, axis)
-        whole = stream.extend(x, frames, lambda part: part.copy_(2 * x))
+        stream = FeatureCache(state, axis)
+        whole = stream.prepend_history(x, frames, lambda part: part.copy_(2 * x))
         assert torch.equal(whole, torch.cat((before, 2 * x), dim=axis))
-        assert torch.equal(stream.tails[0], whole.narrow(axis, shape[axis], frames))
-        assert torch.equal(Stream(state, axis).extend(x, frames), torch.cat((before, x), dim=axis))
+        assert torch.equal(stream.new_state[0], whole.narrow(axis, shape[axis], frames))
+        assert torch.equal(FeatureCache(state, axis).prepend_history(x, frames), torch.cat((before, x), dim=axis))
 
 
 def test_gradients_reach_the_latents_and_every_weight():

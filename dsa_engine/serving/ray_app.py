@@ -3,9 +3,9 @@
     python -m dsa_engine.serving.ray_app --model shapes --replicas 2 --port 8000
     serve run dsa_engine.serving.ray_app:app model=shapes replicas=2
 
-One deployment, `Ingress`, is the app on a `RemoteBackend`; the other, `EngineReplica`, has the replicas. A stream stays with
-its replica while that lives (`StickyRouter`). When it is gone, another one goes on from the snapshot that the detached actor
-`InMemorySnapshotStore` keeps. There is one ingress: it has the jobs, and their folder on disk.
+There are two deployments: `Ingress` runs the application on a `RemoteBackend`, `EngineReplica` the replicas. A stream
+stays on its replica while that is alive (`StickyRouter`). Then another replica continues it from its last snapshot, which
+a detached actor keeps (`InMemorySnapshotStore`). There is one ingress, as it holds the jobs and their folder on disk.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NAME = "dsa-engine"
-CALL_TIMEOUT_S = POLL_TIMEOUT_S + 15.0  # seconds after which a replica that has not answered is left
-HEALTH_TIMEOUT_S = 20.0  # seconds after which a worker that does nothing counts as stuck, and its replica is replaced
-EXTRA_CALLS = 64  # short calls to a replica at once, beside the streams'
+CALL_TIMEOUT_S = POLL_TIMEOUT_S + 15.0  # a replica that has not answered by then is left
+HEALTH_TIMEOUT_S = 20.0  # a worker that has not answered by then is stuck: its replica is replaced
+EXTRA_CALLS = 64  # concurrent short calls to a replica, beside one per stream
 
 
 @dataclass(frozen=True)
@@ -121,30 +121,30 @@ class Parser(argparse.ArgumentParser):
 
 
 class StickyRouter(RequestRouter):
-    """Calls go to the replica that they name, else to the one with the fewest calls that is not to be avoided."""
+    """Sends a call to the replica that it names; else to the least loaded one, preferably none that it avoids."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         if pending_request is None:
             return [candidate_replicas]
-        pending_request.routing_context.should_backoff = True  # where all are full: do not ask again at once
-        home, avoid = (pending_request.kwargs.get(name) for name in ("home", "avoid"))
-        at_home = [replica for replica in candidate_replicas if replica.replica_id.unique_id == home]
-        welcome = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in (avoid or ())]
-        return [at_home or welcome or candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # if all are full, do not retry at once
+        wanted, avoid = (pending_request.kwargs.get(name) for name in ("replica_id", "avoid"))
+        own = [replica for replica in candidate_replicas if replica.replica_id.unique_id == wanted]
+        others = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in (avoid or ())]
+        return [own or others or candidate_replicas]
 
 
 class RaySnapshotStore:
-    """`snapshots.SnapshotStore` in an actor that outlives the replicas."""
+    """`SnapshotStore` in an actor that outlives the replicas."""
 
     def __init__(self, app: str, lifetime: float):
         options = {"lifetime": "detached", "get_if_exists": True, "num_cpus": 0, "max_restarts": -1}
         store = ray.remote(InMemorySnapshotStore).options(name=f"{app}-snapshots", namespace=NAME, **options)
         self.actor = store.remote(lifetime)
 
-    async def claim(self, id: str, run: str, have: int) -> bytes | None:
-        return await self.actor.claim.remote(id, run, have)
+    async def claim(self, id: str, run: str, needed: int) -> bytes | None:
+        return await self.actor.claim.remote(id, run, needed)
 
     async def put(self, id: str, run: str, index: int, data: bytes) -> bool:
         return await self.actor.put.remote(id, run, index, data)
@@ -161,9 +161,9 @@ class EngineReplica:
         pipe, limits = await asyncio.to_thread(self._load, options)
         self.worker = Worker(pipe, limits)
         self.worker.start()
-        keeper = RaySnapshotStore(context.app_name, limits.lifetime)
-        await keeper.actor.sizes.remote()  # it is there before anybody waits for it
-        self.replica = Replica(self.worker, keeper, context.replica_id.unique_id, options.replicas.snapshot_every)
+        store = RaySnapshotStore(context.app_name, limits.lifetime)
+        await store.actor.sizes.remote()  # the actor runs before a stream needs it
+        self.replica = Replica(self.worker, store, context.replica_id.unique_id, options.replicas.snapshot_every)
         self._sweeping = asyncio.create_task(self._sweep())
 
     @staticmethod
@@ -177,8 +177,8 @@ class EngineReplica:
             await asyncio.sleep(1.0)
             self.replica.sweep()
 
-    async def call(self, method: str, args: Sequence[Any], home: str | None = None, avoid: Any = None) -> Any:
-        """A method of the replica. home, avoid: where `StickyRouter` has sent the call."""
+    async def call(self, method: str, args: Sequence[Any], replica_id: str | None = None, avoid: Any = None) -> Any:
+        """A method of the replica. replica_id, avoid: for `StickyRouter`."""
         result = getattr(self.replica, method)(*args)
         return await result if inspect.isawaitable(result) else result
 
@@ -196,29 +196,31 @@ class EngineReplica:
 
 
 class RayReplicas:
-    """`remote.Replicas` behind a deployment's handle."""
+    """`client.Replicas` behind a deployment's handle."""
 
     def __init__(self, engine: serve.handle.DeploymentHandle):
         self.engine = engine
 
-    async def call(self, method: str, *args: Any, home: str | None = None, avoid: frozenset[str] = frozenset()) -> Any:
+    async def call(
+        self, method: str, *args: Any, replica_id: str | None = None, avoid: frozenset[str] = frozenset()
+    ) -> Any:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                return await self.engine.call.remote(method, args, home=home, avoid=avoid)
+                return await self.engine.call.remote(method, args, replica_id=replica_id, avoid=avoid)
         except (RayError, RayServeException, TimeoutError) as error:
             raise ReplicaUnavailable(_brief(error)) from error
 
     async def stats(self) -> dict[str, dict[str, float]]:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
-                found = await self.engine.broadcast("stats").results_async(return_exceptions=True)
+                answers = await self.engine.broadcast("stats").results_async(return_exceptions=True)
         except (RayError, RayServeException, TimeoutError) as error:
             raise ReplicaUnavailable(_brief(error)) from error
-        return dict(one for one in found if not isinstance(one, Exception))
+        return dict(answer for answer in answers if not isinstance(answer, Exception))
 
 
 def _brief(error: Exception) -> str:
-    """Ray's errors tell a long story; its first line says what it is."""
+    """The first line of an error of Ray, which may have hundreds."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

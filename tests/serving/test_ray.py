@@ -197,13 +197,13 @@ def test_streams_outlive_their_replica(server, exact):
             if isinstance(event, ChunkReady) and event.chunk.index == 6:
                 await stream.update(THIRD, "third")
                 if stream is victim:
-                    await asyncio.to_thread(kill, stream.home)
+                    await asyncio.to_thread(kill, stream.replica_id)
         return events
 
     async def main():
         backend = await RemoteBackend.connect(RayReplicas(serve.get_deployment_handle("Engine", NAME)))
         streams = [await backend.open(order) for order in orders]
-        homes = [stream.home for stream in streams]
+        homes = [stream.replica_id for stream in streams]
         async with asyncio.timeout(90):
             events = await asyncio.gather(*(play(stream, streams[0]) for stream in streams))
         return homes, [stream.moves for stream in streams], events

@@ -1,8 +1,8 @@
-"""A replica: an engine that others ask, over a network, for the next events of their streams.
+"""A replica: a worker whose streams are polled over a network.
 
-A consumer pulls. Each question says what it has (`have`, `after`) and what it has told (`changes`), so any question may
-be asked twice, and of any replica: one that does not know the stream takes it up at its last snapshot and makes the
-chunks after it again. The same seed gives the same bits, with `deterministic=True` and steps that no load changes.
+A poll says which chunk the consumer needs next, how many events it has, and all updates it has sent. So a poll may be
+repeated, and may go to any replica: one that does not know the stream continues it from its last snapshot and makes the
+chunks after that again. They have the same bits, given `deterministic=True` and steps that do not depend on load.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dsa_engine.serving.replicas.snapshots import SnapshotStore, StreamSnapshot
 from dsa_engine.serving.types import ChunkReady, Closed, Event, ModelCard, StreamRequest, UpdateApplied, UpdateRejected
-from dsa_engine.serving.worker.pacing import PlaybackPacer
 from dsa_engine.serving.worker.stream import ActiveStream
 from dsa_engine.serving.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-PREFETCH_CHUNKS = 1  # chunks made beyond the one that the consumer has: the way there and back costs no time then
-POLL_TIMEOUT_S = 2.0  # seconds after which a question is answered with no events
-LINGER_S = 30.0  # seconds for which the end of a stream is told
-REFUSED = -1  # before all chunks: told again, it is refused again and holds up none of those after it
+PREFETCH_CHUNKS = 1  # chunks made beyond the one that the consumer has, to hide the round trip
+POLL_TIMEOUT_S = 2.0  # a poll is answered after this time even without events
+LINGER_S = 30.0  # how long the end of a stream can still be polled
+REJECTED = -1  # as an index: before all chunks, so that a repeated update is rejected again and delays none after it
 
 
 @dataclass(frozen=True)
 class NumberedUpdate:
-    """A change that a stream was told (`StreamUpdate`). index: of the chunk from which on it is in force, REFUSED, or
-    None where that is not known yet."""
+    """An update of a stream (`StreamUpdate`). Its number is its place in the order in which they were sent.
+
+    index: of the chunk from which on it is in force, REJECTED, or None if that is not known yet.
+    """
 
     prompt: str | None
     recache: bool = True
@@ -42,146 +42,119 @@ class NumberedUpdate:
 
 @dataclass(frozen=True)
 class PollResponse:
-    """The next events, up to the first chunk; the event_id of UpdateApplied and UpdateRejected is the change's number.
+    """The next events, up to the first chunk. The event_id of UpdateApplied and UpdateRejected is the update's number."""
 
-    home, run: who answers; after: how many events of the run that makes in all, which the next question says as a
-    ack; kept: changes of a lower number are in the snapshot and need not be told any more.
-    """
-
-    home: str
-    run: str
-    after: int
-    kept: int
+    replica_id: str
+    run: str  # name of the `ReplicaStream`
+    received: int  # events of the run with these; the next poll acknowledges them by this number
+    persisted: int  # updates below this number are in the stored snapshot and need not be sent again
     events: list[Event]
 
 
 class ReplicaStream:
-    """A stream on this replica, as far as it is ahead of its consumer. Lives in the replica's event loop.
+    """A stream on this replica, as far as it is ahead of its consumer. Belongs to the replica's event loop.
 
-    have: index of the chunk that the consumer wants next; every: chunks between two snapshots.
+    Args:
+        worker: makes the chunks.
+        store: keeps the snapshots.
+        id: of the stream, the same on all replicas.
+        request: opens it.
+        needed: index of the chunk that the consumer needs next.
+        every: chunks between two snapshots, 0 for none.
     """
 
-    def __init__(self, worker: Worker, keeper: SnapshotStore, id: str, request: StreamRequest, have: int, every: int):
-        self.worker, self.keeper, self.id, self.request, self.have, self.every = (
-            worker,
-            keeper,
-            id,
-            request,
-            have,
-            every,
-        )
-        self.name = uuid.uuid4().hex
-        self.floor = have  # chunks before it are made again, with the changes that they had
-        self.kept = 0
+    def __init__(self, worker: Worker, store: SnapshotStore, id: str, request: StreamRequest, needed: int, every: int):
+        self.worker, self.store, self.id, self.request, self.every = worker, store, id, request, every
+        self.needed = needed
+        self.replay_end = needed  # chunks before it are made again, with the updates that they had
+        self.run = uuid.uuid4().hex
+        self.persisted = 0
         self.last_poll = worker.clock()
         self.ended = False
-        self._task: ActiveStream | None = None
-        self._next = 0  # index of the chunk that is being made, or will be
-        self._holding = False  # that chunk waits for room
+        self._stream: ActiveStream | None = None
+        self._next = 0  # index of the chunk that the worker makes now or next
+        self._unacked = False  # the worker waits until that chunk may start
         self._pending_updates: dict[int, NumberedUpdate] = {}
-        self._numbered = 0  # changes known
-        self._settled = 0  # changes applied or refused
-        self._thresholds: dict[int, float] = {}  # of changes that are neither yet
+        self._known = 0  # updates known
+        self._settled = 0  # updates applied or rejected
+        self._thresholds: dict[int, float] = {}  # of updates that are not settled
         self._threshold: float | None = None  # of the last one applied
         self._events: deque[Event] = deque()
-        self._first = 0  # events receipted
+        self._acked = 0  # events that the consumer has
         self._changed = asyncio.Event()
-        self._unkept: deque[StreamSnapshot] = deque()  # of chunks that the consumer does not have yet
-        self._keeping: asyncio.Task | None = None
-        self._forgetting: asyncio.Task | None = None
+        self._snapshots: deque[StreamSnapshot] = deque()  # taken after chunks that the consumer does not have yet
+        self._writing: asyncio.Task | None = None
+        self._discarding: asyncio.Task | None = None
         self._closing = False
         self._opening = asyncio.create_task(self._open())
 
     async def _open(self) -> None:
         request = self.request if self.request.snapshot_every else replace(self.request, snapshot_every=self.every)
-        kept = await self._claim()
-        if kept is not None:
-            threshold = request.threshold if kept.threshold is None else kept.threshold
-            request = replace(request, snapshot=kept.snapshot, threshold=threshold)
-            self._settled, self.kept, self._threshold = kept.settled, kept.settled, kept.threshold
+        stored = await self._claim()
+        if stored is not None:
+            threshold = request.threshold if stored.threshold is None else stored.threshold
+            request = replace(request, snapshot=stored.snapshot, threshold=threshold)
+            self._settled = self.persisted = stored.settled
+            self._threshold = stored.threshold
         if request.snapshot is not None:
             self._next = request.snapshot.rollout["index"]
-        self._pending_updates = {
-            number: told for number, told in self._pending_updates.items() if number >= self._settled
-        }
-        due, hear = self._due_updates(), self._listener()
+        self._pending_updates = {number: u for number, u in self._pending_updates.items() if number >= self._settled}
+        due, loop = self._due_updates(), asyncio.get_running_loop()
 
-        def begin() -> None:  # in the worker's thread: no chunk begins before its changes are there
-            task = self.worker.open(request, hear, f"{self.id}/{self.name}")
-            for number, told in due:
-                task.update(told.prompt, str(number), told.recache, told.threshold, told.transition_chunks)
-            self._task = task
+        def open_stream() -> None:  # in the worker's thread: no chunk starts before its updates are there
+            stream = self.worker.open(request, lambda event: self._listen(loop, event), f"{self.id}/{self.run}")
+            _send(stream, due)
+            self._stream = stream
 
-        await asyncio.wrap_future(self.worker.call(begin))
-        self._tell()
+        await asyncio.wrap_future(self.worker.call(open_stream))
+        _send(self._stream, self._due_updates())
         if self._closing:
-            self._task.close()
+            self._stream.close()
 
-    def _listener(self) -> Callable[[Event], None]:
-        """Carries the worker's events from its thread to this loop."""
-        loop = asyncio.get_running_loop()
-
-        def hear(event: Event) -> None:
-            if isinstance(event, ChunkReady):
-                chunk = event.chunk
-                if chunk.index < self.floor:  # made again: the player has it, and waits for those after it
-                    self._skip_pacing()
-                event = replace(event, chunk=replace(chunk, latents=chunk.latents.cpu()))  # others have no such device
-            try:
-                loop.call_soon_threadsafe(self._event, event)
-            except RuntimeError:  # the loop is closed: nobody is left to be told
-                pass
-
-        return hear
-
-    async def _claim(self) -> StreamSnapshot | None:
-        if not self.every:
-            return None
+    def _listen(self, loop: asyncio.AbstractEventLoop, event: Event) -> None:
+        """Carry an event from the worker's thread to the replica's loop."""
+        if isinstance(event, ChunkReady):
+            chunk = event.chunk
+            if chunk.index < self.replay_end:  # the player has it and waits for later ones
+                self._stream.restart_pacing()
+            event = replace(event, chunk=replace(chunk, latents=chunk.latents.cpu()))  # other hosts lack this device
         try:
-            data = await self.keeper.claim(self.id, self.name, self.have)
-            device = self.worker.pipe.engine.dit.device
-            return None if data is None else await asyncio.to_thread(StreamSnapshot.unpack, data, device)
-        except Exception:  # it is only a short cut: from the first chunk on come the same bits
-            logger.warning("the snapshot of %s cannot be had; it starts again", self.id, exc_info=True)
-            return None
+            loop.call_soon_threadsafe(self._on_event, event)
+        except RuntimeError:  # the loop is closed
+            pass
 
-    def _skip_pacing(self) -> None:
-        """In the worker's thread: the next chunk is wanted at once."""
-        if self._task.pacer is not None:  # a job's chunks are always wanted at once
-            self._task.pacer = PlaybackPacer(self._task.pacer.fps, self.worker.clock())
+    # From the consumer.
 
-    # What the consumer says.
-
-    def update(self, changes: dict[int, NumberedUpdate]) -> None:
-        """All changes by number, but for those that the snapshot has; some of them may be known here."""
-        for number in sorted(changes):
-            if number >= self._numbered:
-                self._pending_updates[number], self._numbered = changes[number], number + 1
-        if self._task is not None:
-            self._tell()
+    def update(self, updates: dict[int, NumberedUpdate]) -> None:
+        """All updates by number, without those in the snapshot; some may be known already."""
+        for number in sorted(updates):
+            if number >= self._known:
+                self._pending_updates[number], self._known = updates[number], number + 1
+        if self._stream is not None:
+            _send(self._stream, self._due_updates())
 
     def keepalive(self) -> None:
-        if self._task is not None:
-            self._task.keepalive()
+        if self._stream is not None:
+            self._stream.keepalive()
 
     def close(self, reason: str = "closed") -> None:
         self._closing = True
-        if self._task is not None:
-            self._task.close(reason)
+        if self._stream is not None:
+            self._stream.close(reason)
 
-    def ack(self, after: int) -> None:
+    def ack(self, received: int) -> None:
         """The consumer has so many events."""
         self.last_poll = self.worker.clock()
-        while self._first < after and self._events:
+        while self._acked < received and self._events:
             event = self._events.popleft()
-            self._first += 1
+            self._acked += 1
             if isinstance(event, ChunkReady):
-                self.have = event.chunk.index + 1
+                self.needed = event.chunk.index + 1
         self._persist()
-        self._go_on()
+        self._ack_worker()
 
-    async def events(self) -> tuple[int, list[Event]]:
-        """The next ones, up to the first chunk, and how many there were with them; none after POLL_TIMEOUT_S seconds."""
+    async def next_events(self) -> tuple[int, list[Event]]:
+        """The next events, up to the first chunk, and the number of all events with these. Empty after a timeout."""
         try:
             async with asyncio.timeout(POLL_TIMEOUT_S):
                 while not self._events:
@@ -191,18 +164,18 @@ class ReplicaStream:
             pass
         if self._opening.done() and self._opening.exception() is not None:
             raise self._opening.exception()
-        found: list[Event] = []
+        events: list[Event] = []
         for event in self._events:
-            found.append(event)
+            events.append(event)
             if isinstance(event, ChunkReady):
                 break
             if isinstance(event, Closed):
                 self.discard_snapshot(event.reason)
-        return self._first + len(found), found
+        return self._acked + len(events), events
 
-    # What the worker says.
+    # From the worker.
 
-    def _event(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, (UpdateApplied, UpdateRejected)):
             number = int(event.event_id)
             threshold = self._thresholds.pop(number, None)
@@ -212,87 +185,105 @@ class ReplicaStream:
         elif isinstance(event, Closed):
             self.ended = True
         elif isinstance(event, ChunkReady):
-            self._next, self._holding = event.chunk.index + 1, True
+            self._next, self._unacked = event.chunk.index + 1, True
             if event.snapshot is not None:
-                self._unkept.append(StreamSnapshot(event.snapshot, self._next, self._settled, self._threshold))
+                self._snapshots.append(StreamSnapshot(event.snapshot, self._next, self._settled, self._threshold))
             if not self.request.snapshot_every:
                 event = replace(event, snapshot=None)
-        if not (isinstance(event, ChunkReady) and event.chunk.index < self.have):
+        if not (isinstance(event, ChunkReady) and event.chunk.index < self.needed):
             self._events.append(event)
-        self._go_on()
+        self._ack_worker()
         self._changed.set()
 
-    def _go_on(self) -> None:
-        """Let the worker begin the next chunk, where there is room for it."""
-        if self._holding and sum(isinstance(event, ChunkReady) for event in self._events) <= PREFETCH_CHUNKS:
-            self._holding = False
-            self._tell()
-            self._task.ack()
-
-    def _tell(self) -> None:
-        for number, told in self._due_updates():
-            self._task.update(told.prompt, str(number), told.recache, told.threshold, told.transition_chunks)
+    def _ack_worker(self) -> None:
+        """Let the worker start the next chunk unless enough are prefetched."""
+        if self._unacked and sum(isinstance(event, ChunkReady) for event in self._events) <= PREFETCH_CHUNKS:
+            self._unacked = False
+            _send(self._stream, self._due_updates())
+            self._stream.ack()
 
     def _due_updates(self) -> list[tuple[int, NumberedUpdate]]:
-        """Changes for the next chunk. Those that the consumer saw applied come where they came then, the others not
-        before the chunks that it does not have."""
+        """Updates due at the next chunk. Already acknowledged updates are replayed at their original chunk; the rest are
+        applied no earlier than the first chunk that the consumer has not received."""
         due = []
         while self._pending_updates:
             number = next(iter(self._pending_updates))
             index = self._pending_updates[number].index
-            if self._next < (self.floor if index is None else index):
+            if self._next < (self.replay_end if index is None else index):
                 break
-            told = self._pending_updates.pop(number)
-            due.append((number, told))
-            if told.threshold is not None:
-                self._thresholds[number] = told.threshold
+            update = self._pending_updates.pop(number)
+            due.append((number, update))
+            if update.threshold is not None:
+                self._thresholds[number] = update.threshold
         return due
 
-    # InMemorySnapshotStore.
+    # Snapshots.
+
+    async def _claim(self) -> StreamSnapshot | None:
+        if not self.every:
+            return None
+        try:
+            data = await self.store.claim(self.id, self.run, self.needed)
+            device = self.worker.pipe.engine.dit.device
+            return None if data is None else await asyncio.to_thread(StreamSnapshot.unpack, data, device)
+        except Exception:  # only a short cut: starting from the first chunk gives the same bits
+            logger.warning("the snapshot of %s could not be read; it starts again", self.id, exc_info=True)
+            return None
 
     def _persist(self) -> None:
-        """Store the last snapshot that leaves out no chunk that the consumer may yet ask for."""
+        """Store the latest snapshot that is not later than the chunk that the consumer needs."""
         ready = None
-        while self._unkept and self._unkept[0].index <= self.have:
-            ready = self._unkept.popleft()
-        if ready is not None and self.every and (self._keeping is None or self._keeping.done()):
-            self._keeping = asyncio.create_task(self._store(ready))
+        while self._snapshots and self._snapshots[0].index <= self.needed:
+            ready = self._snapshots.popleft()
+        if ready is not None and self.every and (self._writing is None or self._writing.done()):
+            self._writing = asyncio.create_task(self._write(ready))
 
-    async def _store(self, kept: StreamSnapshot) -> None:
+    async def _write(self, snapshot: StreamSnapshot) -> None:
         try:
-            data = await asyncio.to_thread(kept.pack)
-            if await self.keeper.put(self.id, self.name, kept.index, data):
-                self.kept = kept.settled
+            data = await asyncio.to_thread(snapshot.pack)
+            if await self.store.put(self.id, self.run, snapshot.index, data):
+                self.persisted = snapshot.settled
         except Exception:
-            logger.warning("a snapshot of %s could not be kept", self.id, exc_info=True)
+            logger.warning("a snapshot of %s could not be stored", self.id, exc_info=True)
 
     def discard_snapshot(self, reason: str = "done") -> None:
-        """At its end a stream needs no snapshot, but one that goes on elsewhere does."""
-        if self._forgetting is None and self.every and reason not in ("shutdown", "busy"):
-            self._forgetting = asyncio.create_task(self._remove())
+        """After the end, unless the stream continues on another replica."""
+        if self._discarding is None and self.every and reason not in ("shutdown", "busy"):
+            self._discarding = asyncio.create_task(self._remove())
 
     async def _remove(self) -> None:
         try:
-            if self._keeping is not None:
-                await self._keeping
-            await self.keeper.remove(self.id, self.name)
+            if self._writing is not None:
+                await self._writing
+            await self.store.remove(self.id, self.run)
         except Exception:
             logger.warning("the snapshot of %s could not be removed", self.id, exc_info=True)
 
 
-class Replica:
-    """Streams of a worker, for consumers elsewhere. home: its name among the replicas; every: chunks between two
-    snapshots of a stream, 0 for none: a stream that moves is then made again from its first chunk on."""
+def _send(stream: ActiveStream, updates: list[tuple[int, NumberedUpdate]]) -> None:
+    for number, u in updates:
+        stream.update(u.prompt, str(number), u.recache, u.threshold, u.transition_chunks)
 
-    def __init__(self, worker: Worker, keeper: SnapshotStore, home: str, every: int = 8):
-        self.worker, self.keeper, self.home, self.every = worker, keeper, home, every
-        self._runs: dict[str, ReplicaStream] = {}
+
+class Replica:
+    """Streams of a worker for consumers in other processes.
+
+    Args:
+        worker: runs already.
+        store: keeps the snapshots.
+        replica_id: its name among the replicas.
+        every: chunks between two snapshots of a stream; 0 for none: a stream that moves starts again.
+    """
+
+    def __init__(self, worker: Worker, store: SnapshotStore, replica_id: str, every: int = 8):
+        self.worker, self.store, self.replica_id, self.every = worker, store, replica_id, every
+        self._streams: dict[str, ReplicaStream] = {}
 
     def card(self) -> ModelCard:
         return self.worker.card
 
     async def check(self, request: StreamRequest) -> str | None:
-        """Why the request is not possible; None where it is."""
+        """Why the request is not possible, None if it is."""
         try:
             await asyncio.wrap_future(self.worker.check(request))
         except ValueError as error:
@@ -302,53 +293,64 @@ class Replica:
     async def poll(
         self,
         id: str,
-        have: int,
-        changes: dict[int, NumberedUpdate],
+        needed: int,
+        updates: dict[int, NumberedUpdate],
         run: str | None,
-        after: int,
+        received: int,
         request: StreamRequest | None,
     ) -> PollResponse | None:
-        """The stream's next events. request: opens it, or takes it up, where `run` is not here; None is returned where it
-        is not here and there is no request."""
-        found = self._runs.get(id)
-        if found is None or found.name != run:
+        """The stream's next events.
+
+        Args:
+            id: of the stream.
+            needed: index of the chunk that the consumer needs next.
+            updates: all that were sent, by number, without those in the stored snapshot.
+            run: that `received` counts events of.
+            received: events that the consumer has.
+            request: opens or continues the stream if `run` is not here.
+
+        Returns:
+            None if the run is not here and there is no request.
+        """
+        stream = self._streams.get(id)
+        if stream is None or stream.run != run:
             if request is None:
                 return None
-            if found is not None:  # it was elsewhere in between, and may have been told things there
-                found.close()
-            found = self._runs[id] = ReplicaStream(self.worker, self.keeper, id, request, have, self.every)
-        found.update(changes)
-        found.ack(after)
-        after, events = await found.events()
-        return PollResponse(self.home, found.name, after, found.kept, events)
+            if stream is not None:  # it was on another replica in between, and may have been updated there
+                stream.close()
+            stream = self._streams[id] = ReplicaStream(self.worker, self.store, id, request, needed, self.every)
+        stream.update(updates)
+        stream.ack(received)
+        received, events = await stream.next_events()
+        return PollResponse(self.replica_id, stream.run, received, stream.persisted, events)
 
-    def update(self, id: str, changes: dict[int, NumberedUpdate]) -> None:
-        if id in self._runs:
-            self._runs[id].update(changes)
+    def update(self, id: str, updates: dict[int, NumberedUpdate]) -> None:
+        if id in self._streams:
+            self._streams[id].update(updates)
 
     def keepalive(self, id: str) -> None:
-        if id in self._runs:
-            self._runs[id].keepalive()
+        if id in self._streams:
+            self._streams[id].keepalive()
 
     def close(self, id: str) -> None:
-        if id in self._runs:
-            self._runs[id].close()
+        if id in self._streams:
+            self._streams[id].close()
 
     def sweep(self) -> None:
-        """To be called now and then: gives back the places of jobs that nobody asks for any more (of live streams the
-        worker does so itself), and forgets streams whose end nobody wanted to know."""
+        """To be called regularly: closes jobs that are no longer polled (the worker does that for live streams) and
+        forgets streams whose end was not polled."""
         now = self.worker.clock()
-        for run in list(self._runs.values()):
-            silent = now - run.last_poll
-            if run.ended and silent > LINGER_S:
-                run.discard_snapshot()
-                del self._runs[run.id]
-            elif not run.request.live and silent > self.worker.limits.idle_timeout:
-                run.close("idle")
+        for stream in list(self._streams.values()):
+            silent = now - stream.last_poll
+            if stream.ended and silent > LINGER_S:
+                stream.discard_snapshot()
+                del self._streams[stream.id]
+            elif not stream.request.live and silent > self.worker.limits.idle_timeout:
+                stream.close("idle")
 
     def stats(self) -> tuple[str, dict[str, float]]:
-        """Its name and its worker's numbers."""
-        return self.home, self.worker.stats()
+        """Its id and its worker's stats."""
+        return self.replica_id, self.worker.stats()
 
     async def stop(self, grace: float = 3.0) -> None:
         await asyncio.to_thread(self.worker.stop, grace)

@@ -1,4 +1,4 @@
-"""Where streams that run on replicas can be taken up again: their last snapshots, kept outside the replicas."""
+"""The last snapshots of streams on replicas, kept outside the replicas, so that another replica can continue them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from dsa_engine.engine.session import Snapshot
 
 @dataclass(frozen=True)
 class StreamSnapshot:
-    """A stream between two chunks. index: of the chunk that comes next; settled: how many changes had been applied or
-    refused by then; threshold: of the last one that had any."""
+    """A stream between two chunks."""
 
     snapshot: Snapshot
-    index: int
-    settled: int
-    threshold: float | None = None
+    index: int  # of the next chunk
+    settled: int  # updates applied or rejected so far
+    threshold: float | None = None  # of the last update that had one
 
     def pack(self) -> bytes:
         buffer = io.BytesIO()
@@ -30,21 +29,21 @@ class StreamSnapshot:
 
     @staticmethod
     def unpack(data: bytes, device: torch.device) -> StreamSnapshot:
-        """Only for bytes that a replica of this deployment has packed: reading them can run any code."""
+        """Only for bytes that a replica of this deployment has packed: unpickling can run any code."""
         return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
 
 
 class SnapshotStore(Protocol):
-    """`InMemorySnapshotStore`, wherever it is."""
+    """`InMemorySnapshotStore`, wherever it runs."""
 
-    async def claim(self, id: str, run: str, have: int) -> bytes | None: ...
+    async def claim(self, id: str, run: str, needed: int) -> bytes | None: ...
 
     async def put(self, id: str, run: str, index: int, data: bytes) -> bool: ...
 
     async def remove(self, id: str, run: str) -> None: ...
 
 
-class Entry(NamedTuple):
+class StoredSnapshot(NamedTuple):
     run: str
     index: int
     data: bytes | None
@@ -52,39 +51,43 @@ class Entry(NamedTuple):
 
 
 class InMemorySnapshotStore:
-    """The last snapshot of each stream, in memory, as bytes.
+    """The last snapshot of each stream, as bytes.
 
-    A stream belongs to the run that claimed it last; what an earlier one, cut off but alive, says later does not count.
-    lifetime: seconds after which an entry that nobody has touched is forgotten.
+    A stream belongs to the run (`ReplicaStream`) that claimed it last. Writes of an earlier run, cut off but still
+    alive, are ignored.
+
+    Args:
+        lifetime: seconds after which an unused entry is dropped.
+        clock: seconds; replaced by tests.
     """
 
     def __init__(self, lifetime: float = 3600.0, clock: Callable[[], float] = time.monotonic):
         self.lifetime, self.clock = lifetime, clock
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, StoredSnapshot] = {}
 
-    def claim(self, id: str, run: str, have: int) -> bytes | None:
-        """The stream is this run's now. Returns its snapshot, None where there is none, or only one of a later chunk
-        than number `have`, which is wanted next: of another stream that had the same id."""
+    def claim(self, id: str, run: str, needed: int) -> bytes | None:
+        """Give the stream to this run. Returns its snapshot; None if there is none, or only one later than chunk `needed`,
+        the consumer's next: then it is of another stream that had the same id."""
         old = self._entries.get(id)
-        found = old is not None and old.data is not None and old.index <= have
-        index, data = (old.index, old.data) if found else (0, None)
-        self._entries[id] = Entry(run, index, data, self.clock())
+        usable = old is not None and old.data is not None and old.index <= needed
+        index, data = (old.index, old.data) if usable else (0, None)
+        self._entries[id] = StoredSnapshot(run, index, data, self.clock())
         return data
 
     def put(self, id: str, run: str, index: int, data: bytes) -> bool:
-        """Keep a snapshot instead of the one before; False where the stream belongs to another run."""
+        """Replace the stream's snapshot; False if the stream belongs to another run."""
         now = self.clock()
         self._entries = {key: e for key, e in self._entries.items() if now - e.touched <= self.lifetime}
         if id in self._entries and self._entries[id].run != run:
             return False
-        self._entries[id] = Entry(run, index, data, now)
+        self._entries[id] = StoredSnapshot(run, index, data, now)
         return True
 
     def remove(self, id: str, run: str) -> None:
-        """The stream is at its end."""
+        """The stream has ended."""
         if id in self._entries and self._entries[id].run == run:
             del self._entries[id]
 
     def sizes(self) -> dict[str, int]:
-        """Bytes kept, by stream."""
+        """Bytes held, by stream."""
         return {id: len(entry.data or b"") for id, entry in self._entries.items()}

@@ -170,6 +170,11 @@ class ActiveStream:
 
         return run
 
+    def restart_pacing(self) -> None:
+        """The next chunk may start at once, as if the player started with it."""
+        if self.pacer is not None:
+            self.pacer = PlaybackPacer(self.pacer.fps, self._clock())
+
     def release(self) -> None:
         """Close the session and leave the runner."""
         if self.runner is not None:

@@ -66,13 +66,13 @@ class Cluster:
             self.replicas[name] = Replica(worker, self.keeper, name, every)
         self.faults = lambda method: None
 
-    async def call(self, method, *args, home=None, avoid=frozenset()):
+    async def call(self, method, *args, replica_id=None, avoid=frozenset()):
         await asyncio.sleep(0)
         alive = [name for name in self.replicas if name not in self.dead]
-        if home in self.dead or not alive:
-            raise ReplicaUnavailable(f"{home} is dead")
+        if replica_id in self.dead or not alive:
+            raise ReplicaUnavailable(f"{replica_id} is dead")
         welcome = [name for name in alive if name not in avoid] or alive
-        name = home or min(welcome, key=lambda name: len(self.replicas[name]._runs))
+        name = replica_id or min(welcome, key=lambda name: len(self.replicas[name]._streams))
         self.calls.append((method, name))
         fault = self.faults(method)
         if fault == "before":
@@ -113,7 +113,7 @@ def run(scenario, pipes, **options):
         cluster = Cluster(pipes, **options)
         try:
             async with asyncio.timeout(60):
-                return await scenario(cluster, await RemoteBackend.connect(cluster, patience=1.0))
+                return await scenario(cluster, await RemoteBackend.connect(cluster, failover_timeout=1.0))
         finally:
             await cluster.stop()
 
@@ -198,7 +198,7 @@ def test_it_goes_on_elsewhere_with_the_same_frames(pipes, every, live):
 
         async def die():
             await stream.update(PROMPTS[3], "third")
-            cluster.dead.add(stream.home)
+            cluster.dead.add(stream.replica_id)
 
         at = {1: lambda: stream.update(PROMPTS[1], "1st"), 4: lambda: stream.update(PROMPTS[2], "2nd"), 6: die}
         return await play(stream, at), stream, cluster
@@ -223,7 +223,7 @@ def test_a_changed_threshold_goes_with_it(pipes, steps, every):
 
         async def die():
             await asyncio.sleep(0.3)
-            cluster.dead.add(stream.home)
+            cluster.dead.add(stream.replica_id)
 
         return await play(stream, {1: lambda: stream.update(threshold=0.25), 6: die}), stream.moves
 
@@ -243,11 +243,11 @@ def test_what_the_snapshot_has_is_not_applied_again(pipes):
 
         async def forgetful(method, *args, **options):
             answer = await call(method, *args, **options)
-            return replace(answer, kept=0) if isinstance(answer, PollResponse) else answer
+            return replace(answer, persisted=0) if isinstance(answer, PollResponse) else answer
 
         async def die():
             await asyncio.sleep(0.3)
-            cluster.dead.add(stream.home)
+            cluster.dead.add(stream.replica_id)
             for replica in cluster.replicas.values():
                 replica.worker.observers.append(lambda task, event: applied.append(event))
 
@@ -299,8 +299,8 @@ def test_only_what_is_after_the_snapshot_is_made_again(pipes):
         async def die():
             await asyncio.sleep(0.3)  # the snapshot is on its way
             before.update({name: replica.worker.forwards for name, replica in cluster.replicas.items()})
-            cluster.dead.add(stream.home)
-            before["home"] = stream.home
+            cluster.dead.add(stream.replica_id)
+            before["home"] = stream.replica_id
 
         await play(stream, {9: die})
         other = next(name for name in cluster.replicas if name != before["home"])
@@ -352,7 +352,7 @@ def test_a_replica_without_room_sends_it_to_the_other(pipes):
         streams = [await backend.open(order) for _ in range(4)]
         with pytest.raises(Overloaded, match="places for jobs"):
             await backend.open(order)
-        homes = sorted(stream.home for stream in streams)
+        homes = sorted(stream.replica_id for stream in streams)
         for stream in streams:
             await stream.close()
         ends = [(await play(stream))[-1] for stream in streams]
@@ -381,7 +381,7 @@ def test_a_full_server_queues_and_says_when_it_is_full(pipes):
         streams = [await backend.open(StreamRequest(PROMPTS[0])) for _ in range(2)]
         with pytest.raises(Overloaded, match="try again later"):
             await backend.open(StreamRequest(PROMPTS[0]))
-        return {stream.home for stream in streams}
+        return {stream.replica_id for stream in streams}
 
     assert run(full, pipes, max_sessions=1, max_queue=0) == {"a", "b"}
 
@@ -392,11 +392,11 @@ def test_who_waits_goes_where_a_place_is_free(pipes):
     async def scenario(cluster, backend):
         first, second, third = [await backend.open(StreamRequest(PROMPTS[0])) for _ in range(3)]
         assert isinstance(await anext(third), Queued)
-        other = next(stream for stream in (first, second) if stream.home != third.home)
+        other = next(stream for stream in (first, second) if stream.replica_id != third.replica_id)
         playing = asyncio.create_task(anext(third))
         await other.close()
         opened = await playing
-        return opened, third.home == other.home, third.moves
+        return opened, third.replica_id == other.replica_id, third.moves
 
     opened, moved, moves = run(scenario, pipes, max_sessions=1)
     assert isinstance(opened, Opened) and moved and moves == 1
@@ -407,8 +407,8 @@ def test_a_replica_that_leaves_hands_its_streams_over(pipes):
 
     async def scenario(cluster, backend):
         stream = await backend.open(order)
-        events = await play(stream, {5: lambda: cluster.replicas[stream.home].stop()})
-        return events, stream.moves, await cluster.left(), cluster.replicas[stream.home].worker.forwards
+        events = await play(stream, {5: lambda: cluster.replicas[stream.replica_id].stop()})
+        return events, stream.moves, await cluster.left(), cluster.replicas[stream.replica_id].worker.forwards
 
     events, moves, left, forwards = run(scenario, pipes)
     assert forwards <= 7 * pipes[0].max_steps  # of 10 chunks: it did not begin again
@@ -423,13 +423,13 @@ def test_a_stream_that_comes_back_forgets_what_was_made_there_before(pipes):
 
     async def scenario(cluster, backend):
         stream = await backend.open(order)
-        first = stream.home
+        first = stream.replica_id
 
         async def away():
             cluster.dead.add(first)
 
         async def back():
-            cluster.dead = {stream.home}
+            cluster.dead = {stream.replica_id}
 
         events = await play(stream, {3: away, 4: lambda: stream.update(PROMPTS[2], "x"), 7: back})
         return events, stream.moves
@@ -515,7 +515,7 @@ def test_a_consumer_that_gives_signs_is_not_idle(pipes):
         for _ in range(15):
             await asyncio.sleep(0.2)
             stream.keepalive()
-        return (await cluster.stats())[stream.home]["live"]
+        return (await cluster.stats())[stream.replica_id]["live"]
 
     assert run(scenario, pipes, idle_timeout=2.0) == 1
 
@@ -523,7 +523,7 @@ def test_a_consumer_that_gives_signs_is_not_idle(pipes):
 def test_numbers_are_those_of_all_replicas(pipes):
     async def scenario(cluster, backend):
         stream = await backend.open(StreamRequest(PROMPTS[0], live=False))
-        backend._asked -= 10
+        backend._stats_time -= 10
         backend.stats()
         await asyncio.sleep(0.1)
         stats = backend.stats()
@@ -539,7 +539,7 @@ def test_a_slow_consumer_is_one_chunk_ahead_at_most(pipes):
         stream = await backend.open(StreamRequest(PROMPTS[0], live=False, num_frames=300))
         while not isinstance(await anext(stream), ChunkReady):
             pass
-        ahead = cluster.replicas[stream.home]._runs[stream.id]
+        ahead = cluster.replicas[stream.replica_id]._streams[stream.id]
         while ahead._next < 2:  # never is an error, of `run`
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)  # in which a dozen could be made

@@ -109,7 +109,7 @@ void launch_attention(const AttentionArgs& a, const Work& work) {
 
 }  // namespace
 
-int attention_blocks(int multiprocessors) { return multiprocessors; }
+int attention_blocks(int sms) { return sms; }
 
 size_t attention_workspace(int64_t B, int64_t, int64_t, int64_t D, int blocks) {
     const size_t floats =

@@ -25,8 +25,8 @@ struct AttentionArgs {
     const float* v_scale = nullptr;
 };
 
-// One block fits on a multiprocessor, so as many blocks as it has multiprocessors keep it full.
-int attention_blocks(int multiprocessors);
+// One block fits on an SM, so as many blocks as there are SMs keep the device full.
+int attention_blocks(int sms);
 
 // Bytes that the partial results of `blocks` blocks take; depends on shapes only, so that a graph can be captured.
 size_t attention_workspace(int64_t B, int64_t T, int64_t H, int64_t D, int blocks);

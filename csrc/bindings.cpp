@@ -151,7 +151,7 @@ PYBIND11_MODULE(csrc, m) {
           "workspace_bytes"_a, "blocks"_a, "stream"_a, "k_scale"_a, "v_scale"_a);
     m.def("attention_workspace", dsa::attention_workspace, named, "batch"_a, "tokens"_a, "heads"_a, "head_dim"_a,
           "blocks"_a);
-    m.def("attention_blocks", dsa::attention_blocks, named, "multiprocessors"_a);
+    m.def("attention_blocks", dsa::attention_blocks, named, "sms"_a);
 #ifndef DSA_EMULATE
     m.def("set_while", set_while, named, "graph"_a, "after"_a, "handle"_a, "slots"_a, "rows"_a, "flags"_a, "stride"_a);
     m.attr("DEVICE") = "cuda";

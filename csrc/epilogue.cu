@@ -32,12 +32,12 @@ int choose_tiles(const Work& work, const EpilogueArgs& args, size_t size) {
     const size_t limit = shared_limit(work) - 1024;  // the kernel's static part
     if (project_shared(1, args.C, size) > limit) {
         const int64_t most = (int64_t(limit) / 16 - 64) / 128 * 128 / size;
-        refuse(work, std::to_string(args.C) + " channels do not fit into shared memory; the most are " +
+        refuse(work, std::to_string(args.C) + " channels do not fit into shared memory; at most " +
                          std::to_string(most));
     }
     for (int tiles = 1; tiles < most_tiles; ++tiles) {
         const int64_t blocks = args.B * args.F * ((args.S + 16 * tiles - 1) / (16 * tiles));
-        if (blocks <= multiprocessors(work) || project_shared(tiles + 1, args.C, size) > limit) return tiles;
+        if (blocks <= sm_count(work) || project_shared(tiles + 1, args.C, size) > limit) return tiles;
     }
     return most_tiles;
 }

@@ -29,8 +29,8 @@ struct HeadWeights {
 // [B] each; reduce: 0 min, 1 mean, 2 max
 struct StopRule {
     const int* step;
-    const int* least;
-    const int* most;
+    const int* min_steps;
+    const int* max_steps;
     const int* reduce;
     const float* threshold;
 };

@@ -78,7 +78,7 @@ __device__ __forceinline__ void decide(const Judge& p, int b) {
     }
     const float reduced = p.rule.reduce[b] == 0 ? least : p.rule.reduce[b] == 1 ? sum / p.frames : most;
     const bool sure = sum == sum && reduced >= p.rule.threshold[b];
-    const bool stop = p.rule.step[b] >= p.rule.most[b] || (p.rule.step[b] >= p.rule.least[b] && sure);
+    const bool stop = p.rule.step[b] >= p.rule.max_steps[b] || (p.rule.step[b] >= p.rule.min_steps[b] && sure);
     state[p.frames] = stop ? 1.0f : 0.0f;
 }
 

@@ -32,7 +32,7 @@ struct Geometry {
 #ifdef DSA_EMULATE
 
 inline size_t shared_limit(const Work&) { return emulate::shared_limit; }
-inline int multiprocessors(const Work&) { return 4; }
+inline int sm_count(const Work&) { return 4; }
 
 template <class Parameters>
 void launch(const Work& work, const Geometry& at, void (*kernel)(Parameters), const Parameters& parameters) {
@@ -60,7 +60,7 @@ inline int device_attribute(cudaDeviceAttr attribute, const Work& work) {
 
 // Bytes of shared memory that one block may have.
 inline size_t shared_limit(const Work& work) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, work); }
-inline int multiprocessors(const Work& work) { return device_attribute(cudaDevAttrMultiProcessorCount, work); }
+inline int sm_count(const Work& work) { return device_attribute(cudaDevAttrMultiProcessorCount, work); }
 
 template <class Parameters>
 void launch(const Work& work, const Geometry& at, void (*kernel)(Parameters), const Parameters& parameters) {

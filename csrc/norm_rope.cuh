@@ -1,4 +1,4 @@
-// y = x / sqrt(mean(x^2) + eps) * gain over the full width; each neighbouring pair turned by its angle; then to a dense
+// y = x / sqrt(mean(x^2) + eps) * weight over the full width; each neighbouring pair turned by its angle; then to a dense
 // tensor or into the frames of a cache slot that the device names. blockIdx.y is the operand: q, k or v.
 #pragma once
 
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
     Row<T, V> x;
     x.load(static_cast<const T*>(of.x.data) + b * of.x.batch + t * of.x.row, p.channels);
     float factor = 1.0f;
-    if (of.gain.data) {
+    if (of.weight.data) {
         float squares = 0.0f;
         x.each(p.channels, [&](int i, int) {
             float v[WIDE];
@@ -86,11 +86,11 @@ __global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
     x.each(p.channels, [&](int i, int c) {
         float y[WIDE];
         x.part[i].get(y);
-        if (of.gain.data) {
-            float gain[WIDE];
-            load<T>(gain, of.gain.data, of.gain.dtype, c);
+        if (of.weight.data) {
+            float weight[WIDE];
+            load<T>(weight, of.weight.data, of.weight.dtype, c);
 #pragma unroll
-            for (int j = 0; j < WIDE; ++j) y[j] *= factor * gain[j];
+            for (int j = 0; j < WIDE; ++j) y[j] *= factor * weight[j];
         }
         if (of.rotate) {
             const int64_t pair = angles + c % p.head_dim / 2;

@@ -15,10 +15,10 @@ struct Cache {
     const float* scale;
 };
 
-// One of q, k, v. gain null: x as it is (v). Goes to `out`, or to the cache where that has data.
+// One of q, k, v. weight null: x as it is (v). Goes to `out`, or to the cache where that has data.
 struct Operand {
     Rows x;
-    Vector gain;
+    Vector weight;
     bool rotate;
     Rows out;
     Cache cache;

@@ -137,7 +137,7 @@ __device__ __forceinline__ void load(float (&x)[WIDE], const T* at) {
     eight.get(x);
 }
 
-// Parameters (gains, shifts, biases) are float32 or the dtype of the activations; every thread of a launch agrees.
+// Parameters (weights, shifts, biases) are float32 or the dtype of the activations; every thread of a launch agrees.
 template <class T>
 __device__ __forceinline__ void load(float (&x)[WIDE], const void* data, int dtype, int64_t offset) {
     if (dtype == FLOAT32) {
@@ -228,7 +228,7 @@ __device__ __forceinline__ float row_max(float x) { return over_row<false>(x); }
 template <int V>
 constexpr int row_threads = V == 4 ? 512 : 128;
 
-// How many such blocks a multiprocessor should hold: without it ptxas aims at a rounder number and spills for it.
+// How many such blocks an SM should hold: without it ptxas aims at a rounder number and spills for it.
 template <class T, int V>
 constexpr int row_blocks = V == 4 ? 1 : sizeof(T) == 4 ? 3 : 4;
 

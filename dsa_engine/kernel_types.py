@@ -28,43 +28,40 @@ REDUCE = ("min", "mean", "max")  # `StopRule.reduce` holds the index
 
 
 class FinalLayer(NamedTuple):
-    """The DiT's last layer: LayerNorm, modulation and product. shift, scale [B, F, C]; weight [P, C], bias [P], where
-    P = p * p * c holds a patch of p x p latent pixels with c channels each, channels innermost."""
+    """The DiT's last layer: LayerNorm, modulation and a linear layer. Its P = p * p * c outputs per token are a patch of
+    p x p latent pixels with c channels each, channels innermost."""
 
-    shift: Tensor
-    scale: Tensor
-    weight: Tensor
-    bias: Tensor
+    shift: Tensor  # [B, F, C]
+    scale: Tensor  # [B, F, C]
+    weight: Tensor  # [P, C]
+    bias: Tensor  # [P]
 
 
 class HeadWeights(NamedTuple):
-    """The confidence head's MLP, 3 C -> M with SiLU -> 1: weight1 [M, 3 C], bias1 [M], weight2 [1, M], bias2 [1]."""
+    """The confidence head's MLP: linear 3 C -> M, SiLU, linear M -> 1."""
 
-    weight1: Tensor
-    bias1: Tensor
-    weight2: Tensor
-    bias2: Tensor
+    weight1: Tensor  # [M, 3 C]
+    bias1: Tensor  # [M]
+    weight2: Tensor  # [1, M]
+    bias2: Tensor  # [1]
 
 
 class StopRule(NamedTuple):
-    """When a row is done: step >= most, or step >= least and the reduced confidence of its frames >= threshold.
+    """When a row stops: step >= max_steps, or step >= min_steps and its frames' reduced confidence >= threshold.
 
-    All [B] on the device: step, least, most int32, step counting the one that ends now; reduce int32, an index of
-    `REDUCE`; threshold float32.
+    All [B] on the device, int32 but for the threshold.
     """
 
-    step: Tensor
-    least: Tensor
-    most: Tensor
-    reduce: Tensor
-    threshold: Tensor
+    step: Tensor  # steps taken, the current one included
+    min_steps: Tensor
+    max_steps: Tensor
+    reduce: Tensor  # index of `REDUCE`
+    threshold: Tensor  # float32
 
 
 class Epilogue(NamedTuple):
-    """x0 [B, F, c, H, W], the estimate of the clean chunk; x, the same re-noised to the next level, made for every row,
-    also for those that stop; state [B, F + 1] float32: the frames' confidences (NaN without a head), then 1 to stop or
-    0 to go on."""
+    """The end of a denoising step, `ops.epilogue`."""
 
-    x0: Tensor
-    x: Tensor
-    state: Tensor
+    x0: Tensor  # [B, F, c, H, W], the estimate of the clean chunk
+    x: Tensor  # x0 re-noised to the next level, for every row, also those that stop
+    state: Tensor  # [B, F + 1] float32: confidence of each frame (NaN without a head), then 1 to stop or 0 to go on

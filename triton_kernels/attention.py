@@ -1,7 +1,7 @@
 """FlashAttention in Triton, portable from sm_80 on: self-attention over runs of cache frames, and to the prompt.
 
 One program handles a tile of queries of one head and row and walks over the keys that count, a tile at a time, with
-the softmax running along in float32 (arXiv 2307.08691). Where few programs would leave multiprocessors idle the keys
+the softmax running along in float32 (arXiv 2307.08691). Where few programs would leave SMs idle the keys
 are split among several, whose partial results a second kernel combines. Slots, runs and numbers of keys are read on the
 device, so one captured launch serves every position in a video. Contracts: `dsa_engine.ops.attention`.
 """
@@ -44,18 +44,18 @@ def tile_sizes(tokens: int, dim: int, itemsize: int, arch: int) -> Tiles:
     return Tiles(128, 64, 8, 3) if arch in (80, 87) or arch // 10 in (10, 11) else Tiles(128, 32, 8, 2)  # 64 of 99 KB
 
 
-def split_count(programs: int, steps: int, output_bytes: int, multiprocessors: int) -> int:
+def split_count(programs: int, steps: int, output_bytes: int, sms: int) -> int:
     """Into how many parts to split the keys.
 
     programs: tiles of queries over all heads and rows; steps: tiles of keys at most; output_bytes: of the output in
     float32. In units of one step, about 2 us: a program costs its steps and one more for its start and end, programs
-    run in waves of one a multiprocessor, the second kernel costs a step to start, and each part is written and read
-    again at about 3 MB a step. For Wan at 480p, 444 programs on 132 multiprocessors, that gives 2: 7 waves of half the
+    run in waves of one per SM, the second kernel costs a step to start, and each part is written and read
+    again at about 3 MB a step. For Wan at 480p, 444 programs on 132 SMs, that gives 2: 7 waves of half the
     length instead of 4, the last of which is a third full.
     """
 
     def cost(parts: int) -> float:
-        waves = math.ceil(programs * parts / multiprocessors)
+        waves = math.ceil(programs * parts / sms)
         combining = 0.0 if parts == 1 else 1 + parts * output_bytes / 3e6
         return waves * (math.ceil(steps / parts) + 1) + combining
 
@@ -276,7 +276,7 @@ def attend(
     grid = (triton.cdiv(tokens, tiles.queries), batch * heads)
     if splits is None:
         steps = triton.cdiv(k.shape[1], tiles.keys)
-        splits = split_count(grid[0] * grid[1], steps, 4 * q.numel(), multiprocessors(q.device))
+        splits = split_count(grid[0] * grid[1], steps, 4 * q.numel(), sm_count(q.device))
     parts, (peaks, totals) = out, (None, None)
     if splits > 1:
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
@@ -321,6 +321,6 @@ def architecture() -> int:
     return 80 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
 
 
-def multiprocessors(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
     """Of the device; one where there is none, which never splits the keys."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,6 +1,6 @@
 """The end of a denoising step on the device, and its two element-wise halves. Contracts: `dsa_engine.ops.epilogue`.
 
-Four launches, each of which needs all of the one before it: tiles of tokens (last product, clean estimate, next input,
+Four launches, each of which needs all of the one before it: tiles of tokens (final GEMM, clean estimate, next input,
 moments of the hidden states), the frames' statistics, the head's MLP spread over its hidden units, and the decision.
 Without a head the two in the middle are left out, and so are the moments.
 """
@@ -62,11 +62,11 @@ def tokens_kernel(
 ):
     """One tile of one frame's tokens: the velocity, and everything that follows from it.
 
-    Columns of the product are (row, column, channel) of a patch, padded to OUTPUTS.
+    Columns of the GEMM are (row, column, channel) of a patch, padded to OUTPUTS.
     """
     tile, frame = tl.program_id(0), tl.program_id(1)
     token, output = tile * TILE + tl.arange(0, TILE), tl.arange(0, OUTPUTS)
-    valid, wanted = token < tokens, output < PATCH * PATCH * CHANNELS
+    valid, used = token < tokens, output < PATCH * PATCH * CHANNELS
     rows = hidden + (frame * tokens + token).to(tl.int64) * C
     shift = of_frame(shift, frame, frames, shift_b, shift_f)
     scale = of_frame(scale, frame, frames, scale_b, scale_f)
@@ -82,11 +82,11 @@ def tokens_kernel(
             store_moments(out, y, valid, count, col, C)
         y = y * (1 + load_row(scale, col, C))[None, :] + load_row(shift, col, C)[None, :]
         at = weight + output[None, :] * C + col[:, None]
-        w = tl.load(at, mask=wanted[None, :] & (col < C)[:, None], other=0.0)
+        w = tl.load(at, mask=used[None, :] & (col < C)[:, None], other=0.0)
         velocity = tl.dot(y.to(w.dtype), w, velocity, input_precision="ieee")
-    velocity += tl.load(bias + output, mask=wanted, other=0.0).to(tl.float32)[None, :]
+    velocity += tl.load(bias + output, mask=used, other=0.0).to(tl.float32)[None, :]
 
-    inside = valid[:, None] & wanted[None, :]
+    inside = valid[:, None] & used[None, :]
     # Token (row, column) and output (row, column, channel) of its patch -> channel, row and column of the latents.
     column = (token % (width // PATCH) * PATCH)[:, None] + (output // CHANNELS % PATCH)[None, :]
     line = (token // (width // PATCH) * PATCH)[:, None] + (output // (CHANNELS * PATCH))[None, :]
@@ -100,7 +100,7 @@ def tokens_kernel(
 
 
 @triton.jit
-def judge_kernel(
+def confidence_kernel(
     features,
     weight1,
     bias1,
@@ -125,12 +125,12 @@ def judge_kernel(
 
 
 @triton.jit
-def decide_kernel(
+def stop_kernel(
     logits,
     bias2,
     step,
-    least,
-    most,
+    min_steps,
+    max_steps,
     reduce,
     threshold,
     state,
@@ -142,8 +142,8 @@ def decide_kernel(
     """One row: the confidence of its frames from the parts of their logits, and whether it stops."""
     row, frame = tl.program_id(0), tl.arange(0, FRAMES)
     inside = frame < frames
-    confidence = tl.full((FRAMES,), float("nan"), tl.float32)  # which is never sure
-    sure = False
+    confidence = tl.full((FRAMES,), float("nan"), tl.float32)  # never above a threshold
+    confident = False
     if logits is not None:
         part = tl.arange(0, PARTS)
         at = (row * frames + frame)[:, None] * parts + part[None, :]
@@ -154,10 +154,10 @@ def decide_kernel(
         high = tl.max(tl.where(inside, confidence, -float("inf")), axis=0)
         how = tl.load(reduce + row)
         reduced = tl.where(how == 0, low, tl.where(how == 1, mean, high))
-        # One frame that is not a number is enough: least and greatest pass over it, the mean does not.
-        sure = (reduced >= tl.load(threshold + row)) & (mean == mean)
+        # tl.min and tl.max ignore a NaN frame, the mean does not: one is enough to go on.
+        confident = (reduced >= tl.load(threshold + row)) & (mean == mean)
     now = tl.load(step + row)
-    stop = (now >= tl.load(most + row)) | ((now >= tl.load(least + row)) & sure)
+    stop = (now >= tl.load(max_steps + row)) | ((now >= tl.load(min_steps + row)) & confident)
     out = state + row * (frames + 1)
     tl.store(out + frame, confidence, mask=inside)
     tl.store(out + frames, stop.to(tl.float32))
@@ -206,8 +206,8 @@ def epilogue(
     x0, next_x = _tokens(hidden, x, noise, sigma, next_sigma, final, moments, eps)
     logits = None
     if head is not None:
-        logits = _judge(join(moments, time.contiguous(), frames, tokens, eps), head)
-    return Epilogue(x0, next_x, _decide(x, logits, head, rule))
+        logits = _confidence_logits(join(moments, time.contiguous(), frames, tokens, eps), head)
+    return Epilogue(x0, next_x, _stop_state(x, logits, head, rule))
 
 
 def _tokens(hidden, x, noise, sigma, next_sigma, final, moments, eps) -> tuple[Tensor, Tensor]:
@@ -244,12 +244,12 @@ def _tokens(hidden, x, noise, sigma, next_sigma, final, moments, eps) -> tuple[T
     return x0, next_x
 
 
-def _judge(features: Tensor, head: HeadWeights) -> Tensor:
+def _confidence_logits(features: Tensor, head: HeadWeights) -> Tensor:
     """features [B, F, 3 C] -> logits [B, F, parts], whose sum lacks only the last bias."""
     batch, frames, inputs = features.shape
     units = head.weight1.shape[0]
     logits = features.new_empty(batch, frames, triton.cdiv(units, UNITS))
-    judge_kernel[(logits.shape[2], batch * frames)](
+    confidence_kernel[(logits.shape[2], batch * frames)](
         features,
         head.weight1.contiguous(),
         head.bias1,
@@ -263,11 +263,11 @@ def _judge(features: Tensor, head: HeadWeights) -> Tensor:
     return logits
 
 
-def _decide(x: Tensor, logits: Tensor | None, head: HeadWeights | None, rule: StopRule) -> Tensor:
+def _stop_state(x: Tensor, logits: Tensor | None, head: HeadWeights | None, rule: StopRule) -> Tensor:
     batch, frames = x.shape[:2]
     state = torch.empty(batch, frames + 1, dtype=torch.float32, device=x.device)
     parts = 1 if logits is None else logits.shape[2]
-    decide_kernel[(batch,)](
+    stop_kernel[(batch,)](
         logits,
         None if head is None else head.bias2,
         *rule,

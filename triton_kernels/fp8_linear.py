@@ -1,4 +1,4 @@
-"""Rows quantised to e4m3, and the product of such rows. Contracts: `dsa_engine.ops.fp8_linear`.
+"""Rows quantized to e4m3, and the product of such rows. Contracts: `dsa_engine.ops.fp8_linear`.
 
 e4m3 exists from compute capability 8.9 on; before that Triton refuses to compile what makes it. How a program keeps a
 row in registers stands here for all ops on rows.
@@ -67,19 +67,19 @@ def store_quantised(values, scale, head, tail, y, z, C: tl.constexpr):
 
 
 @triton.jit
-def quantise_kernel(x, values, scale, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr):
+def quantize_kernel(x, values, scale, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head, tail = row_parts(HEAD, TAIL, VECTOR)
     x += row * C
     store_quantised(values + row * C, scale + row, head, tail, load_row(x, head, C), load_row(x, tail, C), C)
 
 
-def quantise(x: Tensor) -> RowwiseFP8:
+def quantize(x: Tensor) -> RowwiseFP8:
     x = x.contiguous()
     out, channels = empty_rowwise(x), x.shape[-1]
     if x.numel():
         *split, warps = row_split(x)
-        quantise_kernel[(out.scale.numel(),)](x, *out, channels, *split, num_warps=warps)
+        quantize_kernel[(out.scale.numel(),)](x, *out, channels, *split, num_warps=warps)
     return out
 
 

@@ -24,10 +24,10 @@ def warps(width: int) -> int:
 
 
 @triton.jit
-def normed(x, gain, eps, C: tl.constexpr):
+def normed(x, weight, eps, C: tl.constexpr):
     """One token's C channels (the rest of the block is zero), normalised over all of them and scaled, in float32."""
     y = x.to(tl.float32)
-    return y * tl.rsqrt(tl.sum(y * y) / C + eps) * gain.to(tl.float32)
+    return y * tl.rsqrt(tl.sum(y * y) / C + eps) * weight.to(tl.float32)
 
 
 @triton.jit
@@ -45,11 +45,11 @@ def to_e4m3(x):
 
 
 @triton.jit
-def rms_norm_kernel(x, gain, out, stride, eps, C: tl.constexpr, WIDTH: tl.constexpr):
+def rms_norm_kernel(x, weight, out, stride, eps, C: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     y = tl.load(x + row * stride + at, mask=at < C, other=0.0)
-    y = normed(y, tl.load(gain + at, mask=at < C, other=0.0), eps, C)
+    y = normed(y, tl.load(weight + at, mask=at < C, other=0.0), eps, C)
     tl.store(out + row * C + at, y.to(out.dtype.element_ty), mask=at < C)
 
 
@@ -58,8 +58,8 @@ def norm_rope_kernel(
     q,
     k,
     v,
-    gain_q,
-    gain_k,
+    weight_q,
+    weight_k,
     cos,
     sin,
     q_out,
@@ -104,12 +104,12 @@ def norm_rope_kernel(
     # Every head reads the token's angles anew: they come from L1 and need no exchange between threads.
     angle = b * rope_b + t * rope_t + tl.arange(0, D // 2)[None, :] + 0 * head
     c, s = tl.load(cos + angle), tl.load(sin + angle)
-    gain_x = tl.load(gain_q + at, mask=inside, other=0.0)
-    gain_y = tl.load(gain_k + at, mask=inside, other=0.0)
+    weight_x = tl.load(weight_q + at, mask=inside, other=0.0)
+    weight_y = tl.load(weight_k + at, mask=inside, other=0.0)
 
-    x = turned(normed(x, gain_x, eps, C), c, s)
+    x = turned(normed(x, weight_x, eps, C), c, s)
     tl.store(q_out + (b * T + t) * C + at, x.to(q_out.dtype.element_ty), mask=inside)
-    y = turned(normed(y, gain_y, eps, C), c, s)
+    y = turned(normed(y, weight_y, eps, C), c, s)
     if k_scale is not None:
         y = to_e4m3(y / tl.load(k_scale + n * H + head, mask=inside, other=1.0))
         z = to_e4m3(z.to(tl.float32) / tl.load(v_scale + n * H + head, mask=inside, other=1.0))
@@ -118,31 +118,33 @@ def norm_rope_kernel(
         tl.store(v_out + row * C + at, z.to(v_out.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     channels = x.shape[-1]
-    if x.stride(-1) != 1 or not gain.is_contiguous():
-        raise ValueError("rms_norm: x must be contiguous in its last dim, and gain")
+    if x.stride(-1) != 1 or not weight.is_contiguous():
+        raise ValueError("rms_norm: x must be contiguous in its last dim, and weight")
     rows = x.reshape(-1, channels)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = triton.next_power_of_2(channels)
     if rows.shape[0]:
-        rms_norm_kernel[(rows.shape[0],)](rows, gain, out, rows.stride(0), eps, channels, width, num_warps=warps(width))
+        rms_norm_kernel[(rows.shape[0],)](
+            rows, weight, out, rows.stride(0), eps, channels, width, num_warps=warps(width)
+        )
     return out
 
 
 def norm_rope(
-    q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     k_out = k.new_empty(*k.shape[:2], k.shape[2] // (2 * cos.shape[2]), 2 * cos.shape[2])
-    return _launch(q, k, None, gain_q, gain_k, cos, sin, eps, k_out, None, None, None, None), k_out
+    return _launch(q, k, None, weight_q, weight_k, cos, sin, eps, k_out, None, None, None, None), k_out
 
 
 def norm_rope_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gain_q: Tensor,
-    gain_k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
     cos: Tensor,
     sin: Tensor,
     eps: float,
@@ -156,10 +158,10 @@ def norm_rope_append(
         raise ValueError(
             f"norm_rope_append: caches with strides {k_cache.stride()} and {v_cache.stride()} must be contiguous"
         )
-    return _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales)
+    return _launch(q, k, v, weight_q, weight_k, cos, sin, eps, k_cache, v_cache, slot, write, scales)
 
 
-def _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_out, v_out, slot, write, scales) -> Tensor:
+def _launch(q, k, v, weight_q, weight_k, cos, sin, eps, k_out, v_out, slot, write, scales) -> Tensor:
     """Both ops: with v None there is no cache, and k_out is as long as k."""
     batch, tokens, channels = q.shape
     heads, dim = channels // (2 * cos.shape[2]), 2 * cos.shape[2]
@@ -169,8 +171,8 @@ def _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_out, v_out, slot, write, s
         raise ValueError(
             "norm_rope: q, k, v, cos and sin must be contiguous in their last dim, cos and sin have equal strides"
         )
-    if any(x is not None and not x.is_contiguous() for x in (gain_q, gain_k, slot, write, *(scales or ()))):
-        raise ValueError("norm_rope: gains, slot, write and scales must be contiguous")
+    if any(x is not None and not x.is_contiguous() for x in (weight_q, weight_k, slot, write, *(scales or ()))):
+        raise ValueError("norm_rope: weights, slot, write and scales must be contiguous")
     append = v is not None
     q_out = torch.empty(batch, tokens, heads, dim, dtype=q.dtype, device=q.device)
     padded = triton.next_power_of_2(heads)
@@ -179,8 +181,8 @@ def _launch(q, k, v, gain_q, gain_k, cos, sin, eps, k_out, v_out, slot, write, s
             q,
             k,
             v,
-            gain_q,
-            gain_k,
+            weight_q,
+            weight_k,
             cos,
             sin,
             q_out,

@@ -33,7 +33,7 @@ def load_vector(v, C: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def norm_silu_kernel(
     x,
-    gain,
+    weight,
     bias,
     out,
     rows,
@@ -52,7 +52,7 @@ def norm_silu_kernel(
     if bias is not None:
         y += load_vector(bias, C, WIDTH)  # zeros in the padding too
     norm = tl.sqrt(tl.sum(y * y, axis=1))
-    z = y * (root / tl.maximum(norm, LEAST_NORM))[:, None] * load_vector(gain, C, WIDTH)
+    z = y * (root / tl.maximum(norm, LEAST_NORM))[:, None] * load_vector(weight, C, WIDTH)
     if SILU:
         z = z / (1 + tl.exp2(-LOG2E * z))  # far below 0 the power is infinite, and the quotient 0
     tl.store(out + b * out_b + at, z.to(out.dtype.element_ty), mask=inside)
@@ -67,7 +67,7 @@ def bias_residual_kernel(x, y, bias, out, rows, C: tl.constexpr, WIDTH: tl.const
 
 
 def norm_silu(
-    x: Tensor, gain: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, weight: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     source, target = x if _dense(x) else x.contiguous(), out
@@ -76,14 +76,14 @@ def norm_silu(
             f"norm_silu: out {list(out.shape)} with strides {list(out.stride())} must be contiguous within each row of "
             "the batch; give a part of a channels-last tensor along its time, or none"
         )
-    gain, bias = gain.contiguous(), None if bias is None else bias.contiguous()
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     batch, channels = x.shape[0], x.shape[-1]
     rows = x[0].numel() // channels if x.numel() else 0
     width, count = _block(channels)
     if rows:
         norm_silu_kernel[(triton.cdiv(rows, count), batch)](
             source,
-            gain,
+            weight,
             bias,
             target,
             rows,

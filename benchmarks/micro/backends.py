@@ -82,7 +82,7 @@ def refuse_others(asked: str | None = None, device: str = "cuda", only: Sequence
     """
     asked = os.environ.get("DSA_BACKEND", "auto") if asked is None else asked
     found = {}
-    for op in (op for op in dispatch.STEM_OF if only is None or op in only):
+    for op in (op for op in dispatch.GROUP_OF if only is None or op in only):
         try:
             with patch.dict(os.environ, DSA_BACKEND=asked):
                 backend, why = dispatch.choice(op, device)
@@ -111,9 +111,9 @@ def plain_torch(row: Row) -> Callable:
 
 def project_kernel(name: str, op: str) -> Callable:
     """A kernel of this project, in the module that its stem names."""
-    if op not in dispatch.STEM_OF:
+    if op not in dispatch.GROUP_OF:
         raise Unavailable("left to cuBLAS")
-    module = "dsa_engine.ops.cuda_backend" if name == "cuda" else f"dsa_engine.triton_kernels.{dispatch.STEM_OF[op]}"
+    module = "dsa_engine.ops.cuda_backend" if name == "cuda" else f"dsa_engine.triton_kernels.{dispatch.GROUP_OF[op]}"
     try:
         return getattr(importlib.import_module(module), op)
     except ImportError as error:

@@ -165,7 +165,7 @@ MAKERS: dict[str, Callable[[TensorFactory, Row, Sizes], Sequence]] = {
     "norm_silu": norm_silu,
     "bias_residual": bias_residual,
     "rms_norm": lambda d, row, s: (d.normal(1, s.T, s.C), d.normal(s.C), EPS),
-    "quantise": lambda d, row, s: (d.normal(1, s.T, s.C),),
+    "quantize": lambda d, row, s: (d.normal(1, s.T, s.C),),
     "pool_frames": lambda d, row, s: (d.normal(1, s.T, s.C), s.F, EPS),
     "vae_decode": vae_decode,
 }
@@ -186,7 +186,7 @@ def widened(value):
 def reference_fp32(row: Row, args: tuple, plain: Callable) -> list[Tensor]:
     """What the op means, in float32 with nothing rounded to FP8 that was not given so. plain: the op in plain torch."""
     wide = widened(args)
-    if row.op == "quantise":
+    if row.op == "quantize":
         return [wide[0]]
     if row.op == "linear_gelu":
         return [F.gelu(F.linear(*wide), approximate="tanh")]

@@ -161,7 +161,7 @@ def elementwise(s: Sizes) -> list[Row]:
         Row("rms_norm", "", "bf16", 0, tokens * BF16 + weight, tokens * BF16, calls(layers)),
         Row("gate_residual", "", "bf16", 0, 2 * tokens * BF16 + vector, tokens * BF16, calls(1)),
         # of the outputs of both attentions, which no op before them quantizes
-        Row("quantise", "", "fp8", 0, tokens * BF16, tokens + s.T * FP32, calls(0, 2 * layers)),
+        Row("quantize", "", "fp8", 0, tokens * BF16, tokens + s.T * FP32, calls(0, 2 * layers)),
     ]
     for precision, size, per_row in (("bf16", BF16, 0), ("fp8", 1, s.T * FP32)):  # of what a GEMM or the cache takes
         fp8 = precision == "fp8"

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> Result:
 
 def backends(device: str) -> dict[str, str]:
     """For each op, which implementation runs on a kind of device, and why."""
-    chosen = {op: dispatch.choice(op, device) for op in dispatch.STEM_OF}
+    chosen = {op: dispatch.choice(op, device) for op in dispatch.GROUP_OF}
     return {op: f"{backend}: {why}" for op, (backend, why) in chosen.items()}
 
 
@@ -89,13 +89,13 @@ def attention() -> dict[str, str]:
     """What a GPU tries for attention in the model's usual dtype, in order, what it runs, and their smoke tests."""
     index = torch.cuda.current_device()
     call = Call("attention", torch.cuda.get_device_capability(index), torch.bfloat16, 128, torch.bfloat16, index)
-    tried = dispatch.order(call)
-    reasons = {backend: dispatch.supports(backend, call) for backend, _ in tried}
+    tried = dispatch.candidates(call)
+    reasons = {candidate.backend: dispatch.supports(candidate.backend, call) for candidate in tried}
     facts = {"order": ", ".join(f"{b} ({r.text})" if r else b for b, r in reasons.items())}
     facts["runs"] = ": ".join(dispatch.choose(call, os.environ.get("DSA_BACKEND", "auto"), dispatch.supports))
-    for backend, why in tried:  # csrc's in any case, the others' where they were asked
-        if why == dispatch.SMOKED and reasons[backend] is None:
-            path = smoke.file_of(smoke.identity(backend, index))
+    for backend, _, smoke_test in tried:  # csrc's in any case, the others' where they were asked
+        if smoke_test and reasons[backend] is None:
+            path = smoke.verdict_path(smoke.identity(backend, index))
             found = smoke.verdict(backend, index) if backend == "cuda" else smoke.read(path)
             facts[backend] = f"{found.text}, kept in {path}" if found else "its smoke test was not needed"
     return facts

@@ -14,7 +14,7 @@ from dsa_engine.ops import cuda_backend as kernels
 
 def unavailable() -> str | None:
     """Why there can be no loop on the device here; None if there can."""
-    why = kernels.unavailable(kernels.SET_WHILE)  # attention may be missing: the loop does not call it
+    why = kernels.why_unavailable(kernels.SET_WHILE)  # attention may be missing: the loop does not call it
     if why is None:
         try:
             runtime()

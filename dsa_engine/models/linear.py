@@ -24,8 +24,8 @@ class Fp8Linear(nn.Module):
     @classmethod
     @torch.no_grad()
     def of(cls, layers: Sequence[nn.Linear]) -> list[Fp8Linear]:
-        """Layers of one input, quantised; their numbers lie side by side, so that one product can serve all of them."""
-        whole = ops.quantise(torch.cat([layer.weight for layer in layers]))
+        """Layers of one input, quantized; their numbers lie side by side, so that one product can serve all of them."""
+        whole = ops.quantize(torch.cat([layer.weight for layer in layers]))
         bias = torch.cat([layer.bias for layer in layers])
         parts = [x.split([layer.out_features for layer in layers]) for x in (*whole, bias)]
         return [cls(RowwiseFP8(values, scale), b) for values, scale, b in zip(*parts)]

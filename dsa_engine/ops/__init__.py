@@ -3,12 +3,14 @@
 from dsa_engine.kernel_types import CacheScales, Epilogue, FinalLayer, HeadWeights, RowwiseFP8, StopRule
 from dsa_engine.ops.attention import attention, cross_attention
 from dsa_engine.ops.epilogue import epilogue, renoise, velocity_to_x0
-from dsa_engine.ops.fp8_linear import fp8_linear, quantise
+from dsa_engine.ops.fp8_linear import fp8_linear, quantize
 from dsa_engine.ops.modulate import gate_residual, gelu_bias, linear_gelu, modulate, residual_modulate
 from dsa_engine.ops.noise import gaussian
 from dsa_engine.ops.norm_rope import norm_rope, norm_rope_append, rms_norm
 from dsa_engine.ops.norm_silu import bias_residual, norm_silu
 from dsa_engine.ops.pooling import pool_frames
+
+quantise = quantize  # the former spelling
 
 __all__ = [
     "CacheScales",
@@ -31,7 +33,7 @@ __all__ = [
     "norm_rope_append",
     "norm_silu",
     "pool_frames",
-    "quantise",
+    "quantize",
     "renoise",
     "residual_modulate",
     "rms_norm",

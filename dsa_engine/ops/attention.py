@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine.kernel_types import CacheScales
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 
 
 def attention(
@@ -35,7 +35,7 @@ def attention(
             "for each row of q"
         )
     check_scales("attention", k_cache, scales)
-    return implementation("attention", q, q.shape[-1], k_cache.dtype)(q, k_cache, v_cache, slot, keys, scales)
+    return resolve("attention", q, q.shape[-1], k_cache.dtype)(q, k_cache, v_cache, slot, keys, scales)
 
 
 def check_scales(op: str, k_cache: Tensor, scales: CacheScales | None) -> None:
@@ -65,4 +65,4 @@ def cross_attention(
         raise ValueError(
             f"cross_attention: used and repeat must both be [{q.shape[0]}], one for each row, or both None"
         )
-    return implementation("cross_attention", q, q.shape[-1])(q, k, v, used, repeat)
+    return resolve("cross_attention", q, q.shape[-1])(q, k, v, used, repeat)

@@ -60,8 +60,8 @@ def supports(call: Call) -> Reason | None:
     if call.op not in OPS:
         return Reason(Kind.NO_OP, f"cuda has no {call.op}")
     if csrc is None:
-        return Reason(Kind.NOT_INSTALLED, unavailable(call.op))
-    why = unavailable(call.op, call.capability)
+        return Reason(Kind.NOT_INSTALLED, why_unavailable(call.op))
+    why = why_unavailable(call.op, call.capability)
     if why is not None:
         return Reason(Kind.DEVICE, why)
     if call.stored == E4M3 and call.capability != (9, 0):
@@ -69,7 +69,7 @@ def supports(call: Call) -> Reason | None:
     return LIMITS[call.op].refuse("cuda", call)
 
 
-def unavailable(op: str, capability: tuple[int, int] | None = None) -> str | None:
+def why_unavailable(op: str, capability: tuple[int, int] | None = None) -> str | None:
     """Why the kernel of one op, or SET_WHILE, cannot run on a device of that capability, None for the current one; None
     if it can."""
     if op not in (*OPS, SET_WHILE):
@@ -89,26 +89,26 @@ def unavailable(op: str, capability: tuple[int, int] | None = None) -> str | Non
 # ---- norm_rope ------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    op, rows, out = "rms_norm", launch_args.flat(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    to = launch_args.rows(op, "out", launch_args.flat(out))
-    operand = launch_args.rows(op, "x", rows), launch_args.vector(op, "gain", gain, x), False, to, NO_CACHE
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    op, rows, out = "rms_norm", launch_args.as_3d(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    to = launch_args.rows(op, "out", launch_args.as_3d(out))
+    operand = launch_args.rows(op, "x", rows), launch_args.vector(op, "weight", weight, x), False, to, NO_CACHE
     _norm_rope(op, rows, 0, eps, (operand,), NO_ANGLES, NO_RING)
     return out
 
 
-def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float):
+def norm_rope(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float):
     op, head_dim = "norm_rope", 2 * cos.shape[-1]
     if q.dtype != k.dtype:
         raise ValueError(f"{op}: q and k of {q.dtype} and {k.dtype} must have one dtype")
     angles = _angles(op, cos, sin, q)
-    operands, results = zip(*(_to_dense(op, x, gain, q) for x, gain in ((q, gain_q), (k, gain_k))))
+    operands, results = zip(*(_to_dense(op, x, weight, q) for x, weight in ((q, weight_q), (k, weight_k))))
     _norm_rope(op, q, head_dim, eps, operands, angles, NO_RING)
     return tuple(y.unflatten(-1, (-1, head_dim)) for y in results)
 
 
 def norm_rope_append(
-    q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales: CacheScales | None = None
+    q, k, v, weight_q, weight_k, cos, sin, eps, k_cache, v_cache, slot, write, scales: CacheScales | None = None
 ) -> Tensor:
     op, head_dim = "norm_rope_append", 2 * cos.shape[-1]
     angles = _angles(op, cos, sin, q)
@@ -121,13 +121,19 @@ def norm_rope_append(
     else:
         _check_e4m3(op, q)
         for name, x in zip(scales._fields, scales):
-            launch_args.check_plain(op, f"scales.{name}", x, torch.float32)
+            launch_args.check_contiguous(op, f"scales.{name}", x, torch.float32)
         k_scale, v_scale = scales.k.data_ptr(), scales.v.data_ptr()
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{op}: q, k, v of {q.dtype}, {k.dtype}, {v.dtype} must have one dtype")
-    to_out, out = _to_dense(op, q, gain_q, q)
+    to_out, out = _to_dense(op, q, weight_q, q)
     k_cache, v_cache = (*_cache(op, k_cache, head_dim), k_scale), (*_cache(op, v_cache, head_dim), v_scale)
-    to_k = launch_args.rows(op, "k", k), launch_args.vector(op, "gain_k", gain_k, q), True, launch_args.NO_ROWS, k_cache
+    to_k = (
+        launch_args.rows(op, "k", k),
+        launch_args.vector(op, "weight_k", weight_k, q),
+        True,
+        launch_args.NO_ROWS,
+        k_cache,
+    )
     to_v = launch_args.rows(op, "v", v), launch_args.NO_VECTOR, False, launch_args.NO_ROWS, v_cache
     _norm_rope(op, q, head_dim, eps, (to_out, to_k, to_v), angles, ring)
     return out.unflatten(-1, (-1, head_dim))
@@ -136,7 +142,7 @@ def norm_rope_append(
 def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, operands, angles, ring) -> None:
     csrc.norm_rope(
         op=op,
-        dtype=launch_args.code(op, "x", x),
+        dtype=launch_args.dtype_code(op, "x", x),
         shape=launch_args.shape(op, x),
         head_dim=head_dim,
         eps=eps,
@@ -147,10 +153,10 @@ def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, operands, angles, 
     )
 
 
-def _to_dense(op: str, x: Tensor, gain: Tensor, like: Tensor):
+def _to_dense(op: str, x: Tensor, weight: Tensor, like: Tensor):
     """The normed and rotated rows of x as a new tensor: what the launcher takes, and that tensor."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    vector = launch_args.vector(op, "gain", gain, like)
+    vector = launch_args.vector(op, "weight", weight, like)
     return (launch_args.rows(op, "x", x), vector, True, launch_args.rows(op, "out", out), NO_CACHE), out
 
 
@@ -173,7 +179,7 @@ def _cache(op: str, cache: Tensor, head_dim: int):
             f"{op}: cache {list(cache.shape)} with strides {list(cache.stride())} must have contiguous heads of "
             f"{head_dim} channels, and tokens at multiples of {step} bytes"
         )
-    return cache.data_ptr(), launch_args.code(op, "cache", cache), *cache.stride()[:3]
+    return cache.data_ptr(), launch_args.dtype_code(op, "cache", cache), *cache.stride()[:3]
 
 
 # ---- modulate -------------------------------------------------------------------------------------------------------
@@ -192,10 +198,10 @@ def residual_modulate(x, y, gate, shift, scale, eps, fp8=False) -> tuple[Tensor,
 
 
 def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | RowwiseFP8:
-    op, rows = "gelu_bias", launch_args.flat(x)
+    op, rows = "gelu_bias", launch_args.as_3d(x)
     result, out, row_scale = _result(op, x, fp8)
     csrc.gelu_bias(
-        dtype=launch_args.code(op, "x", x),
+        dtype=launch_args.dtype_code(op, "x", x),
         shape=launch_args.shape(op, rows),
         x=launch_args.rows(op, "x", rows),
         out=out,
@@ -214,7 +220,7 @@ def _modulate(op: str, x: Tensor, y: Tensor | None, gate, shift, scale, eps: flo
         raise ValueError(f"{op}: y of {y.dtype} must be of x's dtype, {x.dtype}")
     csrc.modulate(
         op=op,
-        dtype=launch_args.code(op, "x", x),
+        dtype=launch_args.dtype_code(op, "x", x),
         shape=launch_args.shape(op, x),
         x=launch_args.rows(op, "x", x),
         y=launch_args.rows(op, "y", y),
@@ -234,13 +240,13 @@ def _result(op: str, x: Tensor, fp8: bool):
     """A new tensor like x, or a new `RowwiseFP8`; its rows; the address of its scales."""
     if not fp8:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return out, launch_args.rows(op, "out", launch_args.flat(out)), 0
+        return out, launch_args.rows(op, "out", launch_args.as_3d(out)), 0
     _check_e4m3(op, x)
     out = RowwiseFP8(
         torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
         torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device),
     )
-    return out, launch_args.rows(op, "out", launch_args.flat(out.values)), out.scale.data_ptr()
+    return out, launch_args.rows(op, "out", launch_args.as_3d(out.values)), out.scale.data_ptr()
 
 
 # ---- epilogue -------------------------------------------------------------------------------------------------------
@@ -260,12 +266,12 @@ def epilogue(
 ) -> Epilogue:
     op, (batch, frames, channels, height, width) = "epilogue", x.shape
     tokens, outputs = hidden.shape[1] // frames, final.weight.shape[0]
-    launch_args.check_plain(op, "weight", final.weight, hidden.dtype, step=16)
+    launch_args.check_contiguous(op, "weight", final.weight, hidden.dtype, step=16)
     sigma, next_sigma = sigma.contiguous(), next_sigma.contiguous()  # the engine gives one number a row, expanded
     for name, s in (("sigma", sigma), ("next_sigma", next_sigma)):
-        launch_args.check_plain(op, name, s, torch.float32)
+        launch_args.check_contiguous(op, name, s, torch.float32)
     for name, r in zip(rule._fields, rule):
-        launch_args.check_plain(op, name, r, torch.float32 if name == "threshold" else torch.int32)
+        launch_args.check_contiguous(op, name, r, torch.float32 if name == "threshold" else torch.int32)
     if noise.dtype != x.dtype:
         raise ValueError(f"{op}: noise of {noise.dtype} must be of x's dtype, {x.dtype}")
     x0, after = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
@@ -274,7 +280,7 @@ def epilogue(
     size = csrc.epilogue_workspace(batch=batch, frames=frames, tokens=tokens, channels=hidden.shape[2], units=units)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     csrc.epilogue(
-        dtype=launch_args.code(op, "hidden", hidden),
+        dtype=launch_args.dtype_code(op, "hidden", hidden),
         shape=(batch, frames, tokens, hidden.shape[2], outputs),
         hidden=launch_args.rows(op, "hidden", hidden),
         shift=launch_args.per_frame(op, "shift", final.shift, hidden),
@@ -282,7 +288,7 @@ def epilogue(
         weight=final.weight.data_ptr(),
         bias=launch_args.vector(op, "bias", final.bias, hidden),
         eps=eps,
-        latents=(launch_args.code(op, "x", x), channels, height, width, round((outputs / channels) ** 0.5)),
+        latents=(launch_args.dtype_code(op, "x", x), channels, height, width, round((outputs / channels) ** 0.5)),
         x=_latents(op, "x", x),
         noise=_latents(op, "noise", noise),
         x0=_latents(op, "x0", x0),
@@ -302,16 +308,21 @@ def _head(op: str, head: HeadWeights | None, time: Tensor, hidden: Tensor):
     if head is None:
         return NO_HEAD
     for name, x in zip(head._fields, head):
-        launch_args.check_plain(op, name, x, head.weight1.dtype, step=16 if name == "weight1" else 1)
+        launch_args.check_contiguous(op, name, x, head.weight1.dtype, step=16 if name == "weight1" else 1)
     time_of = (
         time.data_ptr(),
-        launch_args.code(op, "time", time),
+        launch_args.dtype_code(op, "time", time),
         *launch_args.strides(time),
         hidden.shape[1] // time.shape[1],
     )
     if time.stride(2) != 1:
         raise ValueError(f"{op}: time with strides {time.stride()} must have contiguous channels")
-    return launch_args.code(op, "weight1", head.weight1), head.weight1.shape[0], *(w.data_ptr() for w in head), time_of
+    return (
+        launch_args.dtype_code(op, "weight1", head.weight1),
+        head.weight1.shape[0],
+        *(w.data_ptr() for w in head),
+        time_of,
+    )
 
 
 def _latents(op: str, name: str, x: Tensor):
@@ -330,8 +341,8 @@ def attention(
     dtype, k_scale, v_scale = torch.bfloat16, 0, 0
     if scales is not None:
         dtype, k_scale, v_scale = E4M3, scales.k.data_ptr(), scales.v.data_ptr()
-        launch_args.check_plain(op, "scales.k", scales.k, torch.float32)
-        launch_args.check_plain(op, "scales.v", scales.v, torch.float32)
+        launch_args.check_contiguous(op, "scales.k", scales.k, torch.float32)
+        launch_args.check_contiguous(op, "scales.v", scales.v, torch.float32)
     head_dims = ATTENTION_HEAD_DIMS[dtype]
     if head_dim not in head_dims:
         nearest = min(head_dims, key=lambda d: abs(d - head_dim))
@@ -339,12 +350,12 @@ def attention(
             f"{op}: head dim {head_dim} with a cache of {k_cache.dtype} must be one of "
             f"{', '.join(map(str, head_dims))}; nearest is {nearest}"
         )
-    launch_args.check_plain(op, "q", q, torch.bfloat16, step=16)
-    launch_args.check_plain(op, "k_cache", k_cache, dtype, step=16)
-    launch_args.check_plain(op, "v_cache", v_cache, dtype, step=16)
+    launch_args.check_contiguous(op, "q", q, torch.bfloat16, step=16)
+    launch_args.check_contiguous(op, "k_cache", k_cache, dtype, step=16)
+    launch_args.check_contiguous(op, "v_cache", v_cache, dtype, step=16)
     slot, keys = slot.long().contiguous(), keys.long().contiguous()
     out = torch.empty_like(q)
-    blocks = csrc.attention_blocks(multiprocessors=_multiprocessors(q))
+    blocks = csrc.attention_blocks(sms=_sm_count(q))
     size = csrc.attention_workspace(batch=batch, tokens=tokens, heads=heads, head_dim=head_dim, blocks=blocks)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     csrc.attention(
@@ -379,7 +390,7 @@ def _stream(op: str, x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
-def _multiprocessors(x: Tensor) -> int:
+def _sm_count(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 

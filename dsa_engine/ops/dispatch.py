@@ -1,12 +1,11 @@
 """Which implementation of each op runs, and why. `DSA_BACKEND` is the only run-time switch.
 
-On a CPU, and wherever a gradient is wanted, every op is plain torch. On a CUDA device `auto` takes what a measurement
-on that compute capability has found fastest (`MEASURED`) and, where nothing was measured, the portable Triton kernels:
-a kernel that nobody has timed is no default over one that runs everywhere. But attention on a Hopper: there
-torch's own takes cuDNN's, which beats Triton's, so it is the first of csrc's, flash-attn 3's and cuDNN's that has
-passed `ops/smoke.py` on the device, else Triton's. Another value of `DSA_BACKEND` asks for one implementation: of all
-ops and tensors that it has a kernel for, the others staying as in `auto`. Each backend says what it has
-(`ops/support.py`); what plain torch must do because no kernel takes it is logged, once.
+On a CPU, and wherever a gradient is needed, every op is plain torch. On a CUDA device `auto` takes the backend that was
+measured fastest on that compute capability (`MEASURED`) and otherwise the portable Triton kernels: an unmeasured kernel
+is no default. The exception is attention on Hopper, where cuDNN is known to beat Triton: there it is the first of csrc,
+flash-attn 3 and cuDNN that has passed `ops/smoke.py` on the device, else Triton. Any other value of `DSA_BACKEND`
+requests one backend for all ops and tensors that it supports; the rest stays as in `auto`. Each backend declares what
+it supports (`ops/support.py`). A call that falls back to plain torch because no kernel supports it is logged once.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ from dsa_engine.ops.support import E4M3, Call, Kind, Limits, Reason
 
 logger = logging.getLogger(__name__)
 
-STEMS = {
+OP_GROUPS = {
     "norm_rope": ("rms_norm", "norm_rope", "norm_rope_append"),
     "attention": ("attention", "cross_attention"),
     "modulate": ("modulate", "gate_residual", "residual_modulate", "gelu_bias", "linear_gelu"),
     "pooling": ("pool_frames",),
     "epilogue": ("velocity_to_x0", "renoise", "epilogue"),
-    "fp8_linear": ("quantise", "fp8_linear"),
+    "fp8_linear": ("quantize", "fp8_linear"),
     "noise": ("gaussian",),
     "norm_silu": ("norm_silu", "bias_residual"),
 }
-STEM_OF = {op: stem for stem, ops in STEMS.items() for op in ops}
+GROUP_OF = {op: stem for stem, ops in OP_GROUPS.items() for op in ops}
 KERNELS = ("triton", "cuda")
 BACKENDS = ("auto", "torch", *KERNELS, *external_attention.NAMES)
 
-# Fastest backend by compute capability and op, from `benchmarks/kernels.py` on such a device. None was measured yet.
+# Fastest backend by compute capability and op, from `benchmarks/kernels.py` on such a device. None measured yet.
 MEASURED: dict[tuple[int, int], dict[str, str]] = {}
 
-# What the Triton kernels take; their head dims are powers of two.
+# What the Triton kernels support; their head dims are powers of two.
 POWERS = Limits(head_dim=lambda dim, stored: dim & (dim - 1) == 0, head_dims="that are powers of two")
 TILES = Limits(head_dim=lambda dim, stored: dim in (16, 32, 64, 128), head_dims="16, 32, 64 and 128")
-TRITON = dict.fromkeys(STEM_OF, POWERS) | {
+TRITON = dict.fromkeys(GROUP_OF, POWERS) | {
     "attention": TILES,
     "cross_attention": TILES,
     "fp8_linear": Limits((E4M3,)),
@@ -54,40 +53,44 @@ TRITON = dict.fromkeys(STEM_OF, POWERS) | {
 }
 
 
-SMOKED = "right on this device by its smoke test; nothing was measured"
-PORTABLE = "portable; nothing was measured"
-
-
 class Choice(NamedTuple):
     backend: str
     why: str
 
 
-def choose(call: Call, wanted: str, supports: Callable[[str, Call], Reason | None]) -> Choice:
+class Candidate(NamedTuple):
+    """A backend that `auto` tries; smoke_test: only where its attention has passed `ops/smoke.py` on the device."""
+
+    backend: str
+    why: str
+    smoke_test: bool = False
+
+
+def choose(call: Call, requested: str, supports: Callable[[str, Call], Reason | None]) -> Choice:
     """The backend of a call for a value of `DSA_BACKEND`.
 
-    supports(backend, call): why a backend cannot run it here, None if it can. Raises ValueError for a value that does
-    not exist, RuntimeError for one that was asked for by name, has the op and cannot run it here at all.
+    supports(backend, call): why a backend cannot run it here, None if it can. Raises ValueError for an unknown value,
+    RuntimeError if the requested backend has the op but cannot run it here at all.
     """
-    if wanted not in BACKENDS:
-        raise ValueError(f"DSA_BACKEND={wanted!r}: must be one of {', '.join(BACKENDS)}")
+    if requested not in BACKENDS:
+        raise ValueError(f"DSA_BACKEND={requested!r}: must be one of {', '.join(BACKENDS)}")
     if call.capability is None:
         return Choice("torch", "the tensors are on a CPU")
-    if wanted != "auto":
-        reason = supports(wanted, call)
+    if requested != "auto":
+        reason = supports(requested, call)
         if reason is None:
-            return Choice(wanted, "asked for by DSA_BACKEND")
+            return Choice(requested, "asked for by DSA_BACKEND")
         if not reason.here:
-            raise RuntimeError(f"DSA_BACKEND={wanted}: {call.op} cannot run here: {reason.text}")
-        if reason.kind is Kind.CALL:  # an op that a backend simply does not have is nobody's mistake
-            logger.warning("DSA_BACKEND=%s does not run %s, the default does: %s", wanted, call, reason.text)
-    for backend, why in order(call):
+            raise RuntimeError(f"DSA_BACKEND={requested}: {call.op} cannot run here: {reason.text}")
+        if reason.kind is Kind.CALL:  # a backend that simply lacks the op is not worth a warning
+            logger.warning("DSA_BACKEND=%s does not run %s, the default does: %s", requested, call, reason.text)
+    for backend, why, smoke_test in candidates(call):
         reason = supports(backend, call)
-        if reason is None and why == SMOKED:
-            found = smoke.verdict(backend, call.index)
-            if found is None:
+        if reason is None and smoke_test:
+            verdict = smoke.verdict(backend, call.index)
+            if verdict is None:
                 logger.warning("%s is first called in a stream capture: no smoke test now, so not %s", call, backend)
-            if found is None or not found.passed:
+            if verdict is None or not verdict.passed:
                 continue
         if reason is None:
             return Choice(backend, why)
@@ -96,14 +99,19 @@ def choose(call: Call, wanted: str, supports: Callable[[str, Call], Reason | Non
     return Choice("torch", reason.text)
 
 
-def order(call: Call) -> list[tuple[str, str]]:
-    """The backends that `auto` tries for a call on a CUDA device, first to last, each with why; after them torch."""
+def candidates(call: Call) -> list[Candidate]:
+    """The backends that `auto` tries for a call on a CUDA device, in order; plain torch is the last resort."""
     fastest = MEASURED.get(call.capability, {}).get(call.op)
     if fastest is None:
         hopper = (call.op, call.capability) == ("attention", (9, 0)) and smoke.covers(call)
-        return [*((backend, SMOKED) for backend in ("cuda", "flash3", "cudnn") if hopper), ("triton", PORTABLE)]
+        passed = "right on this device by its smoke test; nothing was measured"
+        tested = [Candidate(backend, passed, True) for backend in ("cuda", "flash3", "cudnn") if hopper]
+        return [*tested, Candidate("triton", "portable; nothing was measured")]
     measured = f"fastest when measured on compute capability {call.capability[0]}.{call.capability[1]}"
-    return [(fastest, measured), ("triton", f"portable; {fastest}, {measured}, does not run this")]
+    return [
+        Candidate(fastest, measured),
+        Candidate("triton", f"portable; {fastest}, {measured}, does not run this"),
+    ]
 
 
 def supports(backend: str, call: Call) -> Reason | None:
@@ -129,12 +137,12 @@ def supports(backend: str, call: Call) -> Reason | None:
 
 def _module(backend: str, op: str):
     return importlib.import_module(
-        "dsa_engine.ops.cuda_backend" if backend == "cuda" else f"dsa_engine.triton_kernels.{STEM_OF[op]}"
+        "dsa_engine.ops.cuda_backend" if backend == "cuda" else f"dsa_engine.triton_kernels.{GROUP_OF[op]}"
     )
 
 
 def choice(op: str, device: str = "cuda") -> Choice:
-    """What this process runs for an op on a kind of device, "cpu" or "cuda" (the current one), whatever its tensors."""
+    """What this process runs for an op on "cpu" or the current "cuda" device, whatever its tensors."""
     if device != "cuda":
         return _choice(Call(op, None))
     return _choice(Call(op, torch.cuda.get_device_capability(), index=torch.cuda.current_device()))
@@ -150,15 +158,12 @@ def _function(op: str, dtype: torch.dtype, head_dim: int | None, stored: torch.d
     backend = _choice(Call(op, torch.cuda.get_device_capability(index), dtype, head_dim, stored, index)).backend
     if backend == "torch":
         return getattr(reference, op)
-    return (
-        getattr(external_attention, backend)
-        if backend in external_attention.NAMES
-        else getattr(_module(backend, op), op)
-    )
+    module = external_attention if backend in external_attention.NAMES else _module(backend, op)
+    return getattr(module, backend if module is external_attention else op)
 
 
-def implementation(op: str, x: Tensor, head_dim: int | None = None, stored: torch.dtype | None = None) -> Callable:
-    """The function that runs an op for a call on x; decided once a process for CUDA tensors of a kind (`Call`)."""
+def resolve(op: str, x: Tensor, head_dim: int | None = None, stored: torch.dtype | None = None) -> Callable:
+    """The function that runs an op for a call on x; cached per process for each kind of CUDA call (`Call`)."""
     device = x.device
     if device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
         return getattr(reference, op)

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from dsa_engine.kernel_types import Epilogue, FinalLayer, HeadWeights, StopRule
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 
 
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
@@ -15,12 +15,12 @@ def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
 
     x, velocity [B, F, C, H, W]; sigma [B, F].
     """
-    return implementation("velocity_to_x0", velocity)(x, velocity, sigma)
+    return resolve("velocity_to_x0", velocity)(x, velocity, sigma)
 
 
 def renoise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) x0 + sigma noise: the input of the next step. x0, noise [B, F, C, H, W]; sigma [B, F]."""
-    return implementation("renoise", x0)(x0, noise, sigma)
+    return resolve("renoise", x0)(x0, noise, sigma)
 
 
 def epilogue(
@@ -40,7 +40,7 @@ def epilogue(
         v = unpatchify(modulate(hidden, final.shift, final.scale) final.weight^T + final.bias)
         x0 = x - sigma v                                            rounded to x's dtype
         c = sigmoid(MLP([mean_s h, std_s h, time])), h = LayerNorm(hidden)            per frame
-        stop = step >= most or (step >= least and reduce_f(c) >= threshold)             per row
+        stop = step >= max_steps or (step >= min_steps and reduce_f(c) >= threshold)             per row
         next x = (1 - next_sigma) x0 + next_sigma noise
 
     hidden [B, T, C]: tokens of the last block, T = F * S; time [B, F, C]: timestep embedding; x, noise [B, F, c, H, W];
@@ -62,4 +62,4 @@ def epilogue(
             f"{list(next_sigma.shape)} must be {list(x.shape)}, {[batch, frames, hidden.shape[2]]} and twice "
             f"{[batch, frames]}"
         )
-    return implementation("epilogue", hidden)(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps)
+    return resolve("epilogue", hidden)(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps)

@@ -22,7 +22,7 @@ from dsa_engine.ops.support import HALVES, Call, Kind, Limits, Reason
 
 MODULES = {"cudnn": "torch", "flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 NAMES = tuple(MODULES)
-FROM = {"cudnn": 8, "flash2": 8, "flash3": 9, "flash4": 9}  # the least compute capability
+MIN_CAPABILITY = {"cudnn": 8, "flash2": 8, "flash3": 9, "flash4": 9}  # major compute capability
 
 
 def _small(dim: int, stored: torch.dtype | None) -> bool:
@@ -39,8 +39,8 @@ def supports(name: str, call: Call) -> Reason | None:
     package = MODULES[name].partition(".")[0]
     if importlib.util.find_spec(package) is None or importlib.util.find_spec(MODULES[name]) is None:
         return Reason(Kind.NOT_INSTALLED, f"{MODULES[name]} is not installed")
-    if call.capability[0] < FROM[name]:
-        return Reason(Kind.DEVICE, f"{name} needs compute capability {FROM[name]}.0")
+    if call.capability[0] < MIN_CAPABILITY[name]:
+        return Reason(Kind.DEVICE, f"{name} needs compute capability {MIN_CAPABILITY[name]}.0")
     return LIMITS.refuse(name, call)
 
 

@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 
 from dsa_engine.kernel_types import RowwiseFP8
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 from dsa_engine.ops.support import E4M3
 
 
-def quantise(x: Tensor) -> RowwiseFP8:
+def quantize(x: Tensor) -> RowwiseFP8:
     """x [..., C] -> `RowwiseFP8`: scale = max|row| / 448 (1 where that is 0), values = x / scale to nearest even."""
-    return implementation("quantise", x, stored=E4M3)(x)
+    return resolve("quantize", x, stored=E4M3)(x)
 
 
 def fp8_linear(x: Tensor | RowwiseFP8, weight: RowwiseFP8, bias: Tensor | None = None, dtype=torch.bfloat16) -> Tensor:
     """x weight^T + bias, products in e4m3 and sums in float32.
 
-    x: [..., K], or as a producer has quantised it (`modulate`, `residual_modulate`, `gelu_bias` with fp8=True);
-    weight: [N, K], one scale an output channel, quantised at load; bias [N]. Returns [..., N] in `dtype`.
+    x: [..., K], or as a producer has quantized it (`modulate`, `residual_modulate`, `gelu_bias` with fp8=True);
+    weight: [N, K], one scale an output channel, quantized at load; bias [N]. Returns [..., N] in `dtype`.
     """
-    x = x if isinstance(x, RowwiseFP8) else quantise(x)
+    x = x if isinstance(x, RowwiseFP8) else quantize(x)
     if weight.values.ndim != 2 or x.values.shape[-1] != weight.values.shape[1]:
         raise ValueError(
             f"fp8_linear: x {list(x.values.shape)} and weight {list(weight.values.shape)} must be [..., K] and [N, K]"
         )
-    return implementation("fp8_linear", x.values)(x, weight, bias, dtype)
+    return resolve("fp8_linear", x.values)(x, weight, bias, dtype)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "float8_e4m3fn": 3}
-MOST_CHANNELS = 16384
+MAX_CHANNELS = 16384
 NO_ROWS, NO_FRAMES, NO_VECTOR = (0, 0, 0), (0, 0, 0, 0, 1), (0, 0)
 
 
-def code(op: str, name: str, x: Tensor) -> int:
+def dtype_code(op: str, name: str, x: Tensor) -> int:
     kind = str(x.dtype).removeprefix("torch.")
     if kind not in DTYPES:
         raise ValueError(f"{op}: {name} of {x.dtype} must be of one of {', '.join(DTYPES)}")
@@ -22,10 +22,10 @@ def code(op: str, name: str, x: Tensor) -> int:
 
 def shape(op: str, x: Tensor) -> tuple[int, int, int]:
     channels = x.shape[2]
-    if channels % 8 or not 8 <= channels <= MOST_CHANNELS:
-        nearest = min(max(1, round(channels / 8)), MOST_CHANNELS // 8) * 8
+    if channels % 8 or not 8 <= channels <= MAX_CHANNELS:
+        nearest = min(max(1, round(channels / 8)), MAX_CHANNELS // 8) * 8
         raise ValueError(
-            f"{op}: C = {channels} must be a multiple of 8 and at most {MOST_CHANNELS}; nearest is {nearest}"
+            f"{op}: C = {channels} must be a multiple of 8 and at most {MAX_CHANNELS}; nearest is {nearest}"
         )
     return tuple(x.shape)
 
@@ -36,7 +36,7 @@ def strides(x: Tensor) -> tuple[int, int]:
     return first, second
 
 
-def flat(x: Tensor) -> Tensor:
+def as_3d(x: Tensor) -> Tensor:
     """[..., C] as [B, T, C]."""
     return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
 
@@ -61,13 +61,13 @@ def per_frame(op: str, name: str, m: Tensor | None, x: Tensor):
         return NO_FRAMES
     check_parameter(op, name, m, x)
     address, batch, frame = rows(op, name, m)
-    return address, code(op, name, m), batch, frame, x.shape[1] // m.shape[1]
+    return address, dtype_code(op, name, m), batch, frame, x.shape[1] // m.shape[1]
 
 
 def vector(op: str, name: str, v: Tensor, x: Tensor):
     """[C], float32 or of x's dtype."""
     check_parameter(op, name, v, x)
-    return rows(op, name, v[None, None])[0], code(op, name, v)
+    return rows(op, name, v[None, None])[0], dtype_code(op, name, v)
 
 
 def check_parameter(op: str, name: str, p: Tensor, x: Tensor) -> None:
@@ -75,7 +75,7 @@ def check_parameter(op: str, name: str, p: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} of {p.dtype} must be float32 or {x.dtype}, as the activations")
 
 
-def check_plain(op: str, name: str, x: Tensor, dtype: torch.dtype, step: int = 1) -> None:
+def check_contiguous(op: str, name: str, x: Tensor, dtype: torch.dtype, step: int = 1) -> None:
     if x.dtype != dtype or not x.is_contiguous() or x.data_ptr() % step:
         raise ValueError(
             f"{op}: {name} of {x.dtype} with strides {list(x.stride())}, {x.data_ptr() % step} bytes off: must be "

@@ -9,20 +9,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsa_engine.kernel_types import RowwiseFP8
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 from dsa_engine.ops.support import E4M3
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = False) -> Tensor | RowwiseFP8:
     """LayerNorm(x) * (1 + scale) + shift, no affine. x [B, T, C] -> [B, T, C] in x's dtype; fp8: as `RowwiseFP8`."""
     _check("modulate", x, shift, scale)
-    return implementation("modulate", x, stored=E4M3 if fp8 else None)(x, shift, scale, eps, fp8)
+    return resolve("modulate", x, stored=E4M3 if fp8 else None)(x, shift, scale, eps, fp8)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y. x, y [B, T, C]."""
     _check("gate_residual", x, gate, like=y)
-    return implementation("gate_residual", x)(x, y, gate)
+    return resolve("gate_residual", x)(x, y, gate)
 
 
 def residual_modulate(
@@ -34,7 +34,7 @@ def residual_modulate(
     dtype; fp8: that one as `RowwiseFP8`.
     """
     _check("residual_modulate", x, shift, scale, *([] if gate is None else [gate]), like=y)
-    return implementation("residual_modulate", x, stored=E4M3 if fp8 else None)(x, y, gate, shift, scale, eps, fp8)
+    return resolve("residual_modulate", x, stored=E4M3 if fp8 else None)(x, y, gate, shift, scale, eps, fp8)
 
 
 def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | RowwiseFP8:
@@ -42,7 +42,7 @@ def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False) -> Tensor | RowwiseFP8
     `RowwiseFP8`."""
     if bias.shape != x.shape[-1:]:
         raise ValueError(f"gelu_bias: bias {list(bias.shape)} must be [{x.shape[-1]}], the last dim of x")
-    return implementation("gelu_bias", x, stored=E4M3 if fp8 else None)(x, bias, fp8)
+    return resolve("gelu_bias", x, stored=E4M3 if fp8 else None)(x, bias, fp8)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             f"linear_gelu: x {list(x.shape)}, weight {list(weight.shape)} and bias {list(bias.shape)} must be "
             "[..., K], [N, K] and [N]"
         )
-    return implementation("linear_gelu", x)(x, weight, bias)
+    return resolve("linear_gelu", x)(x, weight, bias)
 
 
 def _check(op: str, x: Tensor, *per_frame: Tensor, like: Tensor | None = None) -> None:

@@ -6,7 +6,7 @@ from math import prod
 
 from torch import Tensor
 
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 
 
 def gaussian(seed: Tensor, chunk: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -26,4 +26,4 @@ def gaussian(seed: Tensor, chunk: Tensor, step: Tensor, shape: tuple[int, ...]) 
             f"gaussian: seed {list(seed.shape)}, chunk {list(chunk.shape)}, step {list(step.shape)} must be [B] alike, "
             f"and shape {list(shape)} must not be empty"
         )
-    return implementation("gaussian", seed)(seed, chunk, step, shape)
+    return resolve("gaussian", seed)(seed, chunk, step, shape)

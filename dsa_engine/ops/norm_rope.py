@@ -6,31 +6,31 @@ from torch import Tensor
 
 from dsa_engine.kernel_types import CacheScales
 from dsa_engine.ops.attention import check_scales
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over the last dim, in float32. x [..., C], gain [C]."""
-    return implementation("rms_norm", x)(x, gain, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32. x [..., C], weight [C]."""
+    return resolve("rms_norm", x)(x, weight, eps)
 
 
 def norm_rope(
-    q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over the full width (before the head split, as Wan does), then RoPE of each neighbouring pair.
 
-    q, k: [B, T, C]; gain_q, gain_k: [C]; cos, sin: [B, T, D/2] float32 (`models.rope.rope_table`).
+    q, k: [B, T, C]; weight_q, weight_k: [C]; cos, sin: [B, T, D/2] float32 (`models.rope.rope_table`).
     Returns q, k: [B, T, H, D] in their dtype, H = C / D.
     """
-    return implementation("norm_rope", q, 2 * cos.shape[-1])(q, k, gain_q, gain_k, cos, sin, eps)
+    return resolve("norm_rope", q, 2 * cos.shape[-1])(q, k, weight_q, weight_k, cos, sin, eps)
 
 
 def norm_rope_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gain_q: Tensor,
-    gain_k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
     cos: Tensor,
     sin: Tensor,
     eps: float,
@@ -53,6 +53,6 @@ def norm_rope_append(
             f"with F = {write.shape[1]} frames of S = {k_cache.shape[2]} tokens"
         )
     check_scales("norm_rope_append", k_cache, scales)
-    return implementation("norm_rope_append", q, k_cache.shape[-1], k_cache.dtype)(
-        q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales
+    return resolve("norm_rope_append", q, k_cache.shape[-1], k_cache.dtype)(
+        q, k, v, weight_q, weight_k, cos, sin, eps, k_cache, v_cache, slot, write, scales
     )

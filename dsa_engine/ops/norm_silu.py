@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 
 
 def norm_silu(
-    x: Tensor, gain: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, weight: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """`z = (x + bias) * sqrt(C) / max(||x + bias||, 1e-12) * gain` over the last dim; z * sigmoid(z), or z if not silu.
+    """`z = (x + bias) * sqrt(C) / max(||x + bias||, 1e-12) * weight` over the last dim; z * sigmoid(z), or z if not silu.
 
-    x [B, ..., C], gain and bias [C] -> x's shape and dtype. out: where to write it, returned: a tensor like x whose
+    x [B, ..., C], weight and bias [C] -> x's shape and dtype. out: where to write it, returned: a tensor like x whose
     rows of the batch may lie apart, as they do in a part of longer clips.
     """
-    _check("norm_silu", x, gain, *([] if bias is None else [bias]))
+    _check("norm_silu", x, weight, *([] if bias is None else [bias]))
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
         raise ValueError(f"norm_silu: out {list(out.shape)} of {out.dtype} must be {list(x.shape)} of {x.dtype}, as x")
-    return implementation("norm_silu", x)(x, gain, silu, bias, out)
+    return resolve("norm_silu", x)(x, weight, silu, bias, out)
 
 
 def bias_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def bias_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     _check("bias_residual", x, bias)
     if x.shape != y.shape:
         raise ValueError(f"bias_residual: x {list(x.shape)} and y {list(y.shape)} must be alike")
-    return implementation("bias_residual", x)(x, y, bias)
+    return resolve("bias_residual", x)(x, y, bias)
 
 
 def _check(op: str, x: Tensor, *vectors: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsa_engine.ops.dispatch import implementation
+from dsa_engine.ops.dispatch import resolve
 
 
 def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
@@ -14,4 +14,4 @@ def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     """
     if hidden.ndim != 3 or frames < 1 or hidden.shape[1] % frames:
         raise ValueError(f"pool_frames: hidden {list(hidden.shape)} must be [B, F * S, C] with F = {frames}")
-    return implementation("pool_frames", hidden)(hidden, frames, eps)
+    return resolve("pool_frames", hidden)(hidden, frames, eps)

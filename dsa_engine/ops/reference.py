@@ -1,4 +1,4 @@
-"""Every op in plain torch with float32 inside: the CPU path, and the oracle that the kernels are tested against.
+"""Every op in plain torch with float32 inside: the CPU path, and the oracle of the kernels' tests.
 
 Letters: B rows, F frames, S tokens a frame, T = F * S tokens, H heads, D head dim, C channels, W cache frames,
 N cache slots. Formulas and contracts stand in the public functions of `ops/`.
@@ -15,34 +15,33 @@ from torch import Tensor
 
 from dsa_engine.kernel_types import Epilogue, HeadWeights, RowwiseFP8, StopRule
 
-E4M3_MAX = 448.0  # the largest number of e4m3
-FEW_KEYS = 512  # up to here two plain products and their backward beat the fused kernel's in training on a CPU
+E4M3_MAX = 448.0  # the largest value of e4m3
+FEW_KEYS = 512  # up to here two plain matmuls and their backward beat the fused kernel in training on a CPU
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return (F.rms_norm(x.float(), (x.shape[-1],), eps=eps) * gain.float()).to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (F.rms_norm(x.float(), (x.shape[-1],), eps=eps) * weight.float()).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, T, H, D], cos and sin [B, T, D/2]: each neighbouring pair (a, b) turns by its angle."""
     cos, sin = cos[:, :, None], sin[:, :, None]
-    if not torch.is_grad_enabled():  # a third of the time, but torch.compile knows no complex numbers
+    if not torch.is_grad_enabled():  # a third of the time, but torch.compile has no complex numbers
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-def norm_rope(q: Tensor, k: Tensor, gain_q: Tensor, gain_k: Tensor, cos: Tensor, sin: Tensor, eps: float):
-    """RMSNorm over the full width, then RoPE. q, k [B, T, C] -> [B, T, H, D], D = 2 * cos.shape[-1]."""
+def norm_rope(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float):
     heads = (-1, 2 * cos.shape[-1])
-    q = rotate(rms_norm(q, gain_q, eps).unflatten(-1, heads), cos, sin)
-    k = rotate(rms_norm(k, gain_k, eps).unflatten(-1, heads), cos, sin)
+    q = rotate(rms_norm(q, weight_q, eps).unflatten(-1, heads), cos, sin)
+    k = rotate(rms_norm(k, weight_k, eps).unflatten(-1, heads), cos, sin)
     return q, k
 
 
-def norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, eps, k_cache, v_cache, slot, write, scales=None) -> Tensor:
-    q, k = norm_rope(q, k, gain_q, gain_k, cos, sin, eps)
+def norm_rope_append(q, k, v, weight_q, weight_k, cos, sin, eps, k_cache, v_cache, slot, write, scales=None) -> Tensor:
+    q, k = norm_rope(q, k, weight_q, weight_k, cos, sin, eps)
     v = v.reshape(k.shape)
     if scales is not None:
         k = to_e4m3(k.float() / scales.k[slot][:, None, :, None])
@@ -58,7 +57,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if torch.is_grad_enabled() and q.device.type == "cpu" and k.shape[2] <= FEW_KEYS:
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
-        scores = scores.float() if bias is None else scores.float() + bias  # autocast makes the product bfloat16
+        scores = scores.float() if bias is None else scores.float() + bias  # autocast makes the matmul bfloat16
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
@@ -76,15 +75,15 @@ def cross_attention(
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales=None) -> Tensor:
-    if q.device.type == "cpu":  # here runs are read where they lie, and only the valid frames are touched
+    if q.device.type == "cpu":  # runs are read in place, only valid frames are touched
         return torch.cat(
             [
                 _attend_row(q[b : b + 1], k_cache, v_cache, s, runs, scales)
                 for b, (s, runs) in enumerate(zip(slot.tolist(), keys.tolist()))
             ]
         )
-    # On an accelerator reading them would stop the stream, so every frame is loaded and the invalid ones masked.
-    # Their keys and values are replaced as well: NaN - inf and 0 * NaN are NaN.
+    # Reading `keys` would synchronize a GPU, so every frame is loaded and invalid ones are masked. Their keys and
+    # values are replaced as well: NaN - inf and 0 * NaN are NaN.
     window, tokens = k_cache.shape[1:3]
     frame = torch.arange(window, device=q.device)[:, None]
     valid = ((keys[:, None, :, 0] <= frame) & (frame < keys[:, None, :, 1])).any(-1)
@@ -115,11 +114,11 @@ def _scaled(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm_silu(
-    x: Tensor, gain: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, weight: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     y = x.float() if bias is None else x.float() + bias.float()
     y = y * (x.shape[-1] ** 0.5 / torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min(1e-12))
-    y = y * gain.float()  # a step at a time, since each keeps one more tensor of float32 alive
+    y = y * weight.float()  # one step at a time: each keeps one more float32 tensor alive
     y = F.silu(y) if silu else y
     return y.to(x.dtype) if out is None else out.copy_(y)
 
@@ -135,7 +134,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fp8: bool = Fa
     else:
         y = F.layer_norm(x.float(), (x.shape[-1],), eps=eps).unflatten(1, (shift.shape[1], -1))
         y = torch.addcmul(shift[:, :, None], y, scale[:, :, None]).flatten(1, 2)
-    return quantise(y) if fp8 else y.to(x.dtype)
+    return quantize(y) if fp8 else y.to(x.dtype)
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def residual_modulate(x, y, gate, shift, scale, eps, fp8=False):
 
 def gelu_bias(x: Tensor, bias: Tensor, fp8: bool = False):
     y = F.gelu(x.float() + bias.float(), approximate="tanh")
-    return quantise(y) if fp8 else y.to(x.dtype)
+    return quantize(y) if fp8 else y.to(x.dtype)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -163,11 +162,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """To nearest even, and to the largest number instead of NaN beyond it."""
+    """Round to nearest even; saturate at the largest value instead of NaN."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def quantise(x: Tensor) -> RowwiseFP8:
+def quantize(x: Tensor) -> RowwiseFP8:
     top = x.float().abs().amax(dim=-1, keepdim=True)
     scale = top / E4M3_MAX
     scale = torch.where(scale > 0, scale, 1.0)
@@ -180,7 +179,6 @@ def fp8_linear(x: RowwiseFP8, weight: RowwiseFP8, bias: Tensor | None, dtype: to
 
 
 def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
-    """Mean and deviation of the normalised tokens of each frame: hidden [B, T, C] -> [B, F, 2 C] float32."""
     y = F.layer_norm(hidden.float(), (hidden.shape[-1],), eps=eps).unflatten(1, (frames, -1))
     mean = y.mean(dim=2, keepdim=True)
     variance = (y - mean).square().mean(dim=2)
@@ -204,28 +202,28 @@ def unpatchify(patches: Tensor, like: Tensor) -> Tensor:
     return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(like.shape)
 
 
-def judge(features: Tensor, head: HeadWeights) -> Tensor:
+def confidence_mlp(features: Tensor, head: HeadWeights) -> Tensor:
     """The confidence head's MLP: features [B, F, 3 C] -> logits [B, F] float32."""
     hidden = F.silu(F.linear(features.to(head.weight1.dtype), head.weight1, head.bias1))
     return F.linear(hidden, head.weight2, head.bias2).squeeze(-1).float()
 
 
-def decide(confidence: Tensor, rule: StopRule) -> Tensor:
+def stop_flags(confidence: Tensor, rule: StopRule) -> Tensor:
     """Which rows stop after this step: [B] bool."""
-    least, mean, most = confidence.amin(1), confidence.mean(1), confidence.amax(1)
-    sure = torch.where(rule.reduce == 0, least, torch.where(rule.reduce == 1, mean, most)) >= rule.threshold
-    return (rule.step >= rule.most) | ((rule.step >= rule.least) & sure)
+    low, mean, high = confidence.amin(1), confidence.mean(1), confidence.amax(1)
+    confident = torch.where(rule.reduce == 0, low, torch.where(rule.reduce == 1, mean, high)) >= rule.threshold
+    return (rule.step >= rule.max_steps) | ((rule.step >= rule.min_steps) & confident)
 
 
 def epilogue(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps) -> Epilogue:
     tokens = modulate(hidden, final.shift, final.scale, eps)
     velocity = unpatchify(F.linear(tokens, final.weight, final.bias), x)
     x0 = velocity_to_x0(x, velocity, sigma)
-    confidence = x.new_full(x.shape[:2], float("nan"), dtype=torch.float32)  # which is never sure
+    confidence = x.new_full(x.shape[:2], float("nan"), dtype=torch.float32)  # never above a threshold
     if head is not None:
         features = torch.cat((pool_frames(hidden, time.shape[1], eps), time.float()), dim=-1)
-        confidence = judge(features, head).sigmoid()
-    state = torch.cat((confidence, decide(confidence, rule).float()[:, None]), dim=1)
+        confidence = confidence_mlp(features, head).sigmoid()
+    state = torch.cat((confidence, stop_flags(confidence, rule).float()[:, None]), dim=1)
     return Epilogue(x0, renoise(x0, noise, next_sigma), state)
 
 

@@ -1,10 +1,10 @@
-"""Whether a backend's attention is right on this very device, found out once and in a process of its own.
+"""Smoke test: is a backend's attention correct on this device? Run once, in a child process, and cached.
 
-What is faster than Triton's by design, but was never measured on the device at hand, becomes the default only where it
-has computed small hostile problems rightly, and only for calls like those. A kernel that hangs or breaks its CUDA
-context must not take this process along, so a child computes them, with a time limit, and its verdict is kept in
-`$XDG_CACHE_HOME/dsa_engine` (`~/.cache/dsa_engine`) for this backend, device, driver, torch and build of csrc. Delete
-the file to ask again. `python -m dsa_engine.ops.smoke BACKEND INDEX` is that child.
+A backend that should beat Triton but was not measured on this device becomes the default only after it has solved small
+adversarial problems correctly, and only for calls like those. A kernel that hangs or corrupts its CUDA context must not
+take this process down, so a child runs them with a time limit. The verdict is kept in `$XDG_CACHE_HOME/dsa_engine`
+(`~/.cache/dsa_engine`) per backend, device, driver, torch and csrc build; delete the file to test again.
+`python -m dsa_engine.ops.smoke BACKEND INDEX` is that child.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from dsa_engine.ops.support import Call
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 120.0  # for the child; most of it is the start of torch and CUDA on a busy machine
-TWICE, FLOOR = 2.0, 1e-4  # of plain torch's error in the same dtype
+TIMEOUT_S = 120.0  # for the child, mostly to start torch and CUDA on a busy machine
+ERROR_FACTOR, ERROR_FLOOR = 2.0, 1e-4  # of plain torch's error in the same dtype
 CASES = ((64, False), (128, False), (128, True))  # head dim, and whether the cache is e4m3; queries are bfloat16
-FP8 = 0.06  # with an e4m3 cache queries and probabilities are rounded to e4m3 too, which plain torch does not
+FP8_ERROR = 0.06  # with an e4m3 cache queries and probabilities are rounded to e4m3 too, which plain torch does not
 
 
 class Verdict(NamedTuple):
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 
 def covers(call: Call) -> bool:
-    """Whether a verdict says anything of a call: bfloat16 queries of the head dims of CASES."""
+    """Whether a verdict applies to a call: bfloat16 queries with a head dim of CASES."""
     return call.dtype in (None, torch.bfloat16) and call.head_dim in (None, *(dim for dim, _ in CASES))
 
 
@@ -58,16 +58,19 @@ def check(attention: Callable[..., Tensor], device: torch.device | str, cases=CA
         name = f"head dim {head_dim}, {'e4m3' if fp8 else 'bfloat16'}"
         if not torch.equal(first.view(torch.uint8), again.view(torch.uint8)):
             return f"{name} cache: not the same bits twice"
-        limit = FP8 if fp8 else TWICE * distance(reference.attention(*args), truth) + FLOOR
-        error = distance(first, truth)
+        limit = FP8_ERROR if fp8 else ERROR_FACTOR * relative_error(reference.attention(*args), truth) + ERROR_FLOOR
+        error = relative_error(first, truth)
         if not error <= limit:  # NaN is not
             return f"{name} cache: error {error:.3g} of the result's norm, allowed {limit:.3g}"
     return None
 
 
 def problem(device: torch.device | str, dim: int, fp8: bool) -> tuple[tuple, tuple[Tensor, Tensor]]:
-    """Arguments of `ops.attention`, and what its caches stand for in float32: four rows, two of one slot, over a
-    wrapped run, all frames, an empty run and none; NaN in whatever no row may read; no size a multiple of a tile."""
+    """Arguments of `ops.attention`, and its caches dequantized to float32.
+
+    Four rows, two of one slot: a wrapped run, all frames, an empty run, no keys. NaN wherever no row may read; no size
+    is a multiple of a tile.
+    """
     drawn = torch.Generator().manual_seed(0)
     slots, window, tokens, heads = 4, 5, 37, 2
     slot = [2, 2, 0, 3]
@@ -96,7 +99,7 @@ def problem(device: torch.device | str, dim: int, fp8: bool) -> tuple[tuple, tup
     return (*map(move, (q, k, v, slot, keys)), scales), tuple(map(move, exact))
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
@@ -114,7 +117,7 @@ def main() -> None:
 
 @cache
 def identity(backend: str, index: int) -> dict[str, str]:
-    """What a verdict holds for. A library's version is not in it but torch's, which brings cuDNN."""
+    """The key of a verdict. Of library versions it has only torch's, which brings cuDNN."""
     gpu, driver = torch.cuda.get_device_properties(index), Path("/proc/driver/nvidia/version")
     build = hashlib.sha256(Path(cuda_backend.csrc.__file__).read_bytes()).hexdigest()[:16] if backend == "cuda" else ""
     return {
@@ -127,7 +130,7 @@ def identity(backend: str, index: int) -> dict[str, str]:
     }
 
 
-def file_of(key: dict[str, str]) -> Path:
+def verdict_path(key: dict[str, str]) -> Path:
     """Where the verdict is kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -135,23 +138,23 @@ def file_of(key: dict[str, str]) -> Path:
 
 
 def verdict(backend: str, index: int) -> Verdict | None:
-    """Of a backend's attention on a CUDA device: kept, or found out now. None where none is kept and a stream is being
-    captured, in which no minute may be spent."""
+    """Verdict on a backend's attention on a CUDA device: cached, or determined now; None if it is not cached and a
+    stream is being captured, when no child may be waited for."""
     key = identity(backend, index)
-    kept = read(file_of(key))
+    kept = read(verdict_path(key))
     if kept is not None or torch.cuda.is_current_stream_capturing():
         return kept
-    logger.info("trying attention by %s on %s, once; at most %.0f s", backend, key["device"], SECONDS)
-    found = ask([sys.executable, "-m", "dsa_engine.ops.smoke", backend, str(index)], SECONDS)
+    logger.info("trying attention by %s on %s, once; at most %.0f s", backend, key["device"], TIMEOUT_S)
+    found = run_child([sys.executable, "-m", "dsa_engine.ops.smoke", backend, str(index)], TIMEOUT_S)
     if not found.passed:
         text = "attention by %s is not used on %s: %s (kept in %s)"
-        logger.warning(text, backend, key["device"], found.text, file_of(key))
-    write(file_of(key), key, found)
+        logger.warning(text, backend, key["device"], found.text, verdict_path(key))
+    write(verdict_path(key), key, found)
     return found
 
 
-def ask(command: Sequence[str], seconds: float) -> Verdict:
-    """Run the child, and end it where it does not end by itself."""
+def run_child(command: Sequence[str], seconds: float) -> Verdict:
+    """Run the child; kill it after the time limit."""
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         stdout, stderr = child.communicate(timeout=seconds)
@@ -182,7 +185,7 @@ def read(path: Path) -> Verdict | None:
 
 
 def write(path: Path, key: dict[str, str], found: Verdict) -> None:
-    """Whole or not at all, since other processes read it."""
+    """Atomic, since other processes read it."""
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def test_rowwise_outputs_are_judged_as_what_they_stand_for():
 def test_the_ops_without_a_kernel_are_those_that_have_none():
     missing = {
         op
-        for op, stem in dispatch.STEM_OF.items()
+        for op, stem in dispatch.GROUP_OF.items()
         if not hasattr(importlib.import_module(f"dsa_engine.triton_kernels.{stem}"), op)
     }
     assert missing == set(backends.LEFT_TO_CUBLAS)
@@ -72,7 +72,7 @@ def dispatching(monkeypatch, **others):
 def test_a_backend_that_was_not_asked_for_is_refused(monkeypatch):
     dispatching(monkeypatch)
     found = backends.refuse_others("auto")
-    assert found.keys() == dispatch.STEM_OF.keys()
+    assert found.keys() == dispatch.GROUP_OF.keys()
     assert found["attention"] == "triton" and found["linear_gelu"] == "torch"
     assert backends.refuse_others("triton") == found
     with pytest.raises(SystemExit, match="of rms_norm, asked for torch, got triton: the reason"):

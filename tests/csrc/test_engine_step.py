@@ -61,7 +61,7 @@ def through(monkeypatch):
             called.append(op)
             return getattr(module if op in ops else reference, op)
 
-        for stem in dispatch.STEMS:
+        for stem in dispatch.OP_GROUPS:
             monkeypatch.setattr(importlib.import_module(f"dsa_engine.ops.{stem}"), "implementation", implementation)
         return called
 

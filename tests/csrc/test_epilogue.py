@@ -25,8 +25,8 @@ SHAPES = [
 ]
 
 
-def rule_for(batch, step=2, least=1, most=4, reduce=1, threshold=0.5):
-    counts = (torch.full((batch,), n, dtype=torch.int32) for n in (step, least, most, reduce))
+def rule_for(batch, step=2, min_steps=1, max_steps=4, reduce=1, threshold=0.5):
+    counts = (torch.full((batch,), n, dtype=torch.int32) for n in (step, min_steps, max_steps, reduce))
     return StopRule(*counts, torch.full((batch,), threshold))
 
 
@@ -70,7 +70,7 @@ def test_latents_and_confidence(cuda_orders, shape):
     check_error("x0", ours.x0, plain.x0, exact.x0, FLOOR)
     check_error("x", ours.x, plain.x, exact.x, FLOOR)
     check_error("confidence", logits(ours.state), logits(plain.state), logits(exact.state), FLOOR)
-    assert torch.equal(ours.state[:, -1], reference.decide(ours.state[:, :-1], rule).float())
+    assert torch.equal(ours.state[:, -1], reference.stop_flags(ours.state[:, :-1], rule).float())
 
 
 def test_the_statistics_survive_a_large_common_part(cuda):
@@ -112,7 +112,7 @@ def test_views_of_a_batch_of_noise(cuda):
 
 
 def every_rule():
-    """One row for each way of reducing, side of the threshold, and place between least and most."""
+    """One row for each way of reducing, side of the threshold, and place between min_steps and max_steps."""
     places = [(1, 2, 4), (2, 2, 4), (4, 2, 4), (5, 2, 4), (1, 2, 1)]
     rows = list(itertools.product(places, range(3), (0.0, 0.4, 0.6, 1.0)))
     counts = torch.tensor([(*place, reduce) for place, reduce, _ in rows], dtype=torch.int32)
@@ -122,7 +122,7 @@ def every_rule():
 @pytest.mark.parametrize("head", [False, True])
 def test_every_rule_stops_whom_it_should(cuda_orders, head):
     """60 rows in one call. Three of them, one for each way of reducing, would stop for their confidence at a threshold
-    of 0, but one of their frames is NaN: they are never sure."""
+    of 0, but one of their frames is NaN: they are never confident."""
     rule = every_rule()
     batch = len(rule.step)
     args = inputs((torch.float32, torch.float32, batch, 3, 1, 1, 2, 8, 1), head)
@@ -154,5 +154,5 @@ def test_refusals_name_the_value_and_the_rule(cuda):
     with pytest.raises(ValueError, match=r"epilogue \[1, 4, 16\]: 68 outputs must be .* at most 64"):
         cuda.epilogue(*wide, rule, EPS)
     wide = inputs((torch.bfloat16, torch.bfloat16, 1, 1, 4, 1, 1, 8192, 2))
-    with pytest.raises(ValueError, match="8192 channels do not fit into shared memory; the most are 7168"):
+    with pytest.raises(ValueError, match="8192 channels do not fit into shared memory; at most 7168"):
         cuda.epilogue(*wide, rule, EPS)

@@ -24,7 +24,7 @@ SHAPES = [
 
 
 def inputs(dtype, batch, frames, tokens, heads, head_dim, margin=8):
-    """q, k, v: unlike in scale, views of one product with NaN beside them; gain of q float32, of k in the dtype."""
+    """q, k, v: unlike in scale, views of one product with NaN beside them; weight of q float32, of k in the dtype."""
     width = heads * head_dim
     qkv = torch.full((batch, frames * tokens, 3 * width + margin), float("nan")).to(dtype)
     qkv[..., : 3 * width] = torch.randn(batch, frames * tokens, 3 * width).to(dtype)
@@ -42,18 +42,18 @@ def exactly(function, *args):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(cuda_orders, shape):
-    q, _, _, _, gain, *_ = inputs(*shape)
+    q, _, _, _, weight, *_ = inputs(*shape)
     for x in (q, q[0, 0], q[None]):
-        out = cuda_orders.rms_norm(x, gain, EPS)
+        out = cuda_orders.rms_norm(x, weight, EPS)
         assert out.shape == x.shape and out.dtype == x.dtype
-        plain, exact = reference.rms_norm(x, gain, EPS), exactly(reference.rms_norm, x, gain, EPS)
+        plain, exact = reference.rms_norm(x, weight, EPS), exactly(reference.rms_norm, x, weight, EPS)
         check_error("rms_norm", out, plain, exact, FLOOR)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm_rope(cuda_orders, shape):
-    q, k, _, gain_q, gain_k, cos, sin = inputs(*shape)
-    args = (q, k, gain_q, gain_k, cos, sin, EPS)
+    q, k, _, weight_q, weight_k, cos, sin = inputs(*shape)
+    args = (q, k, weight_q, weight_k, cos, sin, EPS)
     for name, ours, plain, exact in zip(
         "qk", cuda_orders.norm_rope(*args), reference.norm_rope(*args), exactly(reference.norm_rope, *args)
     ):
@@ -128,12 +128,12 @@ def test_append_to_an_fp8_cache(cuda_orders, shape):
 
 def test_fp8_saturates_and_keeps_nan(cuda):
     """Beyond 448 the largest number, not NaN; NaN stays what it is."""
-    q, k, v, gain_q, gain_k, cos, sin = inputs(torch.float32, 1, 1, 1, 1, 8)
+    q, k, v, weight_q, weight_k, cos, sin = inputs(torch.float32, 1, 1, 1, 1, 8)
     v[0, 0, :4] = torch.tensor([1e6, -1e6, float("nan"), 450.0])
     k_cache, v_cache, _ = caches(1, 1, 1, 1, 8, torch.float8_e4m3fn)
     ones = CacheScales(*torch.ones(2, 3, 1))
     zero = torch.zeros(1, 1, dtype=torch.long)
-    cuda.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, k_cache, v_cache, zero[0], zero, ones)
+    cuda.norm_rope_append(q, k, v, weight_q, weight_k, cos, sin, EPS, k_cache, v_cache, zero[0], zero, ones)
     assert v_cache[0, 0, 0, 0, :4].float().tolist()[:2] == [448.0, -448.0]
     assert v_cache[0, 0, 0, 0, 2].float().isnan() and v_cache[0, 0, 0, 0, 3].float() == 448.0
 
@@ -148,7 +148,7 @@ def test_refusals_name_the_value_and_the_nearest(cuda):
         cuda.norm_rope(x.repeat(1, 1, 2)[..., ::2], x, torch.ones(64), torch.ones(64), *torch.rand(2, 1, 3, 4), EPS)
     with pytest.raises(ValueError, match="4 bytes off"):
         cuda.rms_norm(torch.randn(65)[1:], torch.ones(64), EPS)
-    with pytest.raises(ValueError, match="gain of torch.float16 must be float32 or torch.bfloat16"):
+    with pytest.raises(ValueError, match="weight of torch.float16 must be float32 or torch.bfloat16"):
         cuda.rms_norm(x.bfloat16(), torch.ones(64).half(), EPS)
     with pytest.raises(ValueError, match="head dim 12 must be a multiple of 8 that divides C = 64"):
         cuda.norm_rope(x, x, torch.ones(64), torch.ones(64), *torch.rand(2, 1, 3, 6), EPS)
@@ -157,13 +157,13 @@ def test_refusals_name_the_value_and_the_nearest(cuda):
 
 
 def test_a_cache_that_lies_badly_is_refused(cuda):
-    q, k, v, gain_q, gain_k, cos, sin = inputs(torch.bfloat16, 1, 1, 2, 2, 8)
+    q, k, v, weight_q, weight_k, cos, sin = inputs(torch.bfloat16, 1, 1, 2, 2, 8)
     zero, cache = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 2, 2, 12).bfloat16()[..., :8]
     with pytest.raises(ValueError, match=r"cache \[1, 1, 2, 2, 8\] with strides .* contiguous heads of 8 channels"):
-        cuda.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, cache, cache, zero[0], zero)
+        cuda.norm_rope_append(q, k, v, weight_q, weight_k, cos, sin, EPS, cache, cache, zero[0], zero)
     with pytest.raises(
         ValueError, match="q, k, v of torch.bfloat16, torch.float32, torch.bfloat16 must have one dtype"
     ):
-        cuda.norm_rope_append(q, k.float(), v, gain_q, gain_k, cos, sin, EPS, cache, cache, zero[0], zero)
+        cuda.norm_rope_append(q, k.float(), v, weight_q, weight_k, cos, sin, EPS, cache, cache, zero[0], zero)
     with pytest.raises(ValueError, match="write of torch.int16 must be contiguous int64 or int32"):
-        cuda.norm_rope_append(q, k, v, gain_q, gain_k, cos, sin, EPS, cache, cache, zero[0], zero.short())
+        cuda.norm_rope_append(q, k, v, weight_q, weight_k, cos, sin, EPS, cache, cache, zero[0], zero.short())

@@ -63,7 +63,7 @@ def test_attention_refuses_what_the_kernel_cannot_read(cuda):
 
 def test_every_function_has_the_arguments_of_the_reference():
     for op in ops_cuda.OPS:
-        assert op in dispatch.STEM_OF
+        assert op in dispatch.GROUP_OF
         ours, reference_code = (getattr(module, op).__code__ for module in (ops_cuda, reference))
         count = reference_code.co_argcount
         assert ours.co_varnames[:count] == reference_code.co_varnames[:count] and ours.co_argcount == count, op
@@ -74,17 +74,17 @@ def test_both_sides_have_the_same_codes_for_dtypes(cuda):
 
 
 def test_it_says_why_it_cannot_run(monkeypatch):
-    assert ops_cuda.unavailable("pool_frames") == "pool_frames has no CUDA kernel"
+    assert ops_cuda.why_unavailable("pool_frames") == "pool_frames has no CUDA kernel"
     monkeypatch.setattr(ops_cuda, "csrc", None)
     monkeypatch.setattr(ops_cuda, "_missing", "No module named 'dsa_engine.csrc'", raising=False)
-    assert "not part of this installation (No module named 'dsa_engine.csrc')" in ops_cuda.unavailable("modulate")
+    assert "not part of this installation (No module named 'dsa_engine.csrc')" in ops_cuda.why_unavailable("modulate")
 
     class Built:
         DEVICE = "cuda"
 
     monkeypatch.setattr(ops_cuda, "csrc", Built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ops_cuda.unavailable("attention") == "torch finds no CUDA device"
+    assert ops_cuda.why_unavailable("attention") == "torch finds no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, kernels, attention in [
         ((9, 0), True, True),
@@ -95,10 +95,10 @@ def test_it_says_why_it_cannot_run(monkeypatch):
         ((10, 0), True, False),
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
-        assert (ops_cuda.unavailable("attention") is None) == attention
+        assert (ops_cuda.why_unavailable("attention") is None) == attention
         for op in ("modulate", "epilogue", ops_cuda.SET_WHILE):
-            assert (ops_cuda.unavailable(op) is None) == kernels
-    assert ops_cuda.unavailable("attention") == "compute capability 10.0: attention was compiled for 9.0 alone"
+            assert (ops_cuda.why_unavailable(op) is None) == kernels
+    assert ops_cuda.why_unavailable("attention") == "compute capability 10.0: attention was compiled for 9.0 alone"
 
 
 @pytest.mark.parametrize("capability, possible", [((8, 9), False), ((9, 0), True), ((10, 0), False), ((12, 0), False)])
@@ -121,7 +121,7 @@ def test_a_missing_extension_is_named_where_it_was_looked_for():
     """As in a pure installation: importing the module is no error."""
     script = (
         "import sys; sys.modules['dsa_engine.csrc'] = None\n"
-        "from dsa_engine.ops import cuda_backend; sys.stdout.write(cuda_backend.unavailable('modulate'))"
+        "from dsa_engine.ops import cuda_backend; sys.stdout.write(cuda_backend.why_unavailable('modulate'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -138,6 +138,6 @@ def test_a_loop_on_the_device_needs_its_own_kernel_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(device_loop, "runtime", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    assert ops_cuda.unavailable("attention") is not None and device_loop.unavailable() is None
+    assert ops_cuda.why_unavailable("attention") is not None and device_loop.unavailable() is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert device_loop.unavailable() == "compute capability 7.5: set_while was compiled for 8.0 and later"

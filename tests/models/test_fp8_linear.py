@@ -49,7 +49,7 @@ def test_a_layer_is_a_product_of_rounded_numbers(inputs, outputs, tokens, seed):
     expected = rounded(x) @ rounded(plain.weight).T + plain.bias.double()
     scale = (rounded(x).abs() @ rounded(plain.weight).abs().T).max().item()
     torch.testing.assert_close(fp8(x).double(), expected, rtol=1e-5, atol=1e-6 * scale)
-    torch.testing.assert_close(fp8(ops.quantise(x)), fp8(x), rtol=0, atol=0)
+    torch.testing.assert_close(fp8(ops.quantize(x)), fp8(x), rtol=0, atol=0)
 
 
 def test_gelu_comes_after_the_bias_and_is_rounded():
@@ -64,7 +64,7 @@ def test_gelu_comes_after_the_bias_and_is_rounded():
 def test_layers_of_one_input_are_one_product():
     """Their numbers lie side by side, also after a copy has parted them; each is what it is alone."""
     plains = [layer(48, n) for n in (16, 32, 48)]
-    fp8, x = Fp8Linear.of(plains), ops.quantise(torch.randn(2, 7, 48))
+    fp8, x = Fp8Linear.of(plains), ops.quantize(torch.randn(2, 7, 48))
     alone = [Fp8Linear.of((plain,))[0] for plain in plains]
     for layers in (fp8, copy.deepcopy(fp8)):
         for one, other, out in zip(layers, alone, fused_gemm(x, layers)):
@@ -117,9 +117,9 @@ def test_a_dit_of_fp8_products(tiny_dit, monkeypatch):
 
 def test_producers_quantise_all_but_what_attention_gives(tiny_dit, monkeypatch):
     module = sys.modules["dsa_engine.ops.fp8_linear"]
-    seen, real = [], module.quantise
+    seen, real = [], module.quantize
     quantize_linears(tiny_dit)
-    monkeypatch.setattr(module, "quantise", lambda x: seen.append(x.shape) or real(x))
+    monkeypatch.setattr(module, "quantize", lambda x: seen.append(x.shape) or real(x))
     velocity(tiny_dit, torch.randn(2, 5, 40), torch.randn(2, 2, 16, 4, 4))
     assert seen == 2 * len(tiny_dit.blocks) * [(2, 8, tiny_dit.config.dim)]
 

@@ -381,8 +381,8 @@ def test_the_kernel_refuses_strides_that_it_does_not_read(wrong):
             kernel.cross_attention(*(x.mT.contiguous().mT if name == wrong else x for name, x in zip("qkv", (q, k, v))))
 
 
-def test_keys_are_split_where_that_fills_the_multiprocessors():
-    wan = dict(output_bytes=4 * 4680 * 1536, multiprocessors=132)
+def test_keys_are_split_where_that_fills_the_sms():
+    wan = dict(output_bytes=4 * 4680 * 1536, sms=132)
     assert kernel.split_count(444, 256, **wan) == 2  # 3.4 waves become 6.7 of half the length
     assert kernel.split_count(8 * 132, 256, **wan) == 1  # whole waves
     assert kernel.split_count(444, 4, **wan) == 1  # the prompt: too short
@@ -391,8 +391,8 @@ def test_keys_are_split_where_that_fills_the_multiprocessors():
 
 
 @given(st.integers(1, 5000), st.integers(0, 600), st.integers(1, 10**9), st.integers(1, 200))
-def test_every_part_of_the_keys_has_a_tile(programs, steps, output_bytes, multiprocessors):
-    assert 1 <= kernel.split_count(programs, steps, output_bytes, multiprocessors) <= max(1, steps)
+def test_every_part_of_the_keys_has_a_tile(programs, steps, output_bytes, sms):
+    assert 1 <= kernel.split_count(programs, steps, output_bytes, sms) <= max(1, steps)
 
 
 @pytest.mark.parametrize(

@@ -29,34 +29,34 @@ def nothing(backend, call):
     return Reason(Kind.NOT_INSTALLED, f"{backend} is not installed")
 
 
-def refuses(wanted, kind):
+def refuses(requested, kind):
     """All backends run everything, but one of them for a reason of some kind."""
-    return lambda backend, call: Reason(kind, f"{backend} has a reason") if backend == wanted else None
+    return lambda backend, call: Reason(kind, f"{backend} has a reason") if backend == requested else None
 
 
-def choose(op="modulate", wanted="auto", capability=AMPERE, supports=everything, **call):
-    return dispatch.choose(Call(op, capability, **call), wanted, supports).backend
+def choose(op="modulate", requested="auto", capability=AMPERE, supports=everything, **call):
+    return dispatch.choose(Call(op, capability, **call), requested, supports).backend
 
 
-def test_every_public_op_has_a_stem_and_a_reference():
+def test_every_public_op_has_a_group_and_a_reference():
     functions = {name for name in ops.__all__ if callable(getattr(ops, name)) and name[0].islower()}
-    assert functions == set(dispatch.STEM_OF)
+    assert functions == set(dispatch.GROUP_OF)
     assert all(hasattr(reference, op) for op in functions)
-    for op, stem in dispatch.STEM_OF.items():
-        assert getattr(ops, op).__module__ == f"dsa_engine.ops.{stem}"
+    for op, group in dispatch.GROUP_OF.items():
+        assert getattr(ops, op).__module__ == f"dsa_engine.ops.{group}"
 
 
-def test_every_stem_has_a_triton_file_with_its_functions():
+def test_every_group_has_a_triton_file_with_its_functions():
     folder = Path(dispatch.__file__).parents[2] / "triton_kernels"
-    for stem, names in dispatch.STEMS.items():
+    for group, names in dispatch.OP_GROUPS.items():
         defined = {
-            n.name for n in ast.parse((folder / f"{stem}.py").read_text()).body if isinstance(n, ast.FunctionDef)
+            n.name for n in ast.parse((folder / f"{group}.py").read_text()).body if isinstance(n, ast.FunctionDef)
         }
-        assert set(names) - defined == ({"linear_gelu"} if stem == "modulate" else set()), stem  # that is cuBLAS's
+        assert set(names) - defined == ({"linear_gelu"} if group == "modulate" else set()), group  # that is cuBLAS's
 
 
 def test_on_a_cpu_everything_is_torch():
-    assert all(choose(wanted=name, capability=None) == "torch" for name in dispatch.BACKENDS)
+    assert all(choose(requested=name, capability=None) == "torch" for name in dispatch.BACKENDS)
 
 
 def test_auto_takes_what_was_measured_then_triton_then_torch(monkeypatch):
@@ -70,18 +70,18 @@ def test_auto_takes_what_was_measured_then_triton_then_torch(monkeypatch):
 
 
 def test_a_backend_that_is_asked_for_runs_or_says_why_not():
-    assert choose(wanted="cuda") == "cuda" and choose(wanted="torch") == "torch"
-    assert choose("attention", wanted="flash3") == "flash3"
+    assert choose(requested="cuda") == "cuda" and choose(requested="torch") == "torch"
+    assert choose("attention", requested="flash3") == "flash3"
     for kind in (Kind.NOT_INSTALLED, Kind.DEVICE):
         with pytest.raises(RuntimeError, match="DSA_BACKEND=cuda: modulate cannot run here: cuda has a reason"):
-            choose(wanted="cuda", supports=refuses("cuda", kind))
+            choose(requested="cuda", supports=refuses("cuda", kind))
     with pytest.raises(ValueError, match="DSA_BACKEND='fast': must be one of auto, torch, triton"):
-        choose(wanted="fast")
+        choose(requested="fast")
 
 
 def test_an_op_or_a_call_that_a_backend_has_no_kernel_for_takes_the_default(caplog):
     """Whatever the text of the reason says; only tensors that it does not take are worth a word."""
-    assert choose(wanted="cuda", supports=refuses("cuda", Kind.NO_OP)) == "triton" and caplog.messages == []
+    assert choose(requested="cuda", supports=refuses("cuda", Kind.NO_OP)) == "triton" and caplog.messages == []
     refused = refuses("cuda", Kind.CALL)
     assert choose("attention", "cuda", supports=refused, dtype=torch.float32, head_dim=32) == "triton"
     (message,) = caplog.messages
@@ -130,11 +130,9 @@ def test_attention_of_a_kind_that_csrc_does_not_take_falls_back(hopper, caplog, 
 
     Query.dtype = dtype
     for _ in range(3):
-        function = dispatch.implementation("attention", Query(), head_dim, stored)
-    assert (
-        function.__module__.removeprefix("dsa_engine.").split(".")[-1]
-        == {"cuda": "cuda", "triton": "attention", "reference": "reference"}[backend]
-    )
+        function = dispatch.resolve("attention", Query(), head_dim, stored)
+    module = {"cuda": "cuda_backend", "triton": "attention", "reference": "reference"}[backend]
+    assert function.__module__.split(".")[-1] == module
     warned = sum("DSA_BACKEND=cuda does not run attention" in message for message in caplog.messages)
     assert warned == (backend != "cuda")
     assert dispatch._function.cache_info().hits == 2
@@ -180,12 +178,12 @@ def test_tables_say_what_the_launchers_check():
 def test_a_gradient_or_a_cpu_tensor_takes_the_reference(monkeypatch):
     monkeypatch.setattr(dispatch, "_function", lambda *key: pytest.fail("a kernel has no backward"))
     x = torch.zeros(1, 4, 8)
-    assert dispatch.implementation("modulate", x) is reference.modulate
+    assert dispatch.resolve("modulate", x) is reference.modulate
 
     class Cuda:
         device, requires_grad = torch.device("cuda"), True
 
-    assert dispatch.implementation("modulate", Cuda()) is reference.modulate
+    assert dispatch.resolve("modulate", Cuda()) is reference.modulate
 
 
 @pytest.fixture

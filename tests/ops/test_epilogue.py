@@ -89,8 +89,8 @@ class Step(NamedTuple):
     eps: float = EPS
 
 
-def rules(step, least, most, reduce, threshold):
-    integers = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (step, least, most, reduce)]
+def rules(step, min_steps, max_steps, reduce, threshold):
+    integers = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (step, min_steps, max_steps, reduce)]
     return StopRule(*integers, torch.tensor(threshold, dtype=torch.float32, device=DEVICE))
 
 
@@ -147,12 +147,12 @@ def exact_confidence(s: Step):
     return torch.sigmoid((units * torch.sigmoid(units)) @ w2[0] + b2)
 
 
-def stops(confidence: list[float], step, least, most, reduce, threshold) -> bool:
-    """The rule in words; a frame whose confidence is not a number makes the row unsure."""
-    if step >= most:
+def stops(confidence: list[float], step, min_steps, max_steps, reduce, threshold) -> bool:
+    """The rule in words; a frame whose confidence is not a number makes the row unconfident."""
+    if step >= max_steps:
         return True
     value = [min, lambda c: sum(c) / len(c), max][reduce](confidence)
-    return step >= least and not any(map(math.isnan, confidence)) and value >= threshold
+    return step >= min_steps and not any(map(math.isnan, confidence)) and value >= threshold
 
 
 GRIDS = st.sampled_from(((1, 1), (1, 5), (3, 7), (4, 4), (3, 11)))
@@ -257,8 +257,8 @@ def test_the_threshold_itself_is_enough(op):
 
 
 @pytest.mark.parametrize("op", [reference, kernel])
-def test_a_frame_that_is_not_a_number_makes_its_row_unsure(op):
-    """Whichever of the three is asked for, and wherever the frame is; `most` still ends the row."""
+def test_a_frame_that_is_not_a_number_makes_its_row_unconfident(op):
+    """Whichever of the three is asked for, and wherever the frame is; `max_steps` still ends the row."""
     nan = float("nan")
     s = with_logits([[nan, 3.0, 3.0], [3.0, nan, 3.0], [3.0, 3.0, nan], [3.0, 3.0, 3.0], [nan, 3.0, 3.0]])
     s = s._replace(rule=rules([2] * 5, [1] * 5, [4, 4, 4, 4, 2], [0, 1, 2, 0, 0], [0.5] * 5))

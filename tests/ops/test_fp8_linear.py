@@ -28,10 +28,10 @@ def surrounded(*shape, dtype, scale=1.0, offset=0.0):
     return x.copy_(offset + scale * torch.randn(shape, device=DEVICE))
 
 
-def assert_quantised(got: RowwiseFP8, exact: torch.Tensor, slack: float = 2.0**-20) -> None:
+def assert_quantized(got: RowwiseFP8, exact: torch.Tensor, slack: float = 2.0**-20) -> None:
     """got is exact [..., C] (float64) by rows: scales max / 448, and numbers within half a step of e4m3.
 
-    slack: relative error that what was quantised may have. Any other rounding is off by up to a whole step.
+    slack: relative error that what was quantized may have. Any other rounding is off by up to a whole step.
     """
     values, scale, exact = got.values.double().cpu(), got.scale.double().cpu(), exact.double().cpu()
     assert got.values.dtype == torch.float8_e4m3fn and got.scale.dtype == torch.float32
@@ -54,7 +54,7 @@ def random_rows(rows, channels, dtype, low=-8.0, high=8.0):
 @pytest.mark.parametrize("op", BACKENDS)
 def test_each_row_has_its_own_scale(op):
     x = torch.tensor([[448.0, -3.0, 0.0], [1.0, -2.0, 0.5], [0.0, 0.0, 0.0]], device=DEVICE)
-    values, scale = op.quantise(x)
+    values, scale = op.quantize(x)
     expected = torch.tensor([[1.0], [2 / 448], [1.0]])
     torch.testing.assert_close(scale.cpu(), expected, rtol=1e-7, atol=0)
     assert values.float().tolist() == [[448.0, -3.0, 0.0], [224.0, -448.0, 112.0], [0.0, 0.0, 0.0]]
@@ -76,7 +76,7 @@ def test_ties_go_to_the_even_number(op):
         2**-10: 0.0,
         3 * 2**-10: 2**-8,
     }
-    values, scale = op.quantise(torch.tensor([[448.0, *ties]], device=DEVICE))
+    values, scale = op.quantize(torch.tensor([[448.0, *ties]], device=DEVICE))
     assert scale.item() == 1 and values.float()[0, 1:].tolist() == list(ties.values())
 
 
@@ -84,7 +84,7 @@ def test_ties_go_to_the_even_number(op):
 def test_every_number_of_e4m3_comes_back(op):
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     numbers = codes[codes.isfinite()].to(DEVICE)
-    values, scale = op.quantise(2.0**-20 * numbers[None])
+    values, scale = op.quantize(2.0**-20 * numbers[None])
     assert scale.item() == 2.0**-20 and torch.equal(values.float()[0], numbers)
 
 
@@ -92,19 +92,19 @@ def test_every_number_of_e4m3_comes_back(op):
 def test_the_smallest_of_rows_stay_finite():
     """448 / max overflows there, and 0 * inf would be NaN."""
     x = torch.tensor([[1e-38, 0.0], [1e-44, 0.0], [0.0, -0.0]], device=DEVICE)
-    values, scale = kernel.quantise(x)
+    values, scale = kernel.quantize(x)
     assert values.float().isfinite().all() and (values.float() * scale - x).abs().max() < 1e-38
 
 
 @needs_fp8
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=st.integers(1, 4), channels=st.integers(1, 300))
-def test_the_kernel_of_quantise(dtype, rows, channels):
+def test_the_kernel_of_quantize(dtype, rows, channels):
     x = surrounded(rows, channels, dtype=dtype)
     x.copy_(random_rows(rows, channels, dtype))
     with poisoned_memory():
-        assert_quantised(kernel.quantise(x), x)
-    assert_quantised(reference.quantise(x), x)
+        assert_quantized(kernel.quantize(x), x)
+    assert_quantized(reference.quantize(x), x)
 
 
 @needs_fp8
@@ -112,10 +112,10 @@ def test_the_kernel_of_quantise(dtype, rows, channels):
 def test_the_kernel_keeps_the_shape(shape):
     x = torch.randn(shape, device=DEVICE).bfloat16()
     with poisoned_memory():
-        got = kernel.quantise(x)
+        got = kernel.quantize(x)
     assert got.values.shape == shape and got.scale.shape == (*shape[:-1], 1)
     if x.numel():
-        assert_quantised(got, x)
+        assert_quantized(got, x)
 
 
 def test_how_a_row_is_split():
@@ -135,31 +135,31 @@ def product(x: RowwiseFP8, weight: RowwiseFP8, bias=None):
     return x @ weight.T + (0 if bias is None else bias.double())
 
 
-def quantised_operands(rows, inputs, outputs):
+def quantized_operands(rows, inputs, outputs):
     """Tokens [1, rows, K], weights [N, K] and a bias, with channels and tokens of unlike size."""
-    x = reference.quantise(random_rows(rows, inputs, torch.float32, -3, 3)[None])
-    weight = reference.quantise(random_rows(outputs, inputs, torch.float32, -6, 0))
+    x = reference.quantize(random_rows(rows, inputs, torch.float32, -3, 3)[None])
+    weight = reference.quantize(random_rows(outputs, inputs, torch.float32, -6, 0))
     return x, weight, torch.randn(outputs, device=DEVICE).bfloat16()
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows, inputs, outputs", [(1, 3, 2), (5, 32, 16), (3, 96, 40)])
 def test_the_reference_multiplies_what_the_numbers_stand_for(rows, inputs, outputs, biased, close):
-    x, weight, bias = quantised_operands(rows, inputs, outputs)
+    x, weight, bias = quantized_operands(rows, inputs, outputs)
     bias = bias if biased else None
     close(reference.fp8_linear(x, weight, bias, torch.float32), product(x, weight, bias), rel=1e-6)
 
 
-def test_an_input_that_is_not_quantised_is(close):
-    x, weight = torch.randn(2, 3, 32), reference.quantise(torch.randn(16, 32))
-    close(ops.fp8_linear(x, weight, None, torch.float32), product(reference.quantise(x), weight), rel=1e-6)
+def test_an_input_that_is_not_quantized_is(close):
+    x, weight = torch.randn(2, 3, 32), reference.quantize(torch.randn(16, 32))
+    close(ops.fp8_linear(x, weight, None, torch.float32), product(reference.quantize(x), weight), rel=1e-6)
 
 
 def test_fp8_costs_a_few_percent():
     """Of the root mean square: three bits of mantissa are off by 3.6 % at most on average."""
     x, weight = torch.randn(64, 256), torch.randn(64, 256)
     exact = x.double() @ weight.double().T
-    error = ops.fp8_linear(x, reference.quantise(weight), dtype=torch.float32).double() - exact
+    error = ops.fp8_linear(x, reference.quantize(weight), dtype=torch.float32).double() - exact
     assert 0.005 < (error.square().mean() / exact.square().mean()).sqrt() < 0.05
 
 
@@ -167,7 +167,7 @@ def test_fp8_costs_a_few_percent():
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows, inputs, outputs", [(5, 16, 32), (21, 1536, 48), (16, 96, 16)])
 def test_the_product_of_the_tensor_cores(rows, inputs, outputs, biased):
-    x, weight, bias = quantised_operands(rows, inputs, outputs)
+    x, weight, bias = quantized_operands(rows, inputs, outputs)
     bias = bias if biased else None
     out = kernel.fp8_linear(x, weight, bias, torch.bfloat16)
     compare(out, reference.fp8_linear(x, weight, bias, torch.bfloat16), product(x, weight, bias))
@@ -183,7 +183,7 @@ def test_how_the_tensor_cores_are_called(monkeypatch):
         return torch.zeros(a.shape[0], b.shape[1], dtype=options["out_dtype"])
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    x, weight, _ = quantised_operands(6, 32, 48)
+    x, weight, _ = quantized_operands(6, 32, 48)
     x = RowwiseFP8(x.values.view(2, 3, 32), x.scale.view(2, 3, 1))
     out = kernel.fp8_linear(x, weight, torch.randn(48), torch.bfloat16)
     assert out.shape == (2, 3, 48) and out.dtype == torch.bfloat16
@@ -197,21 +197,21 @@ def test_how_the_tensor_cores_are_called(monkeypatch):
 
 @pytest.mark.parametrize("inputs, outputs, near", [(40, 32, "[32, 32]"), (32, 8, "[16, 32]"), (1544, 50, "[48, 1536]")])
 def test_sizes_off_the_tensor_cores_are_named(inputs, outputs, near):
-    x, weight, _ = quantised_operands(2, inputs, outputs)
+    x, weight, _ = quantized_operands(2, inputs, outputs)
     with pytest.raises(ValueError, match="multiples of 16") as error:
         kernel.fp8_linear(x, weight, None, torch.bfloat16)
     assert f"weight [{outputs}, {inputs}]" in str(error.value) and near in str(error.value)
 
 
 def test_another_dtype_is_named():
-    x, weight, _ = quantised_operands(2, 16, 16)
+    x, weight, _ = quantized_operands(2, 16, 16)
     with pytest.raises(ValueError, match=r"torch.float16.*torch.bfloat16"):
         kernel.fp8_linear(x, weight, None, torch.float16)
 
 
 def test_widths_that_differ_are_named():
     with pytest.raises(ValueError, match=r"x \[2, 32\] and weight \[16, 48\]"):
-        ops.fp8_linear(torch.randn(2, 32), reference.quantise(torch.randn(16, 48)))
+        ops.fp8_linear(torch.randn(2, 32), reference.quantize(torch.randn(16, 48)))
 
 
 @pytest.mark.gpu
@@ -220,11 +220,11 @@ def test_widths_that_differ_are_named():
 @pytest.mark.parametrize("inputs, outputs", [(1536, 1536), (1536, 8960), (8960, 1536)])
 def test_the_products_of_wan_on_a_gpu(inputs, outputs):
     x = torch.randn(1, 4680, inputs, device=DEVICE).bfloat16()
-    quantised, weight = kernel.quantise(x), kernel.quantise(torch.randn(outputs, inputs, device=DEVICE))
-    assert_quantised(quantised, x)
+    quantized, weight = kernel.quantize(x), kernel.quantize(torch.randn(outputs, inputs, device=DEVICE))
+    assert_quantized(quantized, x)
     bias = torch.randn(outputs, device=DEVICE).bfloat16()
-    out = kernel.fp8_linear(quantised, weight, bias, torch.bfloat16)
-    exact = product(quantised, weight, bias)
+    out = kernel.fp8_linear(quantized, weight, bias, torch.bfloat16)
+    exact = product(quantized, weight, bias)
     # Tensor cores add up 128 products at a time with some 14 bits before float32 takes over: more than one rounding to
     # bfloat16, and 100 times less than what e4m3 has lost.
     error = (out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dsa_engine import ops
 from dsa_engine.ops import reference
 from dsa_engine.triton_kernels import modulate as kernel
-from tests.ops.test_fp8_linear import HAS_FP8, assert_quantised, needs_fp8, needs_gpu, surrounded
+from tests.ops.test_fp8_linear import HAS_FP8, assert_quantized, needs_fp8, needs_gpu, surrounded
 from tests.support.kernels import DEVICE, DTYPES, compare, poison, poisoned_memory
 
 EPS = 1e-6
@@ -211,7 +211,7 @@ def test_the_kernel_of_gelu_bias(dtype, rows, channels, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=5)
 @given(shape=KERNEL_SHAPES, alone=st.booleans())
-def test_the_kernels_quantise_what_they_would_have_written(dtype, shape, alone):
+def test_the_kernels_quantize_what_they_would_have_written(dtype, shape, alone):
     """In float32: what is rounded to the dtype first would be off by more than half a step of e4m3 now and then."""
     batch, frames, tokens, channels = shape
     x, y = (surrounded(batch, frames * tokens, channels, dtype=dtype) for _ in range(2))
@@ -226,7 +226,7 @@ def test_the_kernels_quantise_what_they_would_have_written(dtype, shape, alone):
         (then, exact_modulate(residual, shift, scale)),
         (activated, exact_gelu(x, shift[0, 0])),
     ):
-        assert_quantised(got, exact, slack=2.0**-18)
+        assert_quantized(got, exact, slack=2.0**-18)
 
 
 @pytest.mark.parametrize("channels", [128, 1536, 5120])
@@ -301,5 +301,5 @@ def test_wan_on_a_gpu():
     product = x.double() @ weight.double().T
     compare(epilogue, F.gelu(F.linear(x, weight, bias), approximate="tanh"), exact_gelu(product, bias))
     if HAS_FP8:
-        assert_quantised(kernel.modulate(x, shift, scale, EPS, fp8=True), exact_modulate(x, shift, scale), 2.0**-16)
-        assert_quantised(kernel.gelu_bias(wide, bias, fp8=True), exact_gelu(wide, bias), 2.0**-16)
+        assert_quantized(kernel.modulate(x, shift, scale, EPS, fp8=True), exact_modulate(x, shift, scale), 2.0**-16)
+        assert_quantized(kernel.gelu_bias(wide, bias, fp8=True), exact_gelu(wide, bias), 2.0**-16)

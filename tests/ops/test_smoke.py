@@ -80,7 +80,7 @@ def test_a_kernel_that_gives_other_bits_the_second_time_fails():
     ],
 )
 def test_whatever_a_child_does_there_is_a_verdict(script, seconds, expected):
-    assert smoke.ask([sys.executable, "-S", "-c", script], seconds) == expected
+    assert smoke.run_child([sys.executable, "-S", "-c", script], seconds) == expected
 
 
 @pytest.fixture
@@ -98,14 +98,14 @@ def device(monkeypatch, tmp_path):
     class Device:
         answers, asked, capturing, patch, extension = {}, [], False, monkeypatch, library
 
-    def ask(command, seconds):
+    def run_child(command, seconds):
         *module, backend, index = command[1:]
-        assert module == ["-m", "dsa_engine.ops.smoke"] and index == "0" and seconds == smoke.SECONDS
+        assert module == ["-m", "dsa_engine.ops.smoke"] and index == "0" and seconds == smoke.TIMEOUT_S
         Device.asked.append(backend)
         return Device.answers.get(backend, PASSED)
 
     monkeypatch.setattr(ops_cuda, "csrc", Built)
-    monkeypatch.setattr(smoke, "ask", ask)
+    monkeypatch.setattr(smoke, "run_child", run_child)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in {
         "is_available": True,
@@ -120,8 +120,8 @@ def device(monkeypatch, tmp_path):
     smoke.identity.cache_clear()
 
 
-def chosen(call=CALL, wanted="auto"):
-    return dispatch.choose(call, wanted, dispatch.supports).backend
+def chosen(call=CALL, requested="auto"):
+    return dispatch.choose(call, requested, dispatch.supports).backend
 
 
 def test_csrc_is_the_default_where_it_passed_and_is_asked_once(device):
@@ -135,15 +135,15 @@ def test_csrc_is_left_out_where_it_failed_and_the_log_names_why(device, caplog):
     assert device.asked == ["cuda", "cudnn"]
     assert "attention by cuda is not used on NVIDIA H200: its smoke test: wrong" in caplog.text
     device.answers["cudnn"] = FAILED
-    smoke.file_of(smoke.identity("cudnn", 0)).unlink()
+    smoke.verdict_path(smoke.identity("cudnn", 0)).unlink()
     assert chosen() == "triton"
-    assert chosen(wanted="cuda") == "cuda"  # whoever asks for it gets it
+    assert chosen(requested="cuda") == "cuda"  # whoever asks for it gets it
 
 
 def test_the_order_is_csrc_flash3_cudnn_triton_on_a_hopper_alone(device):
-    assert [backend for backend, _ in dispatch.order(CALL)] == ["cuda", "flash3", "cudnn", "triton"]
+    assert [candidate.backend for candidate in dispatch.candidates(CALL)] == ["cuda", "flash3", "cudnn", "triton"]
     for call in (CALL._replace(capability=(10, 0)), CALL._replace(capability=(8, 0)), CALL._replace(op="modulate")):
-        assert [backend for backend, _ in dispatch.order(call)] == ["triton"]
+        assert [candidate.backend for candidate in dispatch.candidates(call)] == ["triton"]
     device.patch.setitem(dispatch.MEASURED, (9, 0), {"attention": "triton"})
     assert chosen() == "triton" and device.asked == []
 
@@ -163,7 +163,7 @@ def test_another_build_driver_or_device_is_asked_anew(device):
     device.answers = {"cuda": FAILED}
     assert chosen() == "cudnn" and device.asked == ["cuda", "cuda", "cudnn"]
     key = smoke.identity("cuda", 0)
-    assert len({smoke.file_of(key | {name: "another"}) for name in key}) == len(key) == 6
+    assert len({smoke.verdict_path(key | {name: "another"}) for name in key}) == len(key) == 6
 
 
 def test_no_child_is_started_in_a_capture(device, caplog):
@@ -176,7 +176,7 @@ def test_no_child_is_started_in_a_capture(device, caplog):
 
 
 def test_a_file_that_is_broken_or_cannot_be_written_costs_no_more_than_the_question(device, caplog):
-    path = smoke.file_of(smoke.identity("cuda", 0))
+    path = smoke.verdict_path(smoke.identity("cuda", 0))
     chosen()
     assert json.loads(path.read_text())["device"] == "NVIDIA H200"
     path.write_text("{")

@@ -41,13 +41,13 @@ def test_by_hand_knows_every_number_of_e4m3():
 
 def caches(scales, window, sink, slots=3, **options):
     """An e4m3 cache, and the float32 one; NaN where nothing was written."""
-    quantised = KVCache(
+    quantized = KVCache(
         LAYERS, HEADS, HEAD_DIM, TOKENS, window, sink, slots, dtype=E4M3, theta=THETA, scales=scales, **options
     )
     plain = KVCache(LAYERS, HEADS, HEAD_DIM, TOKENS, window, sink, slots, theta=THETA, **options)
-    for x in (quantised.k, quantised.v, plain.k, plain.v):
+    for x in (quantized.k, quantized.v, plain.k, plain.v):
         x.view(torch.uint8).fill_(0x7F) if x.dtype == E4M3 else x.fill_(float("nan"))
-    return quantised, plain
+    return quantized, plain
 
 
 def parts(scales, layer):
@@ -85,13 +85,13 @@ def test_it_is_a_cache_of_rounded_numbers(rope, scales, rollout):
     turned from what was stored, and rounded again."""
     window, sink, spare, turns = rollout
     torch.manual_seed(0)
-    quantised, plain = caches(scales, window, sink, rope=rope, headroom=spare)
-    for cache in (quantised, plain):
+    quantized, plain = caches(scales, window, sink, rope=rope, headroom=spare)
+    for cache in (quantized, plain):
         cache.acquire(3)
     for taking_part, frames, writes in turns:
         slot = torch.tensor(taking_part)
         for _ in range(writes):
-            rows, expected = quantised.rows(slot, frames), plain.rows(slot, frames)
+            rows, expected = quantized.rows(slot, frames), plain.rows(slot, frames)
             if plain.unrotated_sink is not None:
                 moved = slot[plain.position[slot] + frames > window]
                 for one in moved.tolist():
@@ -100,26 +100,26 @@ def test_it_is_a_cache_of_rounded_numbers(rope, scales, rollout):
                 qkv = chunk(len(taking_part), frames)
                 out, by_rounding = attend(rows, qkv, layer), attend_plain(expected, qkv, layer, scales)
                 torch.testing.assert_close(out, by_rounding, rtol=0, atol=1e-5)
-        for cache in (quantised, plain):
+        for cache in (quantized, plain):
             cache.advance(slot, frames)
     for layer in range(LAYERS):
-        for x, y, scale in zip((quantised.k, quantised.v), (plain.k, plain.v), parts(scales, layer)):
+        for x, y, scale in zip((quantized.k, quantized.v), (plain.k, plain.v), parts(scales, layer)):
             stands_for = x[layer].float() * scale
             torch.testing.assert_close(stands_for, y[layer], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_one_forward_commits_a_chunk_and_starts_the_next():
     torch.manual_seed(0)
-    quantised, plain = caches(ODD, window=6, sink=1, headroom=2)
+    quantized, plain = caches(ODD, window=6, sink=1, headroom=2)
     slot = torch.tensor([1])
     for _ in range(6):
         both = chunk(2, 2)
-        rows, expected = (c.rows(slot.repeat(2), 2, ahead=torch.tensor([0, 2])) for c in (quantised, plain))
+        rows, expected = (c.rows(slot.repeat(2), 2, ahead=torch.tensor([0, 2])) for c in (quantized, plain))
         for layer in range(LAYERS):
             torch.testing.assert_close(
                 attend(rows, both, layer), attend_plain(expected, both, layer, ODD), rtol=0, atol=1e-5
             )
-        for cache in (quantised, plain):
+        for cache in (quantized, plain):
             cache.advance(slot, 2)
 
 
@@ -146,9 +146,9 @@ def test_a_saved_state_goes_on_in_another_slot(rope):
 
 
 def test_a_state_of_another_dtype_is_refused_before_anything_changes():
-    quantised, plain = caches(ODD, window=4, sink=0)
+    quantized, plain = caches(ODD, window=4, sink=0)
     slot = torch.tensor([1])
-    for cache, other in ((quantised, plain), (plain, quantised)):
+    for cache, other in ((quantized, plain), (plain, quantized)):
         before = [x.view(torch.uint8).clone() for x in (cache.k, cache.v)]
         with pytest.raises(ValueError, match=r"state of a cache of torch\.float.*this one's is torch\.float"):
             cache.load(slot, other.save(slot))

@@ -236,11 +236,11 @@ def norm_rope_cases() -> list[Case]:
     def append(m: Model, dtype=BF16, cache=BF16):
         tokens = m.F * m.S
         q, k, v = meta(1, tokens, 3 * m.C, dtype=dtype).chunk(3, dim=-1)
-        gains, rope = [meta(m.C, dtype=dtype)] * 2, [meta(1, tokens, m.D // 2, dtype=F32)] * 2
+        weights, rope = [meta(m.C, dtype=dtype)] * 2, [meta(1, tokens, m.D // 2, dtype=F32)] * 2
         kv = [meta(2, m.W, m.S, m.H, m.D, dtype=cache)] * 2
         slot, write = meta(1, dtype=torch.long), meta(1, m.F, dtype=torch.long)
         scales = CacheScales(*[meta(2, m.H, dtype=F32)] * 2) if cache == E4M3 else None
-        return lambda: op.norm_rope_append(q, k, v, *gains, *rope, 1e-6, *kv, slot, write, scales)
+        return lambda: op.norm_rope_append(q, k, v, *weights, *rope, 1e-6, *kv, slot, write, scales)
 
     def norm(m: Model):
         return lambda: op.rms_norm(meta(1, m.F * m.S, m.C), meta(m.C), 1e-6)
@@ -293,7 +293,7 @@ def row_cases() -> list[Case]:
         Case("gelu_bias wan 1.3B bf16", gelu(WAN, 8960), {"gelu_bias_kernel": wide}),
         Case("gelu_bias wan 1.3B fp8", gelu(WAN, 8960, True), {"gelu_bias_kernel": half}, FP8),
         Case("gelu_bias small bf16", gelu(SMALL, 512), {"gelu_bias_kernel": wide}),
-        Case("quantise wan 1.3B", lambda: fp8_linear.quantise(rows(WAN)), {"quantise_kernel": half}, FP8),
+        Case("quantize wan 1.3B", lambda: fp8_linear.quantize(rows(WAN)), {"quantize_kernel": half}, FP8),
         Case("pool_frames wan 1.3B", lambda: pooling.pool_frames(rows(WAN), WAN.F, 1e-6), pool),
     ]
 

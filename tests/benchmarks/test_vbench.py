@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import vbench
+from benchmarks.common import vbench_scores
 from dsa_engine.media.mp4 import Mp4Writer, read_mp4
 
 RED, BLUE = "a red circle jumps", "a blue square moves sideways on navy"
@@ -167,19 +168,19 @@ def test_the_score_is_that_of_vbench():
         "temporal_style": 24.17,
         "overall_consistency": 26.42,
     }
-    found = vbench.combine({name: value / 100 for name, value in percent.items()})
+    found = vbench_scores.combine({name: value / 100 for name, value in percent.items()})
     assert found == pytest.approx({"total": 81.85, "quality": 83.39, "semantic": 75.68}, abs=0.01)
 
 
 def test_the_score_by_hand_and_without_a_dimension():
-    low = {name: scale[0] for name, scale in vbench.DIMENSIONS.items()}
-    assert vbench.combine(low) == {"total": 0, "quality": 0, "semantic": 0}
+    low = {name: scale[0] for name, scale in vbench_scores.DIMENSIONS.items()}
+    assert vbench_scores.combine(low) == {"total": 0, "quality": 0, "semantic": 0}
     some = low | {"dynamic_degree": 0.8, "temporal_flickering": (0.6293 + 1) / 2, "scene": 0.8222, "color": 0.5}
     quality, semantic = 100 * (0.5 * 0.8 + 0.5) / 6.5, 100 * 1.5 / 9
     expected = {"total": 0.8 * quality + 0.2 * semantic, "quality": quality, "semantic": semantic}
-    assert vbench.combine(some) == pytest.approx(expected)
+    assert vbench_scores.combine(some) == pytest.approx(expected)
     del some["scene"]
-    assert vbench.combine(some) == {"total": None, "quality": pytest.approx(quality), "semantic": None}
+    assert vbench_scores.combine(some) == {"total": None, "quality": pytest.approx(quality), "semantic": None}
 
 
 FAKE = """
@@ -230,7 +231,7 @@ def package(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "packages" / "vbench"
     (folder / "cli").mkdir(parents=True)
     red = ["temporal_flickering"]
-    blue = [d for d in vbench.DIMENSIONS if d not in red]
+    blue = [d for d in vbench_scores.DIMENSIONS if d not in red]
     suite = [{"prompt_en": RED, "dimension": red}, {"prompt_en": BLUE, "dimension": blue, "auxiliary_info": {}}]
     files = {
         "../torch.py": "device = str",
@@ -239,7 +240,7 @@ def package(tmp_path, monkeypatch) -> Path:
         "cli/__init__.py": "",
         "cli/vbench.py": STATIC_FILTER,
         "VBench_full_info.json": json.dumps(suite),
-        "scores.json": json.dumps(dict.fromkeys(vbench.DIMENSIONS, 0.7)),
+        "scores.json": json.dumps(dict.fromkeys(vbench_scores.DIMENSIONS, 0.7)),
     }
     for name, text in files.items():
         (folder / name).write_text(dedent(text))
@@ -252,20 +253,20 @@ def test_scores_are_read_and_kept(run, tmp_path, package, monkeypatch, capsys):
     assert vbench.installed(sys.executable) == package
     found, text = run("--no-prompts --static-samples 3")
     scores, calls = found["policies"]["fixed:2"]["scores"], (package / "calls").read_text().split()
-    assert calls == list(vbench.DIMENSIONS) == list(scores["dimensions"])
+    assert calls == list(vbench_scores.DIMENSIONS) == list(scores["dimensions"])
     assert list(videos(tmp_path)) == [*NAMES, f"{RED}-2.mp4"] and found["policies"]["fixed:2"]["videos"] == 5
-    ends = [(scale[0], scale[1], scale[2]) for scale in vbench.QUALITY.values()]
+    ends = [(scale[0], scale[1], scale[2]) for scale in vbench_scores.QUALITY.values()]
     expected = 100 * sum(w * (0.7 - low) / (high - low) for low, high, w in ends) / 6.5
     assert scores["quality"] == pytest.approx(expected, rel=1e-4) and f"{scores['total']:.2f}" in text
     out = tmp_path / "out/fixed-2/scores"
-    seen = {d: json.loads((out / f"{d}_eval_results.json").read_text())[d][1] for d in vbench.DIMENSIONS}
+    seen = {d: json.loads((out / f"{d}_eval_results.json").read_text())[d][1] for d in vbench_scores.DIMENSIONS}
     assert [v["video_path"] for v in seen["temporal_flickering"]] == [f"{RED}-0.mp4", f"{RED}-1.mp4"]  # of three, two
     assert [v["video_path"] for v in seen["scene"]] == NAMES[:2]
 
     run("--no-prompts --static-samples 3")
     assert (package / "calls").read_text().split() == calls  # nothing has changed, nothing is scored again
 
-    values = dict.fromkeys(vbench.DIMENSIONS, 0.7) | {"color": float("nan")}
+    values = dict.fromkeys(vbench_scores.DIMENSIONS, 0.7) | {"color": float("nan")}
     del values["scene"]
     (package / "scores.json").write_text(json.dumps(values))
     with pytest.raises(SystemExit, match=r"(?s)fixed:2, color: the score is nan.*fixed:2, scene: KeyError: 'scene'"):
@@ -286,7 +287,7 @@ def test_without_vbench_it_says_how_to_get_it(run, tmp_path):
     info.write_text(json.dumps([{"prompt_en": RED, "dimension": ["temporal_flickering"]}]))
     found, text = run(f"--prompts {info} --static-samples 1")
     assert found["policies"]["fixed:2"]["scores"] is None
-    assert f"{sys.executable} has no vbench" in text and 'pip install "vbench' in text
+    assert f"{sys.executable} has no vbench" in text and 'pip install torch torchvision "vbench' in text
     assert f"--prompts {info}" in text and "--vbench-python vbench-env/bin/python" in text
     assert "says no dimensions" in run("--limit 1", out="text")[1]
 

@@ -1,4 +1,4 @@
-"""How the models of each project of the Wan family are rolled out, and the public names that tell a family."""
+"""How each project of the Wan family rolls its models out, and the public names by which a family is inferred."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsa_engine.config import RolloutConfig
 
-# Causal Wan's config.json -> `RolloutConfig`; -1 is global attention there.
+# Causal Wan's config.json -> `RolloutConfig`; -1 means global attention.
 ROLLOUT_KEYS = {"local_attn_size": "window", "sink_size": "sink", "num_frame_per_block": "chunk_frames"}
 
 
@@ -57,7 +57,7 @@ FAMILIES = {
     "krea": Family(
         RolloutConfig(chunk_frames=3, window=6, sink=0, steps=WARPED_STEPS, shift=5.0),
         words=("krea",),
-        note="its server computes the cached frames anew for every chunk; here they stay as they were",
+        note="its server recomputes the cached frames for every chunk; here they are kept",
     ),
     "wan": Family(
         RolloutConfig(chunk_frames=21, window=None, sink=0, steps=tuple(float(t) for t in range(1000, 0, -20))),
@@ -69,7 +69,7 @@ FAMILIES = {
 
 
 def family_of(words: Iterable[str], classes: Iterable[str | None]) -> tuple[str | None, str]:
-    """(the family, how it was told) from the configs' `_class_name`, else from the names of the file and its folder."""
+    """(the family, its source) from the configs' `_class_name`, else from the names of the file and its folder."""
     for class_name in classes:
         for name, family in FAMILIES.items():
             if class_name in family.classes:

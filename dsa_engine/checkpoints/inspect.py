@@ -32,7 +32,7 @@ from dsa_engine.checkpoints.tensor_io import (
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
 
 ENGINE_FORMAT = "dsa_engine/"
-HEAD_DIM = 128  # of every Wan model; the tensors do not tell it
+HEAD_DIM = 128  # of every Wan model; no tensor's shape shows it
 # A size of the model -> (tensor, axis) that shows it
 SIZES = {
     "dim": ("patch_embedding.weight", 0),
@@ -66,9 +66,9 @@ class CheckpointInfo:
     quantized: int = 0  # weights that have a scale
     key: str | None = None  # the entry of a pickle's dictionary
     dialect: str | None = None  # of a DiT's names
-    family: str | None = None  # whose rollout it gets; None where nothing tells
+    family: str | None = None  # whose rollout it gets; None: unknown
     family_source: str = ""
-    rollout: RolloutConfig | None = None  # of that family, Self-Forcing's where there is none
+    rollout: RolloutConfig | None = None  # of that family, Self-Forcing's for an unknown one
     config: ModelConfig | None = None  # a DiT's sizes; None where they cannot be inferred
     config_source: str = ""  # where the sizes are from, or why there are none
     lora: dict[str, Any] | None = None  # ranks, modules and alpha of an adapter
@@ -80,31 +80,32 @@ class CheckpointInfo:
         values = {JSON_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
         values |= {"path": str(self.path), "weights": str(self.weights)}
         values["parts"] = {name: str(path) for name, path in self.components.items()}
-        for key, part in (("config", self.config), ("rollout", self.rollout)):
-            values[key] = None if part is None else part.to_dict()
+        for key, config in (("config", self.config), ("rollout", self.rollout)):
+            values[key] = None if config is None else config.to_dict()
         return values
 
 
 def inspect(path: str | Path, family: str | None = None) -> CheckpointInfo:
     """What a checkpoint file, an index of shards or a model's folder is; weights are not read.
 
-    family: one of `FAMILIES`, instead of the one that the file's config or name tells.
+    family: one of `FAMILIES`, instead of the one inferred from the config or the file name.
     Raises FileNotFoundError, or ValueError for a file that is broken or foreign.
     """
     return inspect_and_open(Path(path), family)[0]
 
 
 def inspect_and_open(path: Path, family: str | None) -> tuple[CheckpointInfo, TensorFile]:
+    """`inspect`, and the file that it has opened."""
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family={family!r}: must be one of {', '.join(FAMILIES)}")
     weights = _weights_of(path)
     if count := shard_count(weights):
         raise ValueError(f"{weights}: one of {count} shards; give the folder, or the *{INDEX} beside it")
-    beside = weights.parent / "config.json"
-    values = read_json(beside) if beside.is_file() else {}
+    config_path = weights.parent / "config.json"
+    values = read_json(config_path) if config_path.is_file() else {}
     inferred, family_source = (family, "as asked for") if family else _infer_family(path, values)
-    best = FAMILIES[inferred].keys if inferred else ()
-    file = open_checkpoint(weights, (*best, *NESTED_KEYS))
+    preferred = FAMILIES[inferred].keys if inferred else ()
+    file = open_checkpoint(weights, (*preferred, *NESTED_KEYS))
     tensors = file.tensors
     info = CheckpointInfo(
         path,
@@ -125,11 +126,10 @@ def inspect_and_open(path: Path, family: str | None) -> tuple[CheckpointInfo, Te
         more = {"lora": {"ranks": adapter.ranks, "modules": len(adapter.pairs), "alpha": adapter.alpha}}
     elif str(values.get("format")).startswith(ENGINE_FORMAT) and weights.name == "model.safetensors":
         more = {"kind": key_maps.ENGINE, "rollout": RolloutConfig.from_dict(values["rollout"])}
-        more |= {"config": read_model_config(beside), "config_source": "config.json"}
+        more |= {"config": read_model_config(config_path), "config_source": "config.json"}
     elif info.kind == key_maps.DIT:
-        more = {"family": inferred, "family_source": family_source} | _rollout(
-            inferred, {} if family else values, beside
-        )
+        more = {"family": inferred, "family_source": family_source}
+        more |= _rollout(inferred, {} if family else values, config_path)
         try:
             more["config"] = config_of(key_maps.wan_names(tensors), weights)
             more["config_source"] = "config.json" if values else "the tensors"
@@ -141,10 +141,10 @@ def inspect_and_open(path: Path, family: str | None) -> tuple[CheckpointInfo, Te
 
 
 def _infer_family(path: Path, values: Mapping[str, Any]) -> tuple[str | None, str]:
-    """(family, what told it) of a model's folder or file, with the config.json that lies beside its weights."""
+    """(family, its source) of a model's folder or file. values: the config.json beside its weights."""
     index = path / "model_index.json"
     classes = [(read_json(index) if index.is_file() else {}).get("_class_name"), values.get("_class_name")]
-    return family_of(_words(path), classes)
+    return family_of(_candidate_names(path), classes)
 
 
 def _rollout(family: str | None, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _rollout(family: str | None, values: Mapping[str, Any], path: Path) -> dict[
     if family is not None:
         base, note = FAMILIES[family].rollout, FAMILIES[family].note
     own = {ours: values[key] for key, ours in ROLLOUT_KEYS.items() if isinstance(values.get(key), int)}
-    if own.get("window") == -1:  # no window there
+    if own.get("window") == -1:  # means no window
         own["window"] = None
     try:
         return {"rollout": dataclasses.replace(base, **own), "note": note}
@@ -175,8 +175,8 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def sizes_of(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
-    """The sizes that a DiT's tensors (Wan's names) show: those of SIZES, num_layers, patch_size and out_dim."""
-    shapes = {name: entry.shape for name, entry in tensors.items()}
+    """The sizes that follow from a DiT's tensors (Wan's names): those of SIZES, num_layers, patch_size and out_dim."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes: dict[str, Any] = {
         size: shapes[name][axis] for size, (name, axis) in SIZES.items() if len(shapes.get(name, ())) > axis
     }
@@ -203,8 +203,8 @@ def _weights_of(path: Path) -> Path:
     return find_weights(path / "transformer" if (path / "transformer").is_dir() else path)
 
 
-def _words(path: Path) -> list[str]:
-    """The names that may tell a family: of the file and its folder, or of the folder that a model is."""
+def _candidate_names(path: Path) -> list[str]:
+    """The names that may contain a family's: of the file and its folder, or of the model's folder."""
     path = path.resolve()
     if path.is_dir():
         return [path.parent.name if path.name == "transformer" else path.name]
@@ -212,47 +212,47 @@ def _words(path: Path) -> list[str]:
 
 
 def config_of(tensors: Mapping[str, LazyTensor], source: Path) -> ModelConfig:
-    """The sizes of a config.json beside the weights, which must be the tensors' own; without one, the tensors' own."""
-    beside, sizes = source.parent / "config.json", sizes_of(tensors)
-    if beside.is_file():
-        config = read_model_config(beside)
+    """The sizes of a config.json beside the weights, which must agree with the tensors, or the tensors' own."""
+    config_path, sizes = source.parent / "config.json", sizes_of(tensors)
+    if config_path.is_file():
+        config = read_model_config(config_path)
         check_sizes(config, sizes, source, "config.json")
         return config
-    lacking = [name for name in (*SIZES, "num_layers", "patch_size", "out_dim") if name not in sizes]
-    if lacking:
-        raise ValueError(f"{source}: no config.json beside it, and its tensors do not show {', '.join(lacking)}")
+    missing = [name for name in (*SIZES, "num_layers", "patch_size", "out_dim") if name not in sizes]
+    if missing:
+        raise ValueError(f"{source}: no config.json beside it, and its tensors do not show {', '.join(missing)}")
     if sizes["dim"] % HEAD_DIM:
         raise FileNotFoundError(
-            f"{beside}: no such file; it has to say num_heads, since dim={sizes['dim']} of {source.name} is no "
+            f"{config_path}: no such file; it has to say num_heads, since dim={sizes['dim']} of {source.name} is no "
             f"multiple of {HEAD_DIM}, the width of a head in every Wan model"
         )
     return ModelConfig(num_heads=sizes["dim"] // HEAD_DIM, **sizes)
 
 
-def check_sizes(config: ModelConfig, sizes: Mapping[str, Any], source: Path, said: str) -> None:
-    """Raises ValueError where the tensors' sizes are not the config's; `said`: where that config is from."""
+def check_sizes(config: ModelConfig, sizes: Mapping[str, Any], source: Path, config_source: str) -> None:
+    """Raises ValueError where the tensors' sizes are not those of the config, which is from `config_source`."""
     wrong = [f"{n}={size} and not {getattr(config, n)}" for n, size in sizes.items() if size != getattr(config, n)]
     if wrong:
-        like = [n for n, p in PRESETS.items() if all(getattr(p, size) == value for size, value in sizes.items())]
-        alike = f" (the sizes of {like[0]})" if like else ""
+        presets = [n for n, p in PRESETS.items() if all(getattr(p, size) == value for size, value in sizes.items())]
+        alike = f" (the sizes of {presets[0]})" if presets else ""
         raise ValueError(
-            f"{source}: its tensors have {', '.join(wrong)} as {said} says{alike}; give the weights and the config of "
-            "one model"
+            f"{source}: its tensors have {', '.join(wrong)} as {config_source} says{alike}; give the weights and the "
+            "config of one model"
         )
 
 
 def _dtypes(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
     """Elements in each dtype, the most first."""
     counts: Counter[str] = Counter()
-    for entry in tensors.values():
-        counts[str(entry.dtype).removeprefix("torch.")] += prod(entry.shape)
+    for tensor in tensors.values():
+        counts[str(tensor.dtype).removeprefix("torch.")] += prod(tensor.shape)
     return dict(counts.most_common())
 
 
 def _count(tensors: Mapping[str, LazyTensor]) -> int:
-    """Parameters: what is neither a scale nor beside the point."""
+    """Parameters, without scales and ignored tensors."""
     return sum(
-        prod(entry.shape)
-        for name, entry in tensors.items()
+        prod(tensor.shape)
+        for name, tensor in tensors.items()
         if name.rpartition(".")[2] not in key_maps.SCALES and not key_maps.IGNORED.search(name)
     )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Words that training wrappers put anywhere into a name, and words that may stand before it, several in a row.
+# Words that training wrappers insert anywhere into a name, and words that may precede it, several in a row.
 WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"})
 PREFIXES = frozenset(
     {"model", "diffusion_model", "generator", "net", "transformer", "base_model", "text_encoders", "umt5xxl"}
@@ -25,7 +25,7 @@ PREFIXES = frozenset(
 class KeyMap:
     """One way to name the weights: Wan's module or parameter -> the other's, within a block and outside of one.
 
-    blocks: what a block's names begin with, before its number.
+    blocks: prefix of a block's names, before its index.
     """
 
     name: str
@@ -133,7 +133,7 @@ VAE_KEYS = KeyMap(
     _VAE_LAYERS | {f"{a}.{part}": f"{b}.{other}" for a, b in _VAE_LAYERS.items() for part, other in _VAE_PARTS.items()},
 )
 
-# Quantized weights: endings of the name of a weight's scale, and names beside the weights that are of no use here.
+# Quantized weights: endings of the name of a weight's scale, and names of tensors that are ignored.
 SCALES = ("weight_scale", "scale_weight")
 IGNORED = re.compile(r"(^|\.)(scaled_fp8|spiece_model|scale_input|input_scale|comfy_quant)$")
 
@@ -142,7 +142,7 @@ HEAD, ENGINE, PROMPTS = "a confidence head", "a whole model in this project's fo
 WAN_VAE, DIFFUSERS_VAE = "the Wan 2.1 VAE", "the Wan 2.1 VAE under diffusers' names"
 TAEHV = "a tiny VAE (TAEHV)"
 VAES = (WAN_VAE, DIFFUSERS_VAE, TAEHV)
-# (pattern of a stripped name that no kind below it has, what the file holds), asked in this order
+# (pattern of a stripped name that no kind below it has, what the file holds), tried in this order
 FILE_KINDS = (
     (r"\.lora_(A|B|down|up)(\.|$)", LORA),
     (r"^(confidence|codec|text)\.", ENGINE),
@@ -180,7 +180,7 @@ CONFIG_KEYS = {
     "out_channels": "out_dim",
     **{key: key for key in ("num_layers", "ffn_dim", "text_dim", "text_len", "freq_dim", "eps", "patch_size")},
 }
-# What else stands there and changes nothing, or must have this value.
+# Its other keys: those that must have this value, and those without effect.
 CONFIG_FIXED = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -254,7 +254,7 @@ def dialect_of(names: Iterable[str]) -> str | None:
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """What the file with these names holds, as `FILE_KINDS` says it; None when nothing there is known."""
+    """What the file with these names holds, as `FILE_KINDS` says it; None for something unknown."""
     names = [strip_wrappers(name) for name in names]
     return next((kind for pattern, kind in FILE_KINDS if any(re.search(pattern, name) for name in names)), None)
 
@@ -278,10 +278,10 @@ def from_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
     sizes = ("num_attention_heads", "attention_head_dim")
     if lacking := [key for key in sizes if not isinstance(values.get(key), int)]:
         raise ValueError(f"the transformer's config lacks {', '.join(lacking)}")
-    for key, wanted in CONFIG_FIXED.items():
-        if values.get(key, wanted) != wanted:
-            raise ValueError(f"{key}={values[key]!r}: only text-to-video models with {key}={wanted!r} can be run")
+    for key, required in CONFIG_FIXED.items():
+        if values.get(key, required) != required:
+            raise ValueError(f"{key}={values[key]!r}: only text-to-video models with {key}={required!r} can be run")
     known = {CONFIG_KEYS[key]: value for key, value in values.items() if key in CONFIG_KEYS and value is not None}
-    passed = {*CONFIG_KEYS, *CONFIG_FIXED, *CONFIG_IGNORED, *sizes}
-    rest = {key: value for key, value in values.items() if key not in passed}
+    handled = {*CONFIG_KEYS, *CONFIG_FIXED, *CONFIG_IGNORED, *sizes}
+    rest = {key: value for key, value in values.items() if key not in handled}
     return {**rest, **known, "dim": values["num_attention_heads"] * values["attention_head_dim"]}

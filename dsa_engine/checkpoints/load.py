@@ -23,7 +23,7 @@ from dsa_engine.checkpoints.wan import build_dit, open_dit
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent.parent / "assets"
-WAN_VIDEO = {"height": 480, "width": 832, "frames": 81, "fps": 16.0}  # what every model of the Wan family is shown with
+WAN_VIDEO = {"height": 480, "width": 832, "frames": 81, "fps": 16.0}  # the format of every model of the family
 
 
 def shipped_models() -> list[str]:
@@ -46,7 +46,7 @@ def load_components(
     Args:
         model: a shipped model's name, a folder, or a checkpoint file.
         family: of a public checkpoint: one of `families.FAMILIES`, whose rollout it gets, instead of the one that its
-            config or name tells.
+            config or name implies.
         lora: of a public checkpoint: an adapter to merge.
         vae: of a public checkpoint: a video VAE's file, a folder of Wan's or diffusers' layout that holds one, or the
             module itself. "wan" and "taehv" mean that kind of VAE, under its usual name in the model's folder or near
@@ -69,9 +69,9 @@ def load_components(
 
 def _load_checkpoint(path: Path, device, dtype, family, lora, vae, text) -> ModelComponents:
     info, config, weights = open_dit(path, family=family)
-    unlike = info.family in (None, "wan") or (info.family == "longlive" and lora is None)  # not as it is meant to run
+    unintended = info.family in (None, "wan") or (info.family == "longlive" and lora is None)
     logger.log(
-        logging.WARNING if unlike else logging.INFO,
+        logging.WARNING if unintended else logging.INFO,
         "%s: rollout of %s (%s)%s",
         path,
         info.family or "no known family",

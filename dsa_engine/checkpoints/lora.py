@@ -33,7 +33,7 @@ _SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"
 
 @dataclass(frozen=True)
 class Pair:
-    """One adapted weight: down A [r, in], up B [out, r]; alpha is an entry of the file where it stands there."""
+    """One adapted weight: down A [r, in], up B [out, r]; alpha of this weight, None where the file has none."""
 
     down: LazyTensor
     up: LazyTensor
@@ -87,19 +87,19 @@ def lora_of(file: TensorFile) -> Lora:
     """`open_lora` of a file that is open."""
     check_kind(kind_of(file.tensors), file.tensors, file.path, LORA)
     parts: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
-    strange = []
-    for name, entry in file.tensors.items():
+    unknown = []
+    for name, tensor in file.tensors.items():
         match = _PART.fullmatch(strip_wrappers(name))
         side = "alpha" if match and match["alpha"] else _SIDES[match["part"]] if match else ""
         target = to_wan(f"{match['module']}.weight") if match else ""
-        if not match or side in parts[target] or (side != "alpha" and len(entry.shape) != 2):
-            strange.append(name)
+        if not match or side in parts[target] or (side != "alpha" and len(tensor.shape) != 2):
+            unknown.append(name)
         else:
-            parts[target][side] = entry
+            parts[target][side] = tensor
     halves = [name for name, sides in parts.items() if not {"down", "up"} <= sides.keys()]
-    if strange or halves:
-        what = "tensors that are no pair of matrices B A" if strange else "only half of a pair for"
-        names = strange or halves
+    if unknown or halves:
+        what = "tensors that are no pair of matrices B A" if unknown else "only half of a pair for"
+        names = unknown or halves
         raise ValueError(f"{file.path}: {len(names)} {what}: {', '.join(sorted(names)[:4])}; only plain LoRA is merged")
     pairs = {name: Pair(**sides) for name, sides in parts.items()}
     for name, pair in pairs.items():
@@ -113,24 +113,24 @@ def lora_of(file: TensorFile) -> Lora:
 def merge(tensors: Mapping[str, LazyTensor], lora: Lora) -> dict[str, LazyTensor]:
     """The weights of a base model (Wan's names) with an adapter's in them; a weight is computed when it is read.
 
-    Raises ValueError for a weight that the base lacks or has in another shape: then the adapter is of another model.
+    Raises ValueError for a weight that the base lacks or has in another shape: the adapter was made for another model.
     """
     merged = dict(tensors)
     for name, pair in lora.pairs.items():
-        wanted = (pair.up.shape[0], pair.down.shape[1])
-        if name not in tensors or tensors[name].shape != wanted:
+        shape = (pair.up.shape[0], pair.down.shape[1])
+        if name not in tensors or tensors[name].shape != shape:
             has = f"is {list(tensors[name].shape)}" if name in tensors else "is not there"
             raise ValueError(
-                f"{lora.path}: changes {name} of shape {list(wanted)}, which in the base model {has}; it was made for "
+                f"{lora.path}: changes {name} of shape {list(shape)}, which in the base model {has}; it was made for "
                 "another model"
             )
         read = partial(_merged, tensors[name], pair, lora.scale(name))
-        merged[name] = LazyTensor(torch.float32, wanted, read)
+        merged[name] = LazyTensor(torch.float32, shape, read)
     return merged
 
 
 def _merged(weight: LazyTensor, pair: Pair, scale: float, device: Any = "cpu") -> Tensor:
-    base, down, up = (entry.read(device).float() for entry in (weight, pair.down, pair.up))
+    base, down, up = (tensor.read(device).float() for tensor in (weight, pair.down, pair.up))
     return torch.addmm(base, up, down, alpha=scale)
 
 

@@ -29,7 +29,7 @@ from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.shapes.text_encoder import SlotTextEncoder
 
 FORMAT, HEAD_FORMAT = f"{ENGINE_FORMAT}1", "dsa_engine.head/1"
-# What may lie in a folder beside the generator.
+# The optional components of a folder.
 OPTIONAL_MODULES = {
     "confidence": ConfidenceHead,
     "codec": lambda config: PixelCodec(),
@@ -48,9 +48,9 @@ def load_model_folder(folder: Path, device: torch.device | str, dtype: torch.dty
     values = read_json(folder / "config.json")
     if values.get("format") != FORMAT:
         raise ValueError(f"{folder / 'config.json'}: format={values.get('format')!r}, expected {FORMAT!r}")
-    lacking = [key for key in ("name", "model", "rollout", "video") if key not in values]
-    if lacking:
-        raise ValueError(f"{folder / 'config.json'}: lacks {', '.join(lacking)}")
+    missing = [key for key in ("name", "model", "rollout", "video") if key not in values]
+    if missing:
+        raise ValueError(f"{folder / 'config.json'}: lacks {', '.join(missing)}")
     config = ModelConfig.from_dict(values["model"])
     source = folder / "model.safetensors"
     tensors = open_checkpoint(source).tensors
@@ -96,13 +96,13 @@ def save_model_folder(
         "video": dict(video),
         "calibration": check_calibration(calibration, folder),
     }
-    tensors = {f"{part}.{key}": value for part, module in modules.items() for key, value in module.state_dict().items()}
+    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, dtype=dtype)
     write_json(folder / "config.json", values)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON object for people to read, renamed into place; its folder is created."""
+    """An indented JSON object, renamed into place; its folder is created."""
     with atomic_write(path) as part:
         part.write_text(json.dumps(values, indent=2) + "\n")
 
@@ -180,8 +180,3 @@ def check_calibration(points: Any, source: str | Path) -> Calibration:
             "them nor be below 0"
         )
     return pairs
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The header's texts of a safetensors file."""
-    return dict(open_checkpoint(path).header)

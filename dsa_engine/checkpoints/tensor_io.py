@@ -1,7 +1,7 @@
 """Files of tensors: what is in them without reading it, and one tensor after the other.
 
 Headers are read by the safetensors library and by torch, pickles with `weights_only=True`: no code of a file is run.
-A tensor is copied out of its file when it is read, so no more than one is in memory beside the model that is filled.
+A tensor is copied out of its file when it is read, so only one at a time is in memory beside the model.
 """
 
 from __future__ import annotations
@@ -63,16 +63,13 @@ class LazyTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The tensors of a file, or of an index and its shards, by the names that stand there.
-
-    key: the dictionary entry of a pickle that they come from. header: the texts of a safetensors header.
-    """
+    """The tensors of a file, or of an index and its shards, by their stored names."""
 
     path: Path
     tensors: dict[str, LazyTensor]
     files: tuple[Path, ...]
-    key: str | None = None
-    header: dict[str, str] = field(default_factory=dict)
+    key: str | None = None  # the entry of a pickle's dictionary that holds them
+    header: dict[str, str] = field(default_factory=dict)  # metadata of a safetensors file
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +81,7 @@ def open_checkpoint(path: str | Path, keys: tuple[str, ...] = NESTED_KEYS) -> Te
     """What is in a `.safetensors` or pickle file, or in the shards of a `*.safetensors.index.json`.
 
     keys: the dictionary entries of a pickle to look under, best first.
-    Raises FileNotFoundError for a file or shard that is not there, and ValueError for one that is truncated, foreign,
+    Raises FileNotFoundError for a missing file or shard, and ValueError for one that is truncated, foreign,
     or holds anything but tensors.
     """
     path = Path(path)
@@ -103,7 +100,7 @@ def open_checkpoint(path: str | Path, keys: tuple[str, ...] = NESTED_KEYS) -> Te
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint file, by the names that stand in it.
+    """All tensors of a checkpoint file, by their stored names.
 
     Raises FileNotFoundError for a missing file and ValueError for one that is truncated, foreign, or holds anything
     but tensors; no code from the file is ever run.
@@ -112,9 +109,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_weights(folder: str | Path) -> Path:
-    """The weights' file or index in a folder: by the usual names, or the only checkpoint there.
+    """The weights' file or index in a folder: by the usual names, or the only checkpoint in it.
 
-    Raises FileNotFoundError where there is none, ValueError where there are several to choose from.
+    Raises FileNotFoundError for none, ValueError for several.
     """
     folder = Path(folder)
     for stem in STEMS:
@@ -140,7 +137,7 @@ def find_weights(folder: str | Path) -> Path:
 
 
 def shard_count(path: Path) -> int:
-    """How many shards there are of the one that this file is, by its name; 0 for a file that is whole."""
+    """The number of shards in a shard's file name; 0 for a file that is whole."""
     match = re.search(r"-\d{5}-of-(\d{5})\.\w+$", path.name)
     return int(match[1]) if match else 0
 
@@ -151,7 +148,7 @@ def write_tensors(
     header: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """A safetensors file with a header of texts, renamed into place; its folder is created.
+    """A safetensors file, renamed into place; its folder is created. header: its metadata.
 
     dtype: for floating-point tensors, None leaves theirs. The tensors must not overlap in memory.
     """
@@ -180,7 +177,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _check_magic(path: Path) -> None:
-    """What is often saved under a checkpoint's name and is none."""
+    """Refuses what is often saved under a checkpoint's name: a web page, a git-lfs pointer, the other format."""
     with path.open("rb") as file:
         start = file.read(256)
     if not start:
@@ -202,7 +199,7 @@ def _open_safetensors(path: Path) -> TensorFile:
     try:
         with safe_open(path, "numpy") as file:
             header, slices = file.metadata() or {}, {name: file.get_slice(name) for name in file.offset_keys()}
-            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            kinds = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
     except SafetensorError as error:
         raise ValueError(
             f"{path}: not a whole safetensors file, cut off or damaged ({error}); copy or download it again"
@@ -233,13 +230,13 @@ def _read(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], d
 def _open_index(path: Path) -> TensorFile:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected an index of shards")
-    places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(p, str) for p in weight_map.values()):
         raise ValueError(f"{path}: lacks a weight_map, which says in which shard each tensor is")
     tensors: dict[str, LazyTensor] = {}
-    shards = sorted(set(places.values()))
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
-        listed = {name for name, place in places.items() if place == shard}
+        listed = {name for name, file in weight_map.items() if file == shard}
         if os.path.basename(shard) != shard or not (path.parent / shard).is_file():
             raise FileNotFoundError(
                 f"{path.parent / shard}: no such file; {path.name} puts {len(listed)} tensors there, such as "
@@ -258,12 +255,9 @@ def _open_index(path: Path) -> TensorFile:
 
 
 def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
-    key, tensors = _named_tensors(path, _unpickle(path, map_location="meta"), keys)
-    size, mmap = path.stat().st_size, _can_be_mapped(path)
-
-    @functools.cache
-    def content() -> dict[str, Tensor]:
-        return _named_tensors(path, _unpickle(path, map_location="cpu", mmap=mmap), keys)[1]
+    key, tensors = _unpickle(path, keys, "meta")
+    size = path.stat().st_size
+    content = functools.cache(lambda: _unpickle(path, keys, "cpu")[1])
 
     def read(name: str, device: Any = "cpu") -> Tensor:
         """A copy: a mapped tensor would keep the file open and change with it."""
@@ -275,38 +269,27 @@ def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
     return TensorFile(path, lazy, (path,), key)
 
 
-def _can_be_mapped(path: Path) -> bool:
-    """Whether torch can map a file: an archive, with records that are not compressed (it does not look at that)."""
+def _unpickle(path: Path, keys: tuple[str, ...], device: str) -> tuple[str | None, dict[str, Tensor]]:
+    """(the key that the tensors are under, the tensors by name): on the meta device, or mapped where possible."""
     try:
-        return zipfile.is_zipfile(path) and not any(r.compress_type for r in zipfile.ZipFile(path).infolist())
-    except Exception as error:  # BadZipFile, NotImplementedError and whatever else a damaged file provokes
-        raise ValueError(
-            f"{path}: not a whole archive of torch.save ({error or type(error).__name__}); copy or download it again"
-        ) from error
-
-
-def _unpickle(path: Path, **options: Any) -> Any:
-    try:
-        return torch.load(path, weights_only=True, **options)
+        # torch maps any archive, also one with compressed records, which would be read as if they were not.
+        mmap = device == "cpu" and zipfile.is_zipfile(path)
+        mmap = mmap and not any(record.compress_type for record in zipfile.ZipFile(path).infolist())
+        content = torch.load(path, map_location=device, mmap=mmap, weights_only=True)
     except Exception as error:  # pickle.UnpicklingError, EOFError and whatever else a foreign file provokes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: not a plain dictionary of tensors, so it is not loaded (weights_only=True): {reason}"
         ) from error
-
-
-def _named_tensors(path: Path, content: Any, keys: tuple[str, ...]) -> tuple[str | None, dict[str, Tensor]]:
-    """(the key that the tensors are under, the tensors by name)."""
     nested = content if isinstance(content, Mapping) else {}
     key = next((k for k in keys if isinstance(nested.get(k), Mapping) and nested[k]), None)
     content = content if key is None else content[key]
     if not isinstance(content, Mapping) or not content:
         held = "nothing" if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"{path}: holds {held}, expected a dictionary of tensors by name")
-    strange = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
-    if strange:
+    if others := [str(name) for name, value in content.items() if not isinstance(value, Tensor)]:
         raise ValueError(
-            f"{path}: entries that are not tensors: {', '.join(strange[:5])}; expected tensors by name, "
+            f"{path}: entries that are not tensors: {', '.join(others[:5])}; expected tensors by name, "
             f"bare or under one of {', '.join(keys)}"
         )
     return key, {str(name): tensor for name, tensor in content.items()}

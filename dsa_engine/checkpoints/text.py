@@ -42,13 +42,13 @@ class EncodedPrompts(nn.Module):
         file = open_checkpoint(path)
         try:
             self.prompts = json.loads(file.header["prompts"])
-            entry = file.tensors[TENSOR]
-            fits = len(entry.shape) == 3 and len(self.prompts) == entry.shape[0]
+            tensor = file.tensors[TENSOR]
+            fits = len(tensor.shape) == 3 and len(self.prompts) == tensor.shape[0]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: holds no encoded prompts as `save_prompts` writes them ({error})") from error
         if not fits:
-            raise ValueError(f"{path}: {TENSOR} {list(entry.shape)} for {len(self.prompts)} prompts")
-        self.path, self.embeds = Path(path), entry.read(device)
+            raise ValueError(f"{path}: {TENSOR} {list(tensor.shape)} for {len(self.prompts)} prompts")
+        self.path, self.embeds = Path(path), tensor.read(device)
 
     @property
     def text_dim(self) -> int:
@@ -74,7 +74,7 @@ def save_prompts(path: str | Path, encoder: Any, prompts: Sequence[str]) -> None
     """Encode prompts once, for `EncodedPrompts` on a machine without room for the encoder (and `train --prompts`).
 
     A safetensors file with the tensor `prompt_embeds` [P, L, text_dim], L the longest prompt's, and the texts in its
-    header. Raises ValueError for no prompts, or one that is there twice.
+    header. Raises ValueError for no prompts, or a repeated one.
     """
     plain = [re.sub(r"\s+", " ", prompt).strip() for prompt in prompts]
     if not plain or len(set(plain)) < len(plain):
@@ -91,12 +91,9 @@ def load_text(
 ) -> nn.Module:
     """A text encoder from a file or folder: encoded prompts, or umT5 in Wan's or transformers' names (`load_umt5`)."""
     path = Path(path)
-    if (
-        path.suffix == ".safetensors"
-        and path.is_file()
-        and open_checkpoint(path).header.get("format") == PROMPTS_FORMAT
-    ):
-        return EncodedPrompts(path, device)
+    if path.suffix == ".safetensors" and path.is_file():
+        if open_checkpoint(path).header.get("format") == PROMPTS_FORMAT:
+            return EncodedPrompts(path, device)
     return load_umt5(path, tokenizer, device, **options)
 
 
@@ -111,7 +108,7 @@ def load_umt5(
     offload: bool = False,
 ) -> UMT5:
     """umT5 from `models_t5_umt5-xxl-enc-bf16.pth`, a safetensors file in Wan's or transformers' names (FP8 with scales
-    too), or a folder of transformers' layout. The file is looked at now, its weights are read for the first prompt.
+    too), or a folder of transformers' layout. The header is read now, the weights for the first prompt.
 
     tokenizer: its folder; else `google/umt5-xxl` or `tokenizer` near the weights. Sizes come from the tensors.
     dtype: bfloat16 or float32; float16 is too narrow for umT5's feed-forward. Other arguments as for `UMT5`.
@@ -136,9 +133,9 @@ def load_umt5(
     fits = {name: tensor for name, tensor in model.state_dict().items() if name != EMBEDDING}
     check_state_dict(fits, tensors, weights)
 
-    def load(model: nn.Module, place: torch.device | str) -> None:
+    def load(model: nn.Module, device: torch.device | str) -> None:
         model.encoder.embed_tokens = None  # one embedding is read, not two
-        load_weights_streaming(model, tensors, weights, place, dtype)
+        load_weights_streaming(model, tensors, weights, device, dtype)
         tie(model)
         check_tied(model)
 
@@ -148,19 +145,18 @@ def load_umt5(
 
 def transformers_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """An encoder's tensors under transformers' names, the token embedding once."""
-    named = {
-        key_maps.rename(key_maps.strip_wrappers(name), key_maps.UMT5_KEYS): entry for name, entry in tensors.items()
-    }
+    stripped = {key_maps.strip_wrappers(name): tensor for name, tensor in tensors.items()}
+    named = {key_maps.rename(name, key_maps.UMT5_KEYS): tensor for name, tensor in stripped.items()}
     embedding = named.pop(EMBEDDING, None)
     return named if embedding is None else {"shared.weight": embedding} | named
 
 
 def sizes_of(tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, Any]:
-    """`UMT5Config`'s sizes as the tensors (transformers' names) show them; ValueError where they do not."""
+    """`UMT5Config`'s sizes from the tensors (transformers' names). Raises ValueError where they do not show them."""
     try:
         sizes = {size: tensors[name].shape[axis] for size, (name, axis) in SIZES.items()}
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{source}: no umT5 encoder whose sizes can be told; it lacks {error}") from error
+        raise ValueError(f"{source}: no umT5 encoder whose sizes can be inferred; it lacks {error}") from error
     layers = {int(match[1]) for name in tensors if (match := re.match(r"encoder\.block\.(\d+)\.", name))}
     return {**sizes, "d_kv": sizes["d_kv"] // sizes["num_heads"], "num_layers": max(layers) + 1, "dropout_rate": 0.0}
 
@@ -168,11 +164,11 @@ def sizes_of(tensors: Mapping[str, LazyTensor], source: Path) -> dict[str, Any]:
 def _tokenizer(kind: Any, weights: Path, given: str | Path | None) -> Any:
     """transformers' tokenizer from the folder given, or from one near the weights."""
     near = (weights.parent / "google/umt5-xxl", weights.parent / "tokenizer", weights.parent.parent / "tokenizer")
-    places = near if given is None else (Path(given),)
-    folder = next((place for place in places if place.is_dir()), None)
+    folders = near if given is None else (Path(given),)
+    folder = next(filter(Path.is_dir, folders), None)
     if folder is None:
         raise FileNotFoundError(
-            f"{', '.join(map(str, places))}: no such folder; umT5 needs its tokenizer (google/umt5-xxl), as tokenizer="
+            f"{', '.join(map(str, folders))}: no such folder; umT5 needs its tokenizer (google/umt5-xxl), as tokenizer="
         )
     try:
         return kind.from_pretrained(folder, local_files_only=True)

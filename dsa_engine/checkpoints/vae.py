@@ -1,4 +1,4 @@
-"""The video VAEs from files: Wan's in its own or diffusers' names, and TAEHV. A file's names tell which it holds."""
+"""The video VAEs from files: Wan's in its own or diffusers' names, and TAEHV; a file's names say which."""
 
 from __future__ import annotations
 
@@ -56,38 +56,37 @@ def load_vae(
 
 def find_vae(model: Path, kind: str) -> Path:
     """The VAE that a name of VAE_FILES means: its file, or a folder vae, in the folder of `model` (a file or a folder),
-    in the folder above, or in a folder in either. What a candidate holds is told by its tensors.
+    in the folder above, or in a folder in either. Candidates are checked by their tensors.
 
-    Raises FileNotFoundError that says where it was looked for and which file is expected, ValueError for a candidate
-    that is broken.
+    Raises FileNotFoundError with the places searched and the file expected, ValueError for a broken candidate.
     """
     kinds, stems = VAE_FILES[kind]
     folder = (model if model.is_dir() else model.parent).absolute()
     folder = folder.parent if folder.name == "transformer" else folder
-    inside, beside = (sorted(place.glob("*")) for place in (folder, folder.parent))
-    others = []
+    children, siblings = (sorted(parent.glob("*")) for parent in (folder, folder.parent))
+    rejected = []
     # Self-Forcing has its checkpoints/ beside wan_models/Wan2.1-T2V-1.3B/.
-    for place in (folder, *inside, folder.parent, *beside, *sorted(folder.parent.glob("*/Wan2.1*"))):
-        files = [place / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-        for path in (*files, place / "vae"):
+    for parent in (folder, *children, folder.parent, *siblings, *sorted(folder.parent.glob("*/Wan2.1*"))):
+        files = [parent / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+        for path in (*files, parent / "vae"):
             weights = _only_weights(path) if os.path.isdir(path) else path
-            if weights is None or not os.path.isfile(weights):  # also where others' folders cannot be looked into
+            if weights is None or not os.path.isfile(weights):  # False for an unreadable folder, too
                 continue
             held = key_maps.kind_of(open_checkpoint(weights).tensors)
             if held in kinds:
                 return weights
-            others.append(f"{weights} holds {held or 'no model that is known here'}")
+            rejected.append(f"{weights} holds {held or 'no model that is known here'}")
     raise FileNotFoundError(
         f"vae={kind!r}: no {stems[0]}.pth or .safetensors, nor a folder vae with {kinds[0]}, in {folder}, in "
         f"{folder.parent} or in a folder in either; put it there, or give its path as vae="
-        + "".join(f"; {other}" for other in dict.fromkeys(others))
+        + "".join(f"; {other}" for other in dict.fromkeys(rejected))
     )
 
 
 def _only_weights(folder: Path) -> Path | None:
     try:
         return find_weights(folder)
-    except (FileNotFoundError, ValueError):  # none, or several: those are looked for by their names
+    except (FileNotFoundError, ValueError):  # none, or several, which are tried by name
         return None
 
 

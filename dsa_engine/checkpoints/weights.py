@@ -29,64 +29,64 @@ def load_weights_streaming(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """`load_strict` of tensors that are still in their file, each one read, converted and put in place before the next.
+    """`load_strict` of tensors that are still in their file, each one read, converted and assigned before the next.
 
     The module may be on the meta device; its parameters become frozen ones of the given device and dtype.
     """
     check_state_dict(module.state_dict(), tensors, source)
-    for name, entry in tensors.items():
-        value = entry.read(device)
-        owner, _, leaf = name.rpartition(".")
-        place = module.get_submodule(owner)
-        if leaf in place._parameters:
-            setattr(place, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+    for name, tensor in tensors.items():
+        value = tensor.read(device)
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._parameters:
+            setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
         else:
-            setattr(place, leaf, value.to(dtype) if value.is_floating_point() else value)
+            setattr(owner, leaf, value.to(dtype) if value.is_floating_point() else value)
 
 
-def check_state_dict(own: Mapping[str, Any], given: Mapping[str, Any], source: str | Path) -> None:
+def check_state_dict(expected: Mapping[str, Any], given: Mapping[str, Any], source: str | Path) -> None:
     """Raises ValueError where the names or shapes of two sets of tensors differ, with the nearest names."""
-    missing = sorted(own.keys() - given.keys())
-    unexpected = sorted(given.keys() - own.keys())
+    missing = sorted(expected.keys() - given.keys())
+    unexpected = sorted(given.keys() - expected.keys())
     misshapen = [
-        f"{name} {list(given[name].shape)} instead of {list(own[name].shape)}"
-        for name in sorted(own.keys() & given.keys())
-        if tuple(given[name].shape) != tuple(own[name].shape)
+        f"{name} {list(given[name].shape)} instead of {list(expected[name].shape)}"
+        for name in sorted(expected.keys() & given.keys())
+        if tuple(given[name].shape) != tuple(expected[name].shape)
     ]
     if not (missing or unexpected or misshapen):
         return
-    shown = [*unexpected]
+    with_nearest = [*unexpected]
     for i, name in enumerate(unexpected[:4]):
         if near := difflib.get_close_matches(name, missing, 1, 0.8):
-            shown[i] = f"{name} (nearest: {near[0]})"
-    parts = (("missing", missing), ("unexpected", shown), ("of another shape", misshapen))
-    report = "; ".join(f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in parts if n)
+            with_nearest[i] = f"{name} (nearest: {near[0]})"
+    groups = (("missing", missing), ("unexpected", with_nearest), ("of another shape", misshapen))
+    report = "; ".join(f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in groups if n)
     raise ValueError(f"{source}: does not fit the model's config: {report}")
 
 
 def dequantize(tensors: Mapping[str, LazyTensor], source: str | Path) -> dict[str, LazyTensor]:
-    """W = stored * scale for every weight that has a scale beside it, of one value or one for each row, in float32.
+    """W = stored * scale for every weight that has a scale, of one value or one per row, in float32.
 
     Raises ValueError for a scale without its weight or of another size, and for packed formats (NVFP4, MXFP4).
     """
     scales = {}
     kept = {}
-    for name, entry in tensors.items():
+    for name, tensor in tensors.items():
         stem, _, last = name.rpartition(".")
         if last in key_maps.SCALES:
-            scales[f"{stem}.weight"] = entry
+            scales[f"{stem}.weight"] = tensor
         elif not key_maps.IGNORED.search(name):
-            kept[name] = entry
+            kept[name] = tensor
     for name, scale in scales.items():
         rows = kept[name].shape[0] if name in kept else None
         if rows is None or prod(scale.shape) not in (1, rows):
             has = "not there" if rows is None else f"of shape {list(kept[name].shape)}"
             raise ValueError(
                 f"{source}: a scale of shape {list(scale.shape)} for {name}, which is {has}; expected is one value, or "
-                "one for each row"
+                "one per row"
             )
         kept[name] = LazyTensor(torch.float32, kept[name].shape, partial(_scaled, kept[name], scale))
-    packed = [name for name, entry in kept.items() if not entry.dtype.is_floating_point]
+    packed = [name for name, tensor in kept.items() if not tensor.dtype.is_floating_point]
     if packed:
         raise ValueError(
             f"{source}: {len(packed)} weights of dtype {kept[packed[0]].dtype} ({', '.join(packed[:4])}); read are "

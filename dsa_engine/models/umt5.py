@@ -1,8 +1,8 @@
-"""Prompts for the Wan family: the umT5-XXL encoder through transformers, or embeddings that were computed before.
+"""Prompts for the Wan family: their cleaning, and the umT5-XXL encoder through transformers.
 
 Wan encodes a prompt of at most 512 tokens under an attention mask and sets everything after its end to zero; the DiT
 attends to those zeros. So a prompt is encoded alone and unpadded, which gives the same, and padded with zeros.
-Source: Wan 2.1 `wan/modules/{t5,tokenizers}.py`, `wan/text2video.py`; the mapping of names is in `names.py`.
+Source: Wan 2.1 `wan/modules/{t5,tokenizers}.py`, `wan/text2video.py`; the names are in `checkpoints/key_maps.py`.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsa_engine import pipeline_inputs
-from dsa_engine.checkpoints.model_folder import read_metadata
-from dsa_engine.checkpoints.tensor_io import read_tensors, write_tensors
+from dsa_engine.checkpoints.tensor_io import open_checkpoint, write_tensors
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.confidence import ConfidenceHead
@@ -254,11 +253,12 @@ def _about(pipe: Pipeline, prompts: Prompts, chunks: int, seeds: list[int], size
 
 
 def _read(path: Path, about: dict[str, str]) -> HeadDataset:
-    tensors, found = read_tensors(path), read_metadata(path)
+    file = open_checkpoint(path)
+    found = file.header
     for name, wanted in about.items():
         if found.get(name) != wanted:
             raise ValueError(
                 f"{path}: made with {name} {found.get(name)}, wanted is {wanted}; delete its folder to roll out anew, "
                 "or go on with what it was begun with"
             )
-    return HeadDataset(tensors["features"], tensors["distance"])
+    return HeadDataset(file.tensors["features"].read(), file.tensors["distance"].read())

@@ -304,7 +304,7 @@ def test_it_works_inside_inference_mode_and_after_it(folder):
         ({"decoder.upsamples.0.residual.0.gamma": torch.zeros(2)}, "the Wan 2.1 VAE: give it as vae="),
         ({"blocks.0.self_attn.q.weight": torch.zeros(2)}, "holds a DiT; expected a umT5 text encoder"),
         ({"visual.weight": torch.zeros(2)}, "no model that is known here (its first names: visual.weight); expected"),
-        ({"shared.weight": torch.zeros(2, 2)}, "sizes can be told; it lacks 'encoder.block.0"),
+        ({"shared.weight": torch.zeros(2, 2)}, "sizes can be inferred; it lacks 'encoder.block.0"),
     ],
 )
 def test_a_file_that_is_no_text_encoder_is_named(tmp_path, folder, tensors, words):

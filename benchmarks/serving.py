@@ -8,20 +8,20 @@ The server is a process of its own that this one starts; all clients are in this
 over WebSockets. A trial has N clients that come at random (a Poisson process, all of them within the first --ramp
 seconds), draw their prompts from the synthetic world's grammar and change them at random (Poisson again, --change
 seconds apart on average, 60 % to another object and 40 % to another motion), each change with its recache. After
---settle more seconds all are watched for --measure seconds. Scripts are the same for every policy at the same N.
+--settle more seconds all are measured for --measure seconds. The clients are the same for every policy at the same N.
 
-Streams held: the largest N of a search in whose trial every client got at least 98 % of its frames a second and at most
-1 % of all chunks were late. A client's frames a second are those of its player, which stands still when a chunk is not
+Streams held: the largest N of a search in whose trial every client got at least 98 % of its frames per second and at
+most 1 % of all chunks were late. A client's frames per second are those of its player, which stalls when a chunk is not
 there in time: that chunk is late. (late_by_server counts what the server itself called late.) The search begins at what
-a flood of --flood streams gets through, goes up or down by a tenth, a fifth and so on, and halves what is between, to
-one stream or 3 %.
+a flood of --flood streams gets through, goes up or down by a tenth, a fifth and so on, and bisects, to one stream or
+3 %.
 
 policies: fixed, all steps for every chunk; confidence, the model's own threshold; budget, the same with one that falls
 under load. one_at_a_time: the policy of --alone on a server whose forwards have one row. overload: twice the
 streams that `fixed` holds, under each policy; beyond: twice those that `confidence` holds, which may be more than
-budget's floor of one step a chunk can do. pressure, threshold: from /metrics before, in and after the trial.
-latency_ms: of a chunk since it was wanted, by the server's clock; interval_ms: between two chunks at a client;
-applied_ms: from a prompt's change to word that it is in force; steps_spread: the difference between the largest and the
+budget's floor of one step per chunk can do. pressure, threshold: from /metrics before, in and after the trial.
+latency_ms: of a chunk since it was due to start, by the server's clock; interval_ms: between two chunks at a client;
+applied_ms: from a prompt's change to its acknowledgement; steps_spread: the difference between the largest and the
 smallest mean of steps of a stream; cores: processor time of the server and of this process over the time that is
 measured; lag_ms: by how much this process woke up late, which its clients took for the server's delay.
 
@@ -47,18 +47,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Py
 
 from benchmarks.common.cli import format_table
 from benchmarks.common.environment import commit, machine, save
-from benchmarks.loadgen.client import figures, percentiles, scripts, watch
+from benchmarks.loadgen.client import figures, percentiles, run_client, scenarios
 from benchmarks.loadgen.plot import draw
-from benchmarks.loadgen.server_process import Server, Site
+from benchmarks.loadgen.server_process import Server, ServerUnderTest
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import check_output_path
 from dsa_engine.media.stream_encoders import FORMATS
 
 POLICIES = {"fixed": "fixed", "confidence": "dsa", "budget": "budget"}  # as `session.start` calls them
-FPS, LATE = 0.98, 0.01  # of a stream that is held: share of its frames a second, and of late chunks
+FPS, LATE = 0.98, 0.01  # of a stream that is held: share of its frames per second, and of late chunks
 STRIDE, RESOLUTION = 0.1, 0.03  # of the search, in shares of the streams: the first one, and the last
-WATCHED = ("pressure", "threshold")  # parts of the names of metrics that say how hard the load presses
-TICK = 0.02  # seconds; how often the client's own lag is looked at
+PRESSURE = ("pressure", "threshold")  # parts of the names of metrics that say how hard the load presses
+TICK = 0.02  # seconds; how often the client's own lag is sampled
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,22 @@ class Load:
         return self.ramp + self.settle + self.measure
 
 
-async def trial(site: Site, streams: int, policy: str, load: Load) -> dict:
+async def trial(server: ServerUnderTest, streams: int, policy: str, load: Load) -> dict:
     """Figures of one trial."""
     start = {"step_policy": POLICIES[policy], "format": load.format}
-    drawn = scripts(np.random.default_rng([load.seed, streams]), streams, load.ramp, load.until, load.change, start)
-    before = pressing(site)
+    rng = np.random.default_rng([load.seed, streams])
+    clients = scenarios(rng, streams, load.ramp, load.until, load.change, start)
+    before = pressing(server)
     begin = time.monotonic() + 0.1
     measured = begin + load.ramp + load.settle
-    aside = asyncio.create_task(_aside(site, measured, begin + load.until))
-    seen = await asyncio.gather(*(watch(site.url, script, begin, load.until) for script in drawn))
-    own = await aside
-    result = figures(seen, measured, begin + load.until)
+    sampled = asyncio.create_task(_sample(server, measured, begin + load.until))
+    records = await asyncio.gather(*(run_client(server.url, one, begin, load.until) for one in clients))
+    own = await sampled
+    result = figures(records, measured, begin + load.until)
     result |= {"policy": policy, "held": held(result), **own}
     cores = own["cores"]["server"]
     result["chunks_per_cpu_s"] = result["chunks_per_s"] / cores if cores else None
-    result["pressing"] = {"before": before, "during": own["pressing"], "after": pressing(site)}
+    result["pressing"] = {"before": before, "during": own["pressing"], "after": pressing(server)}
     return result
 
 
@@ -101,40 +102,36 @@ def held(result: dict) -> bool:
     return fps["least"] >= FPS * fps["wanted"] and result["late"] <= LATE and not result["errors"]
 
 
-def pressing(site: Site) -> dict[str, float]:
-    """NaN, of what nobody has yet asked for, is left out."""
-    found = site.metrics().items()
-    return {name: value for name, value in found if any(part in name for part in WATCHED) and value == value}
+def pressing(server: ServerUnderTest) -> dict[str, float]:
+    """NaN, of what nobody has yet requested, is left out."""
+    found = server.metrics().items()
+    return {name: value for name, value in found if any(part in name for part in PRESSURE) and value == value}
 
 
-async def _aside(site: Site, start: float, stop: float) -> dict:
-    """What is looked at beside the clients: processor time, this process's lag, metrics once a second."""
+async def _sample(server: ServerUnderTest, start: float, stop: float) -> dict:
+    """Processor time, this process's lag, and metrics once per second."""
     await asyncio.sleep(start - time.monotonic())
-    server, client, lags, found = site.facts(), time.process_time(), [], []
-    asked = time.monotonic()
+    before, client, lags, found = server.stats(), time.process_time(), [], {}
+    due = time.monotonic()
     while (now := time.monotonic()) < stop:
         await asyncio.sleep(TICK)
         lags.append(1e3 * (time.monotonic() - now - TICK))
-        if now >= asked:
-            found.append(await asyncio.to_thread(pressing, site))
-            asked = now + 1.0
+        if now >= due:
+            for name, value in (await asyncio.to_thread(pressing, server)).items():
+                found.setdefault(name, []).append(value)
+            due = now + 1.0
     span = time.monotonic() - start
-    cores = {"server": server and (site.facts().cpu - server.cpu) / span}
+    cores = {"server": before and (server.stats().cpu - before.cpu) / span}
     return {
         "cores": cores | {"client": (time.process_time() - client) / span},
         "lag_ms": percentiles(lags),
-        "pressing": {name: {"mean": float(np.mean(v)), "max": max(v)} for name, v in _columns(found).items()},
+        "pressing": {name: {"mean": float(np.mean(v)), "max": max(v)} for name, v in found.items()},
     }
-
-
-def _columns(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row[name] for row in rows if name in row] for name in names}
 
 
 def search(holds: Callable[[int], bool], guess: int, most: int) -> int:
     """The largest N found to hold, to one or RESOLUTION of it; 0 where not even one does, `most` at most. It goes
-    up or down from the guess in strides that double, then halves what is between."""
+    up or down from the guess in strides that double, then bisects."""
     low, high, n, stride = 0, most + 1, min(max(guess, 1), most), STRIDE
     missed = False  # whether `high` was tried
     while low < most and high - low > max(1, int(RESOLUTION * high)):
@@ -155,15 +152,16 @@ def search(holds: Callable[[int], bool], guess: int, most: int) -> int:
 class Bench:
     """Trials on one server."""
 
-    def __init__(self, site: Site, load: Load, flood: int, most: int):
-        self.site, self.load, self.flood, self.most = site, load, flood, most
+    def __init__(self, server: ServerUnderTest, load: Load, flood: int, most: int):
+        self.server, self.load, self.flood, self.most = server, load, flood, most
 
     def trial(self, streams: int, policy: str) -> dict:
-        found = asyncio.run(trial(self.site, streams, policy, self.load))
-        sys.stderr.write(f"  {line(policy, found)}\n")
+        found = asyncio.run(trial(self.server, streams, policy, self.load))
+        line = zip(("policy", *HEADER), (policy, *cells(found)))
+        sys.stderr.write("  " + "  ".join(f"{head} {cell}" for head, cell in line) + "\n")
         return found
 
-    def standing(self, policy: str) -> dict:
+    def capacity(self, policy: str) -> dict:
         """How many streams a policy holds, with all trials that said so; `at` is the trial of that number."""
         trials = {}
 
@@ -175,21 +173,17 @@ class Bench:
         if flood["chunk_ms"] is None:
             raise RuntimeError(f"no chunk of any of {self.flood} streams came: {flood['errors'] or 'not in time'}")
         streams = search(holds, int(1e-3 * flood["chunks_per_s"] * flood["chunk_ms"]), self.most)
-        return {
-            "held": streams,
-            "at": trials.get(streams),
-            "flood": flood,
-            "trials": sorted(trials.values(), key=lambda found: found["streams"]),
-        }
+        tried = [trials[n] for n in sorted(trials)]
+        return {"held": streams, "at": trials.get(streams), "flood": flood, "trials": tried}
 
 
 def evaluate(args: argparse.Namespace) -> dict:
     """All figures as one object."""
     load = Load(args.ramp, args.settle, args.measure, args.change, args.format, args.seed)
-    with site(args, args.rows) as server:
+    with server_for(args, args.rows) as server:
         bench = Bench(server, load, args.flood, args.most)
         model = json.loads(server.get("/v1/models")[1])["data"][0]["id"]
-        policies = {name: bench.standing(name) for name in args.policies}
+        policies = {name: bench.capacity(name) for name in args.policies}
         overload, beyond = {}, {}
         if "fixed" in policies:
             overload = {name: bench.trial(2 * max(1, policies["fixed"]["held"]), name) for name in policies}
@@ -197,8 +191,8 @@ def evaluate(args: argparse.Namespace) -> dict:
             beyond = {"budget": bench.trial(2 * max(1, policies["confidence"]["held"]), "budget")}
     alone = None
     if args.url is None and args.alone in policies:
-        with site(args, 1) as server:
-            alone = Bench(server, load, args.flood, args.most).standing(args.alone)
+        with server_for(args, 1) as server:
+            alone = Bench(server, load, args.flood, args.most).capacity(args.alone)
     result = {
         "benchmark": "serving",
         "model": model,
@@ -219,8 +213,8 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def verdict(result: dict) -> dict:
-    """Ratios, None where one of the two was not tried or holds none: of streams held; of chunks a second in a flood,
-    finer than whole streams; and of those for a second of the server's processor time, which other work on the machine
+    """Ratios, None where one of the two was not tried or holds none: of streams held; of chunks per second in a flood,
+    finer than whole streams; and of those per second of the server's processor time, which other work on the machine
     does not lengthen."""
     policies, alone, deadline = result["policies"], result["one_at_a_time"], result["deadline_ms"]
 
@@ -228,20 +222,18 @@ def verdict(result: dict) -> dict:
         if ours is None or theirs is None:
             return None
         found = {"held": (ours["held"], theirs["held"])}
-        found |= {
-            name: (ours["flood"][f"chunks_per_{name}"], theirs["flood"][f"chunks_per_{name}"])
-            for name in ("s", "cpu_s")
-        }
+        for name in ("s", "cpu_s"):
+            found[name] = tuple(part["flood"][f"chunks_per_{name}"] for part in (ours, theirs))
         return {name: a / b if a is not None and b else None for name, (a, b) in found.items()}
 
-    def under(found: dict | None) -> bool | None:
+    def in_time(found: dict | None) -> bool | None:
         return found and found["latency_ms"] is not None and found["latency_ms"]["p95"] <= deadline
 
     return {
         "confidence_vs_fixed": ratio(policies.get("confidence"), policies.get("fixed")),
         "batching_vs_one_at_a_time": ratio(alone and policies[alone["policy"]], alone),
-        "budget_p95_under_deadline": under(result["overload"].get("budget")),
-        "beyond_p95_under_deadline": under(result["beyond"].get("budget")),
+        "budget_p95_under_deadline": in_time(result["overload"].get("budget")),
+        "beyond_p95_under_deadline": in_time(result["beyond"].get("budget")),
     }
 
 
@@ -249,9 +241,9 @@ def sessions(args: argparse.Namespace) -> int:
     return max(2 * args.most, args.flood)
 
 
-def site(args: argparse.Namespace, rows: int) -> AbstractContextManager[Site]:
+def server_for(args: argparse.Namespace, rows: int) -> AbstractContextManager[ServerUnderTest]:
     if args.url is not None:
-        return nullcontext(Site(args.url))
+        return nullcontext(ServerUnderTest(args.url))
     options = ["--model", args.model, "--rows", str(rows), "--max-sessions", str(sessions(args))]
     for name in ("device", "threads"):
         options += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
@@ -262,7 +254,7 @@ HEADER = ("streams", "held", "fps least", "late", "p50 ms", "p95", "p99", "first
 
 
 def cells(found: dict) -> list[str]:
-    nothing = {"p50": math.nan, "p95": math.nan, "p99": math.nan}
+    nothing = dict.fromkeys(("p50", "p95", "p99"), math.nan)
     latency, first = found["latency_ms"] or nothing, found["first_frame_ms"] or nothing
     steps, cores = found["mean_steps"], found["cores"]
     return [
@@ -270,7 +262,7 @@ def cells(found: dict) -> list[str]:
         "yes" if found["held"] else "no",
         f"{found['fps']['least']:.2f}",
         f"{found['late']:.1%}",
-        *(f"{latency[p]:.0f}" for p in ("p50", "p95", "p99")),
+        *(f"{latency[p]:.0f}" for p in nothing),
         f"{first['p50']:.0f}",
         "-" if steps is None else f"{steps:.2f}",
         f"{found['fairness']['jain']:.3f}",
@@ -279,25 +271,22 @@ def cells(found: dict) -> list[str]:
     ]
 
 
-def line(name: str, found: dict) -> str:
-    return "  ".join(f"{head} {cell}" for head, cell in zip(("policy", *HEADER), (name, *cells(found))))
-
-
 def report(result: dict) -> list[str]:
     """The table that goes to stdout."""
-    parts = dict(result["policies"])
-    if result["one_at_a_time"]:
-        parts |= {f"{result['one_at_a_time']['policy']}, one at a time": result["one_at_a_time"]}
+    parts, alone = dict(result["policies"]), result["one_at_a_time"]
+    if alone:
+        parts |= {f"{alone['policy']}, one at a time": alone}
     rows = [[name, *cells(part["at"] or part["trials"][0])] for name, part in parts.items()]
-    rows += [[f"overload: {name}", *cells(found)] for name, found in result["overload"].items()]
-    rows += [[f"beyond: {name}", *cells(found)] for name, found in result["beyond"].items()]
+    rows += [
+        [f"{kind}: {name}", *cells(found)] for kind in ("overload", "beyond") for name, found in result[kind].items()
+    ]
     return [
         *format_table([["", *HEADER], *rows]),
         f"a chunk plays {result['deadline_ms']:.0f} ms; verdict: {json.dumps(rounded(result['verdict']))}",
     ]
 
 
-def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="shapes", help="shipped name, folder or checkpoint, as for serve")
@@ -330,7 +319,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parsed(argv)
+    args = parse_args(argv)
     result = evaluate(args)
     sys.stdout.write("\n".join(report(result)) + "\n")
     result = rounded(result)

@@ -1,4 +1,4 @@
-"""A server in a process of its own, as a benchmark sees it: started, asked, watched from outside, stopped."""
+"""A server in a process of its own: started, queried and observed from outside, stopped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -22,8 +23,8 @@ COMMAND = (sys.executable, "-m", "dsa_engine", "serve")
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(\{.*\})? (\S+)$", re.MULTILINE)
 
 
-class Facts(NamedTuple):
-    """What a process holds. rss: bytes; cpu: seconds of processor time so far."""
+class ProcessStats(NamedTuple):
+    """What a process holds. rss: bytes; files: open descriptors; cpu: seconds of processor time so far."""
 
     rss: int
     threads: int
@@ -31,24 +32,21 @@ class Facts(NamedTuple):
     cpu: float
 
 
-class Site:
-    """A running server, told by its URL."""
+class ServerUnderTest:
+    """A server that runs at a URL."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
 
     def get(self, path: str, timeout: float = 10.0) -> tuple[int, str]:
         """Status and body."""
-        line = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout)
-        try:
-            line.request("GET", path)
-            answer = line.getresponse()
-            return answer.status, answer.read().decode()
-        finally:
-            line.close()
+        with closing(http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout)) as connection:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
 
     def metrics(self) -> dict[str, float]:
-        """The samples of /metrics, as `name{label="value"}` and, added up over labels, as `name`."""
+        """The samples of /metrics, as `name{label="value"}` and, summed over labels, as `name`."""
         status, text = self.get("/metrics")
         if status != 200:
             raise RuntimeError(f"{self.url}/metrics: {status}")
@@ -58,12 +56,12 @@ class Site:
                 found[key] = found.get(key, 0.0) + float(value)
         return found
 
-    def facts(self) -> Facts | None:
+    def stats(self) -> ProcessStats | None:
         """None for a server that is not a process of ours."""
         return None
 
 
-class Server(Site):
+class Server(ServerUnderTest):
     """`dsa-engine serve` with some options, on a free port of this machine, ready when the constructor returns.
 
     with Server(["--model", "shapes", "--rows", "1"]) as server:
@@ -84,26 +82,26 @@ class Server(Site):
             raise
 
     def _address(self) -> str:
-        """What it says on stdout once it answers."""
+        """What it prints on stdout once it is ready."""
         found, _, _ = select.select([self.process.stdout], [], [], START)
-        said = self.process.stdout.readline() if found else b""
-        if not said:
-            raise RuntimeError(f"the server is not ready within {START:g} s, or has ended: {self.words()[-2000:]}")
-        return json.loads(said)["address"]
+        line = self.process.stdout.readline() if found else b""
+        if not line:
+            raise RuntimeError(f"the server is not ready within {START:g} s, or has ended: {self.log_text()[-2000:]}")
+        return json.loads(line)["address"]
 
-    def words(self) -> str:
-        """All that it has written."""
+    def log_text(self) -> str:
+        """All that it has written to stderr."""
         return self.log.read_text(errors="replace")
 
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def facts(self) -> Facts:
-        return facts(self.process.pid)
+    def stats(self) -> ProcessStats:
+        return process_stats(self.process.pid)
 
     def stop(self, patience: float = 10.0) -> float:
-        """Ask it to end (SIGTERM); the seconds that it took. Ends it by force where it does not."""
+        """Ask it to end (SIGTERM), kill it where it does not; returns the seconds that took."""
         start = time.monotonic()
         if self.alive:
             self.process.send_signal(signal.SIGTERM)
@@ -123,11 +121,11 @@ class Server(Site):
         self.stop()
 
 
-def facts(pid: int) -> Facts:
+def process_stats(pid: int) -> ProcessStats:
     """Of a process on Linux."""
     folder = Path("/proc", str(pid))
     status = dict(line.split(":", 1) for line in folder.joinpath("status").read_text().splitlines())
     ticks = folder.joinpath("stat").read_text().rsplit(")", 1)[1].split()[11:13]  # user and system, after the name
     cpu = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     rss = 1024 * int(status["VmRSS"].split()[0])
-    return Facts(rss, int(status["Threads"]), len(list(folder.joinpath("fd").iterdir())), cpu)
+    return ProcessStats(rss, int(status["Threads"]), len(list(folder.joinpath("fd").iterdir())), cpu)

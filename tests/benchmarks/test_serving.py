@@ -20,8 +20,17 @@ from websockets.asyncio.server import serve
 
 from benchmarks import serving
 from benchmarks.loadgen import client, server_process
-from benchmarks.loadgen.client import Arrival, Script, Seen, figures, jain, play, scripts, watch
-from benchmarks.loadgen.server_process import Server, Site
+from benchmarks.loadgen.client import (
+    Arrival,
+    ClientRecord,
+    ClientScenario,
+    figures,
+    jain,
+    playback,
+    run_client,
+    scenarios,
+)
+from benchmarks.loadgen.server_process import Server, ServerUnderTest
 from dsa_engine.serving.http import realtime_schemas
 from dsa_engine.shapes.world import Caption
 
@@ -32,7 +41,7 @@ PROMPT = "a red circle rests on black"
 
 
 def stepped(arrivals, fps, start, stop):
-    """The same player, a millisecond at a time: (milliseconds that it stood still, late chunks)."""
+    """The same player, a millisecond at a time: (milliseconds that it stalled, late chunks)."""
     holds, begun, still, late, waits = 0, False, 0, 0, False
     due = {}
     for at, frames in arrivals:
@@ -55,11 +64,11 @@ def stepped(arrivals, fps, start, stop):
     span=st.integers(1, 3000),
 )
 @settings(max_examples=300, deadline=None)
-def test_a_player_stands_still_where_one_stepped_by_milliseconds_does(gaps, first, start, span):
+def test_a_player_stalls_where_one_stepped_by_milliseconds_does(gaps, first, start, span):
     arrivals = [(at, 3) for at in np.cumsum([first, *gaps]).tolist()]
-    found = play([(at / 1000, n) for at, n in arrivals], 12, start / 1000, (start + span) / 1000)
+    found = playback([(at / 1000, n) for at, n in arrivals], 12, start / 1000, (start + span) / 1000)
     still, late = stepped(arrivals, 12, start, start + span)
-    assert found.still * 1000 == pytest.approx(still, abs=1e-6)
+    assert found.stalled * 1000 == pytest.approx(still, abs=1e-6)
     inside = sum(start <= at < start + span for at, _ in arrivals)
     assert inside <= found.chunks <= inside + 1
     assert abs(found.late - late) <= 1  # a chunk in the very millisecond in which the player runs out
@@ -68,7 +77,7 @@ def test_a_player_stands_still_where_one_stepped_by_milliseconds_does(gaps, firs
 @pytest.mark.parametrize(
     "arrivals, expected",
     [
-        ([0.0, 0.25, 0.5, 0.75, 1.0], (0.0, 4, 0)),  # each as the one before ends
+        ([0.0, 0.25, 0.5, 0.75, 1.0], (0.0, 4, 0)),  # each as the previous one ends
         ([0.0, 0.1, 0.2, 0.3, 0.4, 0.9], (0.0, 6, 0)),  # ahead
         ([0.0, 0.35, 0.6, 0.85], (0.1, 4, 1)),  # the second one is late, and those after it are not
         ([0.0, 0.25], (0.5, 3, 1)),  # the third one never comes
@@ -78,7 +87,7 @@ def test_a_player_stands_still_where_one_stepped_by_milliseconds_does(gaps, firs
     ],
 )
 def test_a_player(arrivals, expected):
-    found = play([(at, 3) for at in arrivals], 12.0, 0.0, 1.0)
+    found = playback([(at, 3) for at in arrivals], 12.0, 0.0, 1.0)
     assert found == (pytest.approx(expected[0]), *expected[1:])
 
 
@@ -86,26 +95,26 @@ def test_a_player(arrivals, expected):
 
 
 def test_clients_arrive_and_change_prompts_as_poisson_processes_do():
-    found = scripts(np.random.default_rng(0), 400, 10.0, 60.0, 5.0, {"format": "rgb24"})
-    arrives = [script.arrives for script in found]
+    found = scenarios(np.random.default_rng(0), 400, 10.0, 60.0, 5.0, {"format": "rgb24"})
+    arrives = [scenario.arrives for scenario in found]
     assert arrives == sorted(arrives) and 0 <= arrives[0] and arrives[-1] <= 10
     assert np.mean(arrives) == pytest.approx(5.0, abs=4 * 10 / math.sqrt(12 * 400))
-    gaps = [b - a for script in found for (a, _), (b, _) in pairwise(script.prompts)]
-    count = sum(len(script.prompts) - 1 for script in found)
+    gaps = [b - a for scenario in found for (a, _), (b, _) in pairwise(scenario.prompts)]
+    count = sum(len(scenario.prompts) - 1 for scenario in found)
     expected = sum((60.0 - at) / 5.0 for at in arrives)
     assert count == pytest.approx(expected, abs=4 * math.sqrt(expected))
-    assert np.median(gaps) < 0.8 * np.mean(gaps)  # exponential: ln 2 = 0.69, but for the end of the script
-    assert all(script.prompts[0][0] == script.arrives and script.prompts[-1][0] < 60 for script in found)
-    assert len({script.start["seed"] for script in found}) == 400
+    assert np.median(gaps) < 0.8 * np.mean(gaps)  # exponential: ln 2 = 0.69, but for the end of the scenario
+    assert all(scenario.prompts[0][0] == scenario.arrives and scenario.prompts[-1][0] < 60 for scenario in found)
+    assert len({scenario.start["seed"] for scenario in found}) == 400
 
 
-def test_every_change_of_a_script_is_a_change_and_can_be_said():
-    for script in scripts(np.random.default_rng(1), 20, 1.0, 30.0, 1.0, {}):
-        said = [prompt for _, prompt in script.prompts]
+def test_every_change_of_a_scenario_is_a_change_and_can_be_parsed():
+    for scenario in scenarios(np.random.default_rng(1), 20, 1.0, 30.0, 1.0, {}):
+        said = [prompt for _, prompt in scenario.prompts]
         assert all(a != b for a, b in pairwise(said))
         assert all(str(Caption.parse(prompt)) == prompt for prompt in said)
-    again, other = (scripts(np.random.default_rng(seed), 3, 1.0, 9.0, 1.0, {}) for seed in (1, 2))
-    assert again == scripts(np.random.default_rng(1), 3, 1.0, 9.0, 1.0, {}) != other
+    again, other = (scenarios(np.random.default_rng(seed), 3, 1.0, 9.0, 1.0, {}) for seed in (1, 2))
+    assert again == scenarios(np.random.default_rng(1), 3, 1.0, 9.0, 1.0, {}) != other
 
 
 def test_the_messages_are_those_that_the_server_knows():
@@ -146,16 +155,16 @@ def test_the_search_begins_at_its_guess_and_takes_few_trials():
 # Figures
 
 
-def seen(fps=12.0, steps=(2, 2), latency=100.0, late=(False, False), period=0.25, chunks=8, **fields):
+def record(fps=12.0, steps=(2, 2), latency=100.0, late=(False, False), period=0.25, chunks=8, **fields):
     arrivals = [
         Arrival(i * period, 3, steps[i % len(steps)], latency + i, None if i == 0 else 250.0, late[i % len(late)])
         for i in range(chunks)
     ]
-    return Seen(asked=-0.5, fps=fps, chunks=arrivals, **fields)
+    return ClientRecord(asked=-0.5, fps=fps, chunks=arrivals, **fields)
 
 
 def test_figures_of_streams_on_time():
-    found = figures([seen(steps=(1, 3)), seen(steps=(4, 4), latency=200.0)], 0.0, 2.0)
+    found = figures([record(steps=(1, 3)), record(steps=(4, 4), latency=200.0)], 0.0, 2.0)
     assert (found["chunks"], found["late"], found["missed"], found["chunks_per_s"]) == (16, 0.0, 0, 8.0)
     assert found["fps"] == {"least": 12.0, "mean": 12.0, "wanted": 12.0}
     assert found["steps_histogram"] == {"1": 4, "3": 4, "4": 8} and found["mean_steps"] == 3.0
@@ -167,7 +176,7 @@ def test_figures_of_streams_on_time():
 
 
 def test_figures_of_a_stream_at_half_its_pace():
-    found = figures([seen(), seen(period=0.5, late=(True,), chunks=4)], 0.0, 2.0)
+    found = figures([record(), record(period=0.5, late=(True,), chunks=4)], 0.0, 2.0)
     assert found["fps"]["least"] == pytest.approx(6.0) and found["fps"]["mean"] == pytest.approx(9.0)
     assert found["late"] == pytest.approx(4 / 13)  # three of its four, and one that never came
     assert found["missed"] == 4 and found["fairness"]["jain"] == pytest.approx(18**2 / (2 * (12**2 + 6**2)))
@@ -175,12 +184,12 @@ def test_figures_of_a_stream_at_half_its_pace():
 
 
 def test_what_lies_outside_the_window_is_not_counted():
-    found = figures([seen(chunks=40)], 2.0, 4.0)
+    found = figures([record(chunks=40)], 2.0, 4.0)
     assert found["chunks"] == 8 and found["latency_ms"]["max"] == 115.0
 
 
 def test_streams_that_got_nothing_have_figures():
-    found = figures([Seen(asked=0.0, error="busy: full")], 0.0, 1.0)
+    found = figures([ClientRecord(asked=0.0, error="busy: full")], 0.0, 1.0)
     assert (
         found["latency_ms"] is found["chunk_ms"] is None
         and found["errors"] == {"busy: full": 1}
@@ -242,15 +251,15 @@ async def server_of(conversation):
         yield f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
 
 
-def watched(conversation, script, until=0.6):
+def watched(conversation, scenario, until=0.6):
     async def go():
         async with server_of(conversation) as url:
-            return await watch(url, script, asyncio.get_running_loop().time(), until)
+            return await run_client(url, scenario, asyncio.get_running_loop().time(), until)
 
     return asyncio.run(go())
 
 
-def test_a_client_says_its_script_and_notes_what_comes():
+def test_a_client_follows_its_scenario_and_records_what_comes():
     heard = []
 
     async def conversation(socket):
@@ -267,8 +276,8 @@ def test_a_client_says_its_script_and_notes_what_comes():
             await socket.send(json.dumps(CHUNK | {"steps": 4, "late": True}))
             await socket.send(bytes(20))
 
-    script = Script(0.1, [(0.1, PROMPT), (0.3, "a blue cross jumps on navy")], {"seed": 5})
-    one = watched(conversation, script)
+    scenario = ClientScenario(0.1, [(0.1, PROMPT), (0.3, "a blue cross jumps on navy")], {"seed": 5})
+    one = watched(conversation, scenario)
     assert [said["type"] for said in heard] == ["session.start", "session.interaction", "session.stop"]
     assert heard[0]["seed"] == 5 and heard[1]["interaction"]["event"]["prompt"] == "a blue cross jumps on navy"
     assert (one.fps, one.bytes, one.changes, one.error) == (12.0, 30, 1, None)
@@ -287,12 +296,12 @@ def test_a_stream_that_ends_by_itself_is_an_error(how):
         if how == "abort":
             socket.transport.abort()
 
-    one = watched(conversation, Script(0.0, [(0.0, PROMPT)], {}))
+    one = watched(conversation, ClientScenario(0.0, [(0.0, PROMPT)], {}))
     assert one.error is not None and (how != "error" or one.error == "busy: full")
 
 
 def test_nobody_at_the_other_end_is_an_error():
-    one = asyncio.run(watch("http://127.0.0.1:9", Script(0.0, [(0.0, PROMPT)], {}), 0.0, 0.1))
+    one = asyncio.run(run_client("http://127.0.0.1:9", ClientScenario(0.0, [(0.0, PROMPT)], {}), 0.0, 0.1))
     assert "refused" in one.error.lower() or "connect" in one.error.lower()
 
 
@@ -306,22 +315,24 @@ def test_metrics_are_those_that_were_set(monkeypatch):
     counter.labels("live", 'a "b" {c} 7').inc(3)
     counter.labels("job", "").inc(4)
     text = generate_latest(registry).decode()
-    monkeypatch.setattr(Site, "get", lambda self, path: (200, text))
-    found = Site("http://x").metrics()
+    monkeypatch.setattr(ServerUnderTest, "get", lambda self, path: (200, text))
+    found = ServerUnderTest("http://x").metrics()
     assert found["dsa_pressure"] == 0.25 and found["dsa_misses_total"] == 7.0
     assert found['dsa_misses_total{kind="job",words=""}'] == 4.0
-    monkeypatch.setattr(Site, "get", lambda self, path: (404, ""))
+    monkeypatch.setattr(ServerUnderTest, "get", lambda self, path: (404, ""))
     with pytest.raises(RuntimeError, match="404"):
-        Site("http://x").metrics()
+        ServerUnderTest("http://x").metrics()
 
 
 def test_what_is_not_a_number_does_not_get_into_the_json(monkeypatch):
-    monkeypatch.setattr(Site, "metrics", lambda self: {"dsa_threshold": math.nan, "dsa_pressure": 0.5, "other": 1.0})
-    assert serving.pressing(Site("http://x")) == {"dsa_pressure": 0.5}
+    monkeypatch.setattr(
+        ServerUnderTest, "metrics", lambda self: {"dsa_threshold": math.nan, "dsa_pressure": 0.5, "other": 1.0}
+    )
+    assert serving.pressing(ServerUnderTest("http://x")) == {"dsa_pressure": 0.5}
 
 
-def test_facts_of_a_process(tmp_path):
-    before = server_process.facts(os.getpid())
+def test_statistics_of_a_process(tmp_path):
+    before = server_process.process_stats(os.getpid())
     wait = threading.Event()
     threads = [threading.Thread(target=wait.wait) for _ in range(3)]
     for thread in threads:
@@ -329,9 +340,9 @@ def test_facts_of_a_process(tmp_path):
     files = [(tmp_path / str(i)).open("w") for i in range(5)]
     pages = mmap.mmap(-1, 2**26, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # never memory that was freed before
     block = np.frombuffer(pages, np.uint8)
-    while server_process.facts(os.getpid()).cpu < before.cpu + 0.05:
+    while server_process.process_stats(os.getpid()).cpu < before.cpu + 0.05:
         block += 1
-    after = server_process.facts(os.getpid())
+    after = server_process.process_stats(os.getpid())
     wait.set()
     for one in (*threads, *files):
         one.join() if isinstance(one, threading.Thread) else one.close()

@@ -5,16 +5,16 @@
 
 The server is a process of its own, under --deterministic. One client in five is honest: it opens streams of a few
 chunks, one after another, each with its own seed, steps and prompt changes, and keeps a digest of every chunk. The
-others are those of `hostile.py`: they vanish in the middle of chunks, send garbage, huge messages and halves of
+others are those of `attacks.py`: they vanish in the middle of chunks, send garbage, huge messages and halves of
 messages, upgrade wrongly, read nothing, say nothing, flood, and abuse the REST API.
 
 checks: no_5xx, no HTTP status of 500 or more and no WebSocket closed as the server's fault (1011); log, no traceback in
-what the server wrote (`tracebacks`); alive; idle, no stream, no job and no one in the queue after the storm; threads
-and files, of the server's process not more than before; memory, its resident set at the end at most --growth MiB above
-what it was a third into the storm; honest, every honest stream came to its end (or was told that the server is full,
-and tried again); frames, every honest stream's chunks are bit for bit those of a quiet run in this process with its
-seed, the same prompt switches at the same chunks and, for a `budget` stream, the thresholds that it was told.
-"Before" is after a short storm of the same clients and with all pools of threads filled (`fill`).
+what the server wrote (`tracebacks`); alive; idle, no stream, no job and no one in the queue afterwards; threads and
+files, of the server's process not more than before; memory, its resident set at the end at most --growth MiB above what
+it was a third into the run; honest, every honest stream came to its end (or was refused because the server is full, and
+tried again); frames, every honest stream's chunks are bit for bit those of a quiet run in this process with its seed,
+the same prompt switches at the same chunks and, for a `budget` stream, the thresholds that the server reported.
+"Before" is after a short run of the same clients and with all pools of threads filled (`fill_thread_pools`).
 
 The last line of stdout is one JSON object; the exit code is 1 where a check has failed.
 """
@@ -41,74 +41,59 @@ from websockets.exceptions import ConnectionClosed
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # run as a script, Python looks only beside this file
 
 from benchmarks.common.environment import commit, machine, save
-from benchmarks.loadgen.client import change_message, dial, start_message
-from benchmarks.loadgen.server_process import Facts, Server
+from benchmarks.loadgen.client import change_message, converse, dial, start_message
+from benchmarks.loadgen.server_process import ProcessStats, Server
 from dsa_engine import Pipeline
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.sampling.policy import Budget
 from dsa_engine.shapes.world import sample_captions
-from tests.stress.attacks import ATTACKS, Witness, answered, keep_at, line, request, streaming
+from tests.stress.attacks import ATTACKS, ResponseLog, connected, repeat, request, streaming
 
 HONEST = 0.2  # of all clients
 STEPS = ("dsa", "fixed", "fixed:2", "budget")  # of honest streams
 CHUNKS = (3, 9)  # of an honest stream, from and to
-PATIENCE = 900.0  # seconds that an honest stream may take, its place in the queue included
+PATIENCE = 900.0  # seconds that an honest stream may take, its time in the queue included
 IDLE = 8.0  # seconds, of the server: so that what is left over is gone soon
-SETTLE = 30.0  # seconds after the last work until everything must be back
+SETTLE = 30.0  # seconds after the last forward until everything must be back
 QUIET = 11.0  # seconds at least: AnyIO's threads may be idle for 10
 PAUSE = 0.5  # seconds between two visits of a client, on average
-POOLED = 16  # things to do at once, more than any pool of threads in a server on two cores has threads
-WARM = 5.0  # seconds of the storm before "before"
+POOLED = 16  # concurrent requests, more than any pool of threads in a server on two cores has threads
+WARM = 5.0  # seconds of the run before "before"
 MIB = 2**20
 
 
 @dataclass
-class Told:
-    """An honest stream as it was: changes by the chunk that they were applied before, a digest and a threshold of each
-    chunk; ended: why, "done" where all chunks came."""
+class HonestStream:
+    """What an honest client saw of one stream."""
 
     start: dict
     prompt: str
-    changes: dict[int, list[str]] = field(default_factory=dict)
+    changes: dict[int, list[str]] = field(default_factory=dict)  # by the chunk that they were applied before
     digests: list[str] = field(default_factory=list)
     thresholds: list[float | None] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    ended: str = ""
+    ended: str = ""  # why, "done" where all chunks came
+
+    async def listen(self, socket) -> None:
+        async for data in socket:
+            if isinstance(data, bytes):
+                self.digests.append(sha256(data).hexdigest())
+                continue
+            message = json.loads(data)
+            match message["type"]:
+                case "video.chunk_metadata":
+                    self.thresholds.append(message["threshold"])
+                    self.steps.append(message["steps"])
+                case "session.interaction.applied":
+                    self.changes.setdefault(message["chunk_index"], []).append(message["prompt"])
+                case "error":
+                    self.ended = message["code"]
+                case "session.done":
+                    self.ended = self.ended or message["reason"]
 
 
-def order(rng: Random, chunk_frames: int) -> tuple[str, dict, list[tuple[float, str]]]:
-    """A stream: its prompt, its `session.start`, and its changes: seconds after the one before, and the prompt."""
-    chunks = rng.randint(*CHUNKS)
-    captions = sample_captions(np.random.default_rng(rng.randrange(2**32)), 1 + rng.randrange(4), cut=0.6, soft=0.4)
-    start = {"seed": rng.randrange(2**64), "step_policy": rng.choice(STEPS), "format": "rgb24"}
-    start |= {"num_frames": chunks * chunk_frames}
-    prompt, *others = (str(caption) for caption in captions)
-    return prompt, start, [(rng.uniform(0.0, 1.0), other) for other in others]
-
-
-async def honest(url: str, rng: Random, until: float, chunk_frames: int, told: list[Told]) -> None:
-    """One honest client: stream after stream."""
-    loop = asyncio.get_running_loop()
-    while loop.time() < until:
-        prompt, start, changes = order(rng, chunk_frames)
-        one = Told(start, prompt)
-        told.append(one)
-        try:
-            async with asyncio.timeout(PATIENCE), dial(url) as socket:
-                await socket.send(start_message(prompt, start))
-                talk = asyncio.create_task(_talk(socket, changes))
-                try:
-                    await _listen(socket, one)
-                finally:
-                    talk.cancel()
-                    await asyncio.gather(talk, return_exceptions=True)
-        except (OSError, ConnectionClosed, TimeoutError) as error:
-            one.ended = one.ended or f"{type(error).__name__}: {error}"
-        await asyncio.sleep(rng.expovariate(1 / PAUSE))
-
-
-async def _talk(socket, changes: list[tuple[float, str]]) -> None:
-    """Its changes, and then a sign now and then that it is still there: it may have to wait for its place."""
+async def talk(socket, changes: list[tuple[float, str]]) -> None:
+    """Its changes, (seconds after the previous one, prompt), then pings: it may have to wait in the queue."""
     for number, (pause, prompt) in enumerate(changes):
         await asyncio.sleep(pause)
         await socket.send(change_message(prompt, f"change-{number}"))
@@ -117,24 +102,26 @@ async def _talk(socket, changes: list[tuple[float, str]]) -> None:
         await socket.send(json.dumps({"type": "session.ping"}))
 
 
-async def _listen(socket, one: Told) -> None:
-    async for message in socket:
-        if isinstance(message, bytes):
-            one.digests.append(sha256(message).hexdigest())
-            continue
-        said = json.loads(message)
-        if said["type"] == "video.chunk_metadata":
-            one.thresholds.append(said["threshold"])
-            one.steps.append(said["steps"])
-        elif said["type"] == "session.interaction.applied":
-            one.changes.setdefault(said["chunk_index"], []).append(said["prompt"])
-        elif said["type"] == "error":
-            one.ended = said["code"]
-        elif said["type"] == "session.done":
-            one.ended = one.ended or said["reason"]
+async def honest(url: str, rng: Random, until: float, chunk_frames: int, streams: list[HonestStream]) -> None:
+    """One honest client: stream after stream."""
+    loop = asyncio.get_running_loop()
+    while loop.time() < until:
+        start = {"seed": rng.randrange(2**64), "step_policy": rng.choice(STEPS), "format": "rgb24"}
+        start |= {"num_frames": rng.randint(*CHUNKS) * chunk_frames}
+        captions = np.random.default_rng(rng.randrange(2**32)), 1 + rng.randrange(4)
+        prompt, *others = map(str, sample_captions(*captions, cut=0.6, soft=0.4))
+        changes = [(rng.uniform(0.0, 1.0), other) for other in others]
+        streams.append(one := HonestStream(start, prompt))
+        try:
+            async with asyncio.timeout(PATIENCE), dial(url) as socket:
+                await socket.send(start_message(prompt, start))
+                await converse(talk(socket, changes), one.listen(socket))
+        except (OSError, ConnectionClosed, TimeoutError) as error:
+            one.ended = one.ended or f"{type(error).__name__}: {error}"
+        await asyncio.sleep(rng.expovariate(1 / PAUSE))
 
 
-def unequal(pipe: Pipeline, one: Told) -> str | None:
+def first_mismatch(pipe: Pipeline, one: HonestStream) -> str | None:
     """Where a stream differs from a quiet run of the same; None where it does not."""
     steps, options = one.start["step_policy"], {name: one.start[name] for name in ("seed", "num_frames")}
     policy = Budget(pipe.fps) if steps == "budget" else steps
@@ -150,56 +137,49 @@ def unequal(pipe: Pipeline, one: Told) -> str | None:
         return None if session.exhausted else f"{len(one.digests)} chunks of {one.start}"
 
 
-class Storm:
+class Swarm:
     """All clients at once on one server."""
 
     def __init__(self, server: Server, clients: int, seed: int, chunk_frames: int):
         self.server, self.clients, self.seed, self.chunk_frames = server, clients, seed, chunk_frames
-        self.witness, self.told, self.samples = Witness(server.url), [], []
+        self.log, self.streams = ResponseLog(server.url), []
+        self.samples: list[tuple[float, ProcessStats]] = []  # with the seconds since the start
 
-    def blow(self, seconds: float) -> None:
-        asyncio.run(self._blow(seconds))
-
-    async def _blow(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        until, friends = loop.time() + seconds, max(1, round(HONEST * self.clients))
-        visits = [
-            honest(self.server.url, Random(f"{self.seed} {i}"), until, self.chunk_frames, self.told)
+    async def run(self, seconds: float) -> None:
+        until, friends = asyncio.get_running_loop().time() + seconds, max(1, round(HONEST * self.clients))
+        clients = [
+            honest(self.server.url, Random(f"{self.seed} {i}"), until, self.chunk_frames, self.streams)
             for i in range(friends)
         ]
         attacks = [attack for attack, share in ATTACKS.items() for _ in range(share)]
         Random(self.seed).shuffle(attacks)
         for i in range(self.clients - friends):
             rng = Random(f"{self.seed} hostile {i}")
-            visits.append(keep_at(attacks[i % len(attacks)], self.witness, rng, until, PAUSE))
-        watching = asyncio.create_task(self._watch(seconds))
-        await asyncio.gather(*visits)
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+            clients.append(repeat(attacks[i % len(attacks)], self.log, rng, until, PAUSE))
+        await converse(self._sample(min(1.0, seconds / 20)), asyncio.gather(*clients))
 
-    async def _watch(self, seconds: float) -> None:
+    async def _sample(self, interval: float) -> None:
         start = time.monotonic()
         while self.server.alive:
-            self.samples.append((time.monotonic() - start, self.server.facts()))
-            await asyncio.sleep(min(1.0, seconds / 20))
+            self.samples.append((time.monotonic() - start, self.server.stats()))
+            await asyncio.sleep(interval)
 
 
-async def fill(url: str) -> None:
+async def fill_thread_pools(url: str) -> None:
     """Give every pool of threads more to do than it has threads: what is left of it afterwards is all that it keeps."""
-    witness = Witness(url)
-    streams = [streaming(witness, Random(i), format="m4s") for i in range(POOLED)]
+    log = ResponseLog(url)
 
-    async def watch(stream) -> None:
-        async with stream as raw:
+    async def watch(seed: int) -> None:
+        async with streaming(log, Random(seed), format="m4s") as raw:
             for _ in range(4):
                 await raw.until("video.chunk_metadata")
 
     async def ask() -> None:
-        async with line(witness) as raw:
+        async with connected(log) as raw:
             await raw.send(request("GET", "/v1/videos"))
-            await answered(witness, raw, "fill")
+            await log.note(raw, "fill")
 
-    await asyncio.gather(*map(watch, streams), *(ask() for _ in range(POOLED)))
+    await asyncio.gather(*map(watch, range(POOLED)), *(ask() for _ in range(POOLED)))
 
 
 def busy(server: Server) -> dict[str, float]:
@@ -209,15 +189,17 @@ def busy(server: Server) -> dict[str, float]:
     return {name: found[name] for name in (*names, *unfinished) if found[name]}
 
 
-def settled(server: Server, before: Facts | None) -> tuple[dict[str, float], Facts]:
-    """What is left to do, and what the process holds, as soon as there is nothing to do and, where `before` is told, no
-    more is held than then; whatever they are, SETTLE seconds after the model was at work last (it may still have jobs
-    to make). Not before AnyIO has let its idle threads go."""
+def wait_until_idle(server: Server, before: ProcessStats | None) -> tuple[dict[str, float], ProcessStats]:
+    """Wait until the server has nothing to do and, if `before` is given, its threads and files are back to that level.
+
+    At least QUIET seconds, until AnyIO has let its idle threads go. Gives up SETTLE seconds after the last forward (it
+    may still have jobs to make). Returns what is left to do, and the process's statistics.
+    """
     start = worked = time.monotonic()
     forwards = -1.0
     while True:
         server.get("/")  # a file: AnyIO looks at its idle threads when one of them has worked
-        left, now, clock = busy(server), server.facts(), time.monotonic()
+        left, now, clock = busy(server), server.stats(), time.monotonic()
         if (done := server.metrics()["dsa_forwards"]) != forwards:
             forwards, worked = done, clock
         back = before is None or (now.threads <= before.threads and now.files <= before.files)
@@ -233,75 +215,69 @@ def soak(model: str, clients: int, seconds: float, growth: float, seed: int = 0)
     chunk_frames = pipe.engine.decoder.frames_of(pipe.config.chunk_frames, False)
     options = ["--model", model, "--device", "cpu", "--deterministic", "--idle-timeout", f"{IDLE:g}"]
     with Server(options) as server:
-        first = server.facts()
-        warm = Storm(server, clients, seed + 1, chunk_frames)
-        warm.blow(min(WARM, seconds))
-        asyncio.run(fill(server.url))
-        _, before = settled(server, None)
-        storm = Storm(server, clients, seed, chunk_frames)
-        start = time.monotonic()
-        storm.blow(seconds)
-        took = time.monotonic() - start
-        left, after = settled(server, before)
-        health, alive, words = server.get("/health")[0], server.alive, server.words()
+        first = server.stats()
+        asyncio.run(Swarm(server, clients, seed + 1, chunk_frames).run(min(WARM, seconds)))
+        asyncio.run(fill_thread_pools(server.url))
+        _, before = wait_until_idle(server, None)
+        swarm, start = Swarm(server, clients, seed, chunk_frames), time.monotonic()
+        asyncio.run(swarm.run(seconds))
+        elapsed = time.monotonic() - start
+        left, after = wait_until_idle(server, before)
+        health, alive, text = server.get("/health")[0], server.alive, server.log_text()
         stop = server.stop()
-    early = [facts.rss for at, facts in storm.samples if at >= seconds / 3][0]
-    survivors = [one for one in storm.told if one.ended == "done"]
-    differ = [found for found in (unequal(pipe, one) for one in survivors) if found]
-    ended = Counter(one.ended for one in storm.told)
-    faults = {f"{what} {status}": n for (what, status), n in storm.witness.statuses.items() if (status or 0) >= 500}
-    faults |= {f"{what} closed {code}": n for (what, code), n in storm.witness.closes.items() if code == 1011}
+    early = next(stats.rss for at, stats in swarm.samples if at >= seconds / 3)
+    survivors = [one for one in swarm.streams if one.ended == "done"]
+    mismatches = [found for found in (first_mismatch(pipe, one) for one in survivors) if found]
+    ended, log = Counter(one.ended for one in swarm.streams), swarm.log
+    faults = {f"{what} {status}": n for (what, status), n in log.statuses.items() if (status or 0) >= 500}
+    faults |= {f"{what} closed {code}": n for (what, code), n in log.closes.items() if code == 1011}
     checks = {
         "no_5xx": not faults,
-        "log": not tracebacks(words),
+        "log": not tracebacks(text),
         "alive": alive and health == 200,
         "idle": not left,
         "threads": after.threads <= before.threads,
         "files": after.files <= before.files,
         "memory": after.rss - early <= growth * MIB,
         "honest": bool(survivors) and set(ended) <= {"done", "busy"},
-        "frames": not differ,
+        "frames": not mismatches,
     }
     return {
         "benchmark": "soak",
         "model": model,
         "clients": clients,
-        "seconds": took,
+        "seconds": elapsed,
         "failed": [name for name, passed in checks.items() if not passed],
         "checks": checks,
         "faults": faults,
-        "statuses": {f"{what} {status}": n for (what, status), n in sorted(storm.witness.statuses.items(), key=str)},
-        "closes": {f"{what} {code}": n for (what, code), n in sorted(storm.witness.closes.items())},
-        "visits": dict(storm.witness.visits),
+        "statuses": {f"{what} {status}": n for (what, status), n in sorted(log.statuses.items(), key=str)},
+        "closes": {f"{what} {code}": n for (what, code), n in sorted(log.closes.items())},
+        "visits": dict(log.visits),
         "honest": {
-            "streams": len(storm.told),
+            "streams": len(swarm.streams),
             "ended": dict(ended),
             "chunks_compared": sum(len(one.digests) for one in survivors),
             "switches": sum(len(prompts) for one in survivors for prompts in one.changes.values()),
             "steps": dict(Counter(n for one in survivors for n in one.steps)),
-            "unequal": differ[:10],
+            "unequal": mismatches[:10],
         },
         "left": left,
-        "process": {
-            "start": first._asdict(),
-            "before": before._asdict(),
-            "after": after._asdict(),
-            "rss_early": early,
-            "rss_most": max(facts.rss for _, facts in storm.samples),
-            "threads_most": max(facts.threads for _, facts in storm.samples),
-            "files_most": max(facts.files for _, facts in storm.samples),
+        "process": {"start": first._asdict(), "before": before._asdict(), "after": after._asdict(), "rss_early": early}
+        | {
+            f"{name}_most": max(getattr(stats, name) for _, stats in swarm.samples)
+            for name in ("rss", "threads", "files")
         },
         "stop_s": stop,
-        "log": [one[-2000:] for one in tracebacks(words)[:3]],
+        "log": [one[-2000:] for one in tracebacks(text)[:3]],
         "commit": commit(),
         "machine": machine(),
     }
 
 
-def tracebacks(words: str) -> list[str]:
+def tracebacks(text: str) -> list[str]:
     """Those in a log, but for uvicorn's own at a text that is not UTF-8, which it writes when it does the right thing:
     close with 1007."""
-    found = re.findall(r"^Traceback .*\n(?:[ ].*\n)*.*", words, re.MULTILINE)
+    found = re.findall(r"^Traceback .*\n(?:[ ].*\n)*.*", text, re.MULTILINE)
     return [one for one in found if not ("uvicorn/protocols" in one and "UnicodeDecodeError" in one)]
 
 

@@ -16,8 +16,8 @@ from websockets.streams import StreamReader
 
 from dsa_engine import Pipeline
 from tests.stress import attacks, soak
-from tests.stress.attacks import Witness, framed, keep_at
-from tests.stress.soak import Told, honest, settled, tracebacks, unequal
+from tests.stress.attacks import ResponseLog, framed, repeat
+from tests.stress.soak import HonestStream, first_mismatch, honest, tracebacks, wait_until_idle
 
 PROMPT, OTHER = "a red circle rests on black", "a blue cross jumps on navy"
 CLIENTS, SECONDS = 200, float(os.environ.get("DSA_SOAK_SECONDS", 20))
@@ -45,9 +45,11 @@ def alone(untrained):
     return Pipeline.from_pretrained(untrained, device="cpu", max_sessions=1, deterministic=True)
 
 
-def told(pipe, steps, prompt_at=2, thresholds=None):
-    """A stream as a client would have been told of it."""
-    one = Told({"seed": 7, "step_policy": steps, "num_frames": 12, "format": "rgb24"}, PROMPT, {prompt_at: [OTHER]})
+def recorded(pipe, steps, prompt_at=2, thresholds=None):
+    """A stream as a client would have recorded it."""
+    one = HonestStream(
+        {"seed": 7, "step_policy": steps, "num_frames": 12, "format": "rgb24"}, PROMPT, {prompt_at: [OTHER]}
+    )
     policy = soak.Budget(pipe.fps) if steps == "budget" else steps
     with pipe.session(PROMPT, seed=7, num_frames=12, step_policy=policy) as session:
         for index in range(4):
@@ -64,65 +66,46 @@ def told(pipe, steps, prompt_at=2, thresholds=None):
 
 
 @pytest.mark.parametrize("steps, thresholds", [("fixed", None), ("dsa", None), ("budget", [0.9, 0.0, 1.0, 0.3])])
-def test_a_stream_told_rightly_is_equal(alone, steps, thresholds):
-    assert unequal(alone, told(alone, steps, thresholds=thresholds)) is None
+def test_a_stream_recorded_rightly_is_equal(alone, steps, thresholds):
+    assert first_mismatch(alone, recorded(alone, steps, thresholds=thresholds)) is None
 
 
-@pytest.mark.parametrize("change", ["seed", "switch late", "switch lost", "chunk lost", "steps", "bit", "threshold"])
-def test_a_stream_told_wrongly_is_not(alone, change):
-    one = told(alone, "budget", thresholds=[0.0, 1.0, 0.0, 1.0])
+CHANGES = {
+    "seed": lambda one: one.start.update(seed=8),
+    "switch late": lambda one: setattr(one, "changes", {3: [OTHER]}),
+    "switch lost": lambda one: one.changes.clear(),
+    "chunk lost": lambda one: one.digests.pop(),
+    "steps": lambda one: one.start.update(step_policy="fixed"),
+    "bit": lambda one: setattr(one, "digests", [*one.digests[:3], one.digests[2]]),
+    "threshold": lambda one: setattr(one, "thresholds", [0.0, 0.0, 0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stream_recorded_wrongly_is_not(alone, change):
+    one = recorded(alone, "budget", thresholds=[0.0, 1.0, 0.0, 1.0])
     assert len(set(one.steps)) > 1
-    if change == "seed":
-        one.start["seed"] = 8
-    elif change == "switch late":
-        one.changes = {3: [OTHER]}
-    elif change == "switch lost":
-        one.changes = {}
-    elif change == "chunk lost":
-        one.digests.pop()
-    elif change == "steps":
-        one.start["step_policy"] = "fixed"
-    elif change == "bit":
-        one.digests[3] = one.digests[2]
-    else:
-        one.thresholds[1] = 0.0
-    assert unequal(alone, one) is not None
+    CHANGES[change](one)
+    assert first_mismatch(alone, one) is not None
 
 
-def test_an_honest_client_keeps_what_it_is_told():
-    class Said:
-        def __init__(self, *messages):
-            self.messages = iter(messages)
+def test_an_honest_client_keeps_what_the_server_says():
+    async def messages():
+        yield '{"type": "video.chunk_metadata", "threshold": 0.25, "steps": 3}'
+        yield b"frames"
+        yield '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "x"}'
+        yield '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "y"}'
+        yield '{"type": "error", "code": "failed"}'
+        yield '{"type": "session.done", "reason": "done"}'
 
-        def __aiter__(self):
-            return self
-
-        async def __anext__(self):
-            try:
-                return next(self.messages)
-            except StopIteration:
-                raise StopAsyncIteration from None
-
-    one = Told({}, PROMPT)
-    asyncio.run(
-        soak._listen(
-            Said(
-                '{"type": "video.chunk_metadata", "threshold": 0.25, "steps": 3}',
-                b"frames",
-                '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "x"}',
-                '{"type": "session.interaction.applied", "chunk_index": 1, "prompt": "y"}',
-                '{"type": "error", "code": "failed"}',
-                '{"type": "session.done", "reason": "done"}',
-            ),
-            one,
-        )
-    )
+    one = HonestStream({}, PROMPT)
+    asyncio.run(one.listen(messages()))
     assert one.changes == {1: ["x", "y"]} and one.thresholds == [0.25] and one.steps == [3]
     assert one.digests == [soak.sha256(b"frames").hexdigest()] and one.ended == "failed"
 
 
 def test_an_honest_client_that_cannot_connect_says_so():
-    streams: list[Told] = []
+    streams: list[HonestStream] = []
 
     async def go():
         await honest("http://127.0.0.1:9", Random(0), asyncio.get_running_loop().time() + 0.01, 3, streams)
@@ -137,7 +120,7 @@ def test_tracebacks_but_for_the_one_that_is_right():
     assert tracebacks(f"a line\n{right}another\n{wrong}INFO\n{right}") == [wrong.rstrip("\n")]
 
 
-def test_what_is_left_is_waited_for_and_then_told(monkeypatch):
+def test_the_server_is_waited_for_and_what_is_left_returned(monkeypatch):
     class Server:
         def __init__(self, *left):
             self.left, self.looks = list(left), 0
@@ -156,17 +139,17 @@ def test_what_is_left_is_waited_for_and_then_told(monkeypatch):
         def get(self, path):
             return 200, ""
 
-        def facts(self):
+        def stats(self):
             self.looks += 1
-            return soak.Facts(1, 2, 3, 4.0)
+            return soak.ProcessStats(1, 2, 3, 4.0)
 
     monkeypatch.setattr(soak, "SETTLE", 1.0)
     monkeypatch.setattr(soak, "QUIET", 0.0)
-    assert settled(Server(2.0, 1.0, 0.0), soak.Facts(0, 2, 3, 0.0))[0] == {}
-    assert settled(Server(2.0), None)[0] == {"dsa_sessions": 2.0}
+    assert wait_until_idle(Server(2.0, 1.0, 0.0), soak.ProcessStats(0, 2, 3, 0.0))[0] == {}
+    assert wait_until_idle(Server(2.0), None)[0] == {"dsa_sessions": 2.0}
     for before, enough in (((2, 3), True), ((1, 3), False), ((2, 2), False)):  # threads and files
         server = Server(0.0)
-        settled(server, soak.Facts(0, *before, 0.0))
+        wait_until_idle(server, soak.ProcessStats(0, *before, 0.0))
         assert (server.looks == 1) is enough  # else it waited, in vain
 
 
@@ -197,7 +180,7 @@ def test_frames(size, opcode):
 
 def test_frames_that_lie():
     with pytest.raises(EOFError):
-        parsed(framed(b"{", said=1000))
+        parsed(framed(b"{", length=1000))
     with pytest.raises(ProtocolError, match="mask"):
         parsed(framed(b"{", mask=False))
 
@@ -206,15 +189,15 @@ def test_an_attack_is_repeated_until_the_end_and_noted():
     """Against nobody: every connection is refused, which no attack may fall over."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        witness = Witness(f"http://127.0.0.1:{free.getsockname()[1]}")
+        log = ResponseLog(f"http://127.0.0.1:{free.getsockname()[1]}")
 
     async def go():
         until = asyncio.get_running_loop().time() + 0.2
-        await asyncio.gather(*(keep_at(attack, witness, Random(1), until, 0.02) for attack in attacks.ATTACKS))
+        await asyncio.gather(*(repeat(attack, log, Random(1), until, 0.02) for attack in attacks.ATTACKS))
 
     asyncio.run(go())
-    assert set(witness.visits) == {attack.__name__ for attack in attacks.ATTACKS} and not witness.statuses
-    assert all(visits > 1 for visits in witness.visits.values())
+    assert set(log.visits) == {attack.__name__ for attack in attacks.ATTACKS} and not log.statuses
+    assert all(visits > 1 for visits in log.visits.values())
 
 
 def test_the_shares_of_the_attacks():

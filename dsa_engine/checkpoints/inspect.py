@@ -121,6 +121,7 @@ def inspect_and_open(path: Path, family: str | None) -> tuple[CheckpointInfo, Te
         dialect=key_maps.dialect_of(tensors),
         components=sibling_components(path) if path.is_dir() else {},
     )
+    more: dict[str, Any] = {}
     if info.kind == key_maps.LORA:
         adapter = lora_of(file)
         more = {"lora": {"ranks": adapter.ranks, "modules": len(adapter.pairs), "alpha": adapter.alpha}}
@@ -135,8 +136,6 @@ def inspect_and_open(path: Path, family: str | None) -> tuple[CheckpointInfo, Te
             more["config_source"] = "config.json" if values else "the tensors"
         except (FileNotFoundError, ValueError) as error:
             more["config_source"] = str(error)
-    else:
-        more = {}
     return dataclasses.replace(info, **more), file
 
 

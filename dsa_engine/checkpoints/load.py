@@ -23,7 +23,12 @@ from dsa_engine.checkpoints.wan import build_dit, open_dit
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent.parent / "assets"
-WAN_VIDEO = {"height": 480, "width": 832, "frames": 81, "fps": 16.0}  # the format of every model of the family
+WAN_VIDEO: dict[str, Any] = {
+    "height": 480,
+    "width": 832,
+    "frames": 81,
+    "fps": 16.0,
+}  # the format of every model of the family
 
 
 def shipped_models() -> list[str]:

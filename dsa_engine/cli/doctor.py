@@ -8,6 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> Result:
             optional[name] = version(name) or f"missing; it comes with dsa-engine[{extra}]"
     works, fails = {}, {}
     checks: dict[str, Callable[[], str]] = {"video": try_video, "engine": try_engine}
-    checks |= {f"model {name}": lambda name=name: try_model(name) for name in shipped_models()}
+    checks |= {f"model {name}": partial(try_model, name) for name in shipped_models()}
     for name, check in checks.items():
         try:
             works[name] = check()

@@ -50,12 +50,17 @@ def run(args: argparse.Namespace) -> Result:
         without_weights(args.model) if preset else Pipeline.from_pretrained(args.model, quantization=args.quantization)
     )
     engine, config, model = pipe.engine, pipe.config, pipe.engine.dit.config
-    parts = {"generator": engine.dit, "confidence": engine.head, "codec": engine.decoder, "text": engine.text}
+    parts: dict[str, Any] = {
+        "generator": engine.dit,
+        "confidence": engine.head,
+        "codec": engine.decoder,
+        "text": engine.text,
+    }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
     stride = 8 if engine.decoder is None else engine.decoder.spatial_stride  # without one: the sizes of Wan's VAE
     frames = (pipe.frames - 1) // 4 + 1 if engine.decoder is None else engine.decoder.latent_frames_of(pipe.frames)
     height, width = pipe.height // stride, pipe.width // stride
-    dtypes = {"dtype": engine.dit.dtype, **fp8_dtypes(args.quantization)}
+    dtypes: dict[str, Any] = {"dtype": engine.dit.dtype, **fp8_dtypes(args.quantization)}
     workload = memory_estimate.Workload(height, width, frames, **dtypes)
     facts = {
         "name": pipe.name,

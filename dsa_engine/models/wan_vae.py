@@ -65,8 +65,8 @@ LATENT_STD = (
 )
 
 
-class Causal:
-    """Marks the layers with a past: they are called with (x, cache), all others with x."""
+class Causal(nn.Module):
+    """A layer with a past: it is called with (x, cache), all others with x."""
 
 
 class Chain(Causal, nn.Sequential):

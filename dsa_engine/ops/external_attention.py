@@ -73,7 +73,8 @@ def cudnn(q, k_cache, v_cache, slot, keys, scales=None) -> Tensor:
     k = torch.where(valid[:, :, None, None], k, 0)
     bias = torch.zeros(valid.shape, dtype=q.dtype, device=q.device).masked_fill(~valid, float("-inf"))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias[:, None, None])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None])
     return _empty_to_zero(out.transpose(1, 2), length)
 
 

@@ -98,7 +98,7 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: T
 
 def _attend_row(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, runs: list[list[int]], scales) -> Tensor:
     """One row [1, T, H, D] over its runs of frames."""
-    runs = [(start, stop) for start, stop in runs if start < stop]
+    runs = [run for run in runs if run[0] < run[1]]
     if not runs:
         return torch.zeros_like(q)
     k, v = ([cache[slot, start:stop].flatten(0, 1) for start, stop in runs] for cache in (k_cache, v_cache))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 TIMESTEPS = 1000  # the model's timestep at pure noise
 
@@ -46,6 +47,6 @@ class Schedule:
         return tuple(warp(s / TIMESTEPS, self.shift) for s in self.steps[-len(self) :])
 
 
-def warp(s: float, shift: float) -> float:
-    """shift * s / (1 + (shift - 1) * s): the timestep shift of SD3, FLUX and Wan. s in [0, 1]."""
+def warp(s: Any, shift: float) -> Any:
+    """shift * s / (1 + (shift - 1) * s): the timestep shift of SD3, FLUX and Wan. s, a number or a tensor, in [0, 1]."""
     return shift * s / (1 + (shift - 1) * s)

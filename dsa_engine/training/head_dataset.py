@@ -119,8 +119,8 @@ def collect(
     with tqdm(total=len(order), desc="rollouts", unit="clip") as bar:
         for index, clips in enumerate(_batches(prompts, order, chunks, batch)):
             shown, seeds = _take(prompts, [order[i] for i in clips]), [(seed + i) % 2**64 for i in clips]
-            path = folder and Path(folder) / f"features-{index:05d}.safetensors"
-            about = path and {"format": FORMAT, "model": model, **_about(pipe, shown, chunks, seeds, size)}
+            path = Path(folder) / f"features-{index:05d}.safetensors" if folder else None
+            about = {"format": FORMAT, "model": model, **_about(pipe, shown, chunks, seeds, size)} if path else {}
             if path and path.exists():
                 part = _read(path, about)
             else:

@@ -122,6 +122,8 @@ def train_head_of(
     """
     texts = read_prompts(prompts)
     with Pipeline.from_pretrained(model, device=device, window=window, sink=sink, shift=shift) as pipe:
-        options = {name: value for name, value in {"iterations": iterations, "batch": batch}.items() if value}
+        options: dict[str, Any] = {
+            name: value for name, value in {"iterations": iterations, "batch": batch}.items() if value
+        }
         chunks = None if frames is None else head_dataset.num_chunks(pipe, frames)
         return head.train_head(pipe, texts, out, chunks=chunks, seed=seed, **options)

@@ -55,7 +55,7 @@ PER_POOL = 2000  # steps until a pool of clips is drawn anew
 # of this, so it changes how often a case is seen and not what is right in it.
 FOCUS = {"cut": 0.4, "weights": {"still": 0.05, "sideways": 0.35, "vertical": 0.35, "diagonal": 0.2, "jumping": 0.05}}
 SHOWN = held_out(8, chunks=CHUNKS, seed=SHEET_SEED)
-VIDEO = {"height": world.SIZE, "width": world.SIZE, "frames": 48, "fps": 12.0}
+VIDEO: dict[str, Any] = {"height": world.SIZE, "width": world.SIZE, "frames": 48, "fps": 12.0}
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
         stage.motion_weight,
         ctx.compiled,
     )
-    options = {"betas": (0.0, 0.99), "ema_decay": 0.995, "lr_factor": lr_warmup}
+    options: dict[str, Any] = {"betas": (0.0, 0.99), "ema_decay": 0.995, "lr_factor": lr_warmup}
     rates = {name: stage.rate if name == "dit" else HEAD_RATE for name in model}
     student = Optimized(model, losses.student_loss, stage.steps, rates, **options)
     critic_steps = stage.critic_steps * stage.steps

@@ -122,7 +122,7 @@ def test_the_messages_are_those_that_the_server_knows():
     assert (start.prompt, start.seed, start.step_policy, start.format) == (PROMPT, 3, "dsa", "rgb24")
     change = realtime_schemas.parse(client.change_message(PROMPT, "seven"))
     assert (change.interaction.event.prompt, change.interaction.event_id) == (PROMPT, "seven")
-    realtime_schemas.check_change(change.interaction, 4096)
+    realtime_schemas.check_interaction(change.interaction, 4096)
 
 
 # The search

@@ -39,8 +39,11 @@ def server(untrained, tmp_path_factory):
     from dsa_engine.serving import ray_app
 
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as sock:
-        for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "disabled"), ("OMP_NUM_THREADS", "1")):
-            patch.setenv(name, value)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        # Ray Serve kills a proxy that is not ready by then, 5 s by default: too few beside other busy processes
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
         port = sock.getsockname()[1]
         sock.close()
         options = {

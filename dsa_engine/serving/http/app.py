@@ -96,7 +96,7 @@ def create_app(backend: Backend, settings: Settings | None = None, jobs: bool = 
     app.include_router(health)
     app.include_router(realtime.router(backend, settings))
     app.include_router(page(PAGE))
-    app.add_middleware(auth.BodyLimit, most=settings.max_body)
+    app.add_middleware(auth.BodyLimit, max_bytes=settings.max_body)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,4 +1,4 @@
-"""The messages of `WS /v1/realtime/video`: JSON texts with a `type`, in the names that vLLM-Omni gave them.
+"""The messages of `WS /v1/realtime/video`: JSON texts with a `type`, named as in vLLM-Omni.
 
 client: session.start  session.interaction  session.ping  session.stop
 server: session.queued*  video.start  (video.chunk_metadata, then one binary message with the chunk's frames)*
@@ -14,8 +14,9 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dsa_engine.media.stream_encoders import FORMATS
+from dsa_engine.serving.types import ModelCard, StreamRequest
 
-MAX_SHOWN = 60  # characters of a wrong value that an error repeats
+MAX_SHOWN = 60  # characters of a wrong value in an error message
 
 Id = Annotated[str, Field(min_length=1, max_length=128)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -23,7 +24,7 @@ Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Invalid(ValueError):
-    """A message that cannot be had. code: for programs; event_id: of the interaction that it was, where it said so."""
+    """A message that is not valid. code: for programs; event_id: of the interaction, if it was one and named it."""
 
     def __init__(self, code: str, message: str, event_id: str | None = None):
         super().__init__(message)
@@ -31,14 +32,13 @@ class Invalid(ValueError):
 
 
 class ClientMessage(BaseModel):
-    """What a client may say: nothing unknown, no number as a text, no NaN."""
+    """From a client: no unknown fields, no numbers as strings, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Start(ClientMessage):
-    """Open the stream. width, height, fps: only the model's own; num_frames: pixel frames, None for no end;
-    step_policy, confidence_threshold, min_steps, max_steps: as `types.StreamRequest` has them."""
+    """Open the stream. width, height, fps: only the model's own; the others as in `types.StreamRequest`."""
 
     type: Literal["session.start"]
     prompt: str
@@ -54,18 +54,29 @@ class Start(ClientMessage):
     min_steps: Count | None = None
     max_steps: Count | None = None
 
+    def to_request(self) -> StreamRequest:
+        return StreamRequest(
+            prompt=self.prompt,
+            seed=self.seed,
+            num_frames=self.num_frames,
+            steps=self.step_policy,
+            threshold=self.confidence_threshold,
+            min_steps=self.min_steps,
+            max_steps=self.max_steps,
+        )
 
-class Change(ClientMessage):
-    """What is to be another from the next chunk on."""
+
+class InteractionEvent(ClientMessage):
+    """New values from the next chunk on."""
 
     prompt: str | None = None
     confidence_threshold: Unit | None = None
 
 
 class Interaction(ClientMessage):
-    """transition_chunks: that the change of prompt takes; 0 is at once."""
+    """transition_chunks: over which the prompt is interpolated; 0 is at once."""
 
-    event: Change
+    event: InteractionEvent
     event_id: Id | None = None
     transition_chunks: Annotated[int, Field(ge=0, le=1000)] = 0
 
@@ -76,7 +87,7 @@ class InteractionMessage(ClientMessage):
 
 
 class Ping(ClientMessage):
-    """A sign of the client, so that a stream that waits for it is not taken for left."""
+    """A keepalive, so that a stream that waits for its client does not time out."""
 
     type: Literal["session.ping"]
 
@@ -91,64 +102,64 @@ _MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discrimina
 
 
 def parse(text: str) -> Message:
-    """A client's message. Raises `Invalid` with what was given and what is allowed."""
+    """A client's message. Raises Invalid with what was given and what is allowed."""
     try:
-        said = pydantic_core.from_json(text, allow_inf_nan=False)
+        data = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise Invalid("invalid_json", f"not a JSON text: {error}") from None
     try:
-        return _MESSAGE.validate_python(said)
+        return _MESSAGE.validate_python(data)
     except ValidationError as error:
-        if isinstance(said, dict) and said.get("type") not in TYPES:
-            words = f"type={abbreviate(said.get('type'))}: must be one of {', '.join(TYPES)}"
-            raise Invalid("unknown_type", words, event_id(said)) from None
-        raise Invalid("invalid_value", _words(error), event_id(said)) from None
+        if isinstance(data, dict) and data.get("type") not in TYPES:
+            words = f"type={abbreviate(data.get('type'))}: must be one of {', '.join(TYPES)}"
+            raise Invalid("unknown_type", words, event_id(data)) from None
+        raise Invalid("invalid_value", _words(error), event_id(data)) from None
 
 
-def event_id(said: Any) -> str | None:
-    """The event's id in a message that may be wrong in any way."""
-    interaction = said.get("interaction") if isinstance(said, dict) else None
+def event_id(data: Any) -> str | None:
+    """The event id in a message that may be malformed in any way."""
+    interaction = data.get("interaction") if isinstance(data, dict) else None
     given = interaction.get("event_id") if isinstance(interaction, dict) else None
     return given if isinstance(given, str) and 0 < len(given) <= 128 else None
 
 
-def check(start: Start, card: Any, longest: int) -> None:
-    """What the message's shape does not say: the model's size and pace (`types.ModelCard`), known formats, the length of
-    the prompt in characters. Raises `Invalid` with the legal value."""
+def check(start: Start, card: ModelCard, max_prompt: int) -> None:
+    """Beyond the schema: the model's name, size and fps, known formats, the length of the prompt in characters. Raises
+    Invalid with the legal value."""
     if start.format not in FORMATS:
         raise Invalid("invalid_value", f"format={abbreviate(start.format)}: must be one of {', '.join(FORMATS)}")
-    own = {"model": card.name, "width": card.width, "height": card.height, "fps": card.fps}
-    for name, legal in own.items():
+    expected = {"model": card.name, "width": card.width, "height": card.height, "fps": card.fps}
+    for name, legal in expected.items():
         given = getattr(start, name)
         if given is not None and given != legal:
             code = "model_not_found" if name == "model" else "invalid_value"
             raise Invalid(
                 code, f"{name}={abbreviate(given)}: this server's is {abbreviate(legal)}; leave it out or give that"
             )
-    check_prompt(start.prompt, longest)
+    check_prompt(start.prompt, max_prompt)
 
 
-def check_change(interaction: Interaction, longest: int) -> None:
-    """As `check`, for what is to change while the stream runs."""
-    change, name = interaction.event, interaction.event_id
-    if change.prompt is None and change.confidence_threshold is None:
+def check_interaction(interaction: Interaction, max_prompt: int) -> None:
+    """As `check`, for an update of a running stream."""
+    event, name = interaction.event, interaction.event_id
+    if event.prompt is None and event.confidence_threshold is None:
         raise Invalid("invalid_value", "event={}: must hold a prompt, a confidence_threshold or both", name)
-    if change.prompt is None and interaction.transition_chunks:
+    if event.prompt is None and interaction.transition_chunks:
         words = f"transition_chunks={interaction.transition_chunks}: is of a change of prompt; give one, or 0"
         raise Invalid("invalid_value", words, name)
-    if change.prompt is not None:
-        check_prompt(change.prompt, longest, name)
+    if event.prompt is not None:
+        check_prompt(event.prompt, max_prompt, name)
 
 
-def check_prompt(prompt: str, longest: int, name: str | None = None) -> None:
-    if len(prompt) > longest:
-        raise Invalid("invalid_value", f"prompt of {len(prompt)} characters: must be at most {longest}", name)
+def check_prompt(prompt: str, max_prompt: int, name: str | None = None) -> None:
+    if len(prompt) > max_prompt:
+        raise Invalid("invalid_value", f"prompt of {len(prompt)} characters: must be at most {max_prompt}", name)
     if not prompt.strip():
         raise Invalid("invalid_value", f"prompt={abbreviate(prompt)}: must not be empty", name)
 
 
 def abbreviate(value: Any) -> str:
-    """A value as an error repeats it: short, whatever it was."""
+    """A wrong value for an error message: short, whatever it is."""
     if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN:
         return f"a whole number of {int(math.log10(2) * value.bit_length()) + 1} digits"
     if isinstance(value, (dict, list)):
@@ -158,18 +169,18 @@ def abbreviate(value: Any) -> str:
 
 
 def _words(error: ValidationError) -> str:
-    """One line for each thing that is wrong, at most three of them."""
+    """The first three errors."""
     lines = []
     for e in error.errors(include_url=False, include_context=False)[:3]:
-        place = ".".join(str(part)[:MAX_SHOWN] for part in e["loc"][1:]) or "message"
+        where = ".".join(str(part)[:MAX_SHOWN] for part in e["loc"][1:]) or "message"
         given = "" if e["type"] == "missing" else f"={abbreviate(e['input'])}"
-        lines.append(f"{place}{given}: {e['msg']}")
+        lines.append(f"{where}{given}: {e['msg']}")
     more = error.error_count() - len(lines)
     return "; ".join(lines) + (f"; and {more} more" if more > 0 else "")
 
 
 class ServerMessage(BaseModel):
-    """What the server says. NaN and infinities, which JSON has not, go out as null."""
+    """From the server. NaN and infinities, which JSON lacks, become null."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
 
@@ -178,14 +189,14 @@ class ServerMessage(BaseModel):
 
 
 class Queued(ServerMessage):
-    """All places are taken. position: 1 is the next to be let in."""
+    """All slots are taken. position: 1 is the next to be admitted."""
 
     type: Literal["session.queued"] = "session.queued"
     position: int
 
 
 class VideoStart(ServerMessage):
-    """The stream has its place. config: what is in force, the defaults filled in."""
+    """The stream has a slot. config: all values in force, with the defaults."""
 
     type: Literal["video.start"] = "video.start"
     request_id: str
@@ -194,23 +205,16 @@ class VideoStart(ServerMessage):
 
 
 class Milliseconds(ServerMessage):
-    """Of a chunk: the denoising steps, the forward that writes the one before into the cache where it does not ride
-    along with a step, the decoder, and the encoder of the stream's format."""
+    """Stages of a chunk."""
 
     denoise: float
-    kv: float
+    kv: float  # the forward that writes the previous chunk into the cache, if it is not merged with a step
     vae: float
-    encode: float
+    encode: float  # in the stream's format
 
 
 class ChunkMetadata(ServerMessage):
-    """What the next binary message holds.
-
-    steps, confidence (one value a latent frame), threshold (that the chunk was decided with): None where confidence
-    does not count. pts: seconds of the first frame from the clip's start. latency_ms: since the chunk was wanted,
-    deadline_ms: when the player runs out, None for the first. bytes_per_frame: of a raw frame, whatever the format;
-    payload_lengths: of each frame's part of the binary message, where it has such parts.
-    """
+    """Describes the next binary message."""
 
     type: Literal["video.chunk_metadata"] = "video.chunk_metadata"
     kind: Literal["media"] = "media"
@@ -223,22 +227,22 @@ class ChunkMetadata(ServerMessage):
     width: int
     height: int
     byte_length: int
-    bytes_per_frame: int
-    payload_lengths: list[int] | None
+    bytes_per_frame: int  # of a raw frame, whatever the format
+    payload_lengths: list[int] | None  # bytes of each frame, for formats with a part per frame
     is_final_frame_batch: Literal[True] = True  # of its chunk: each is sent as one
-    pts: float
+    pts: float  # seconds of the first frame from the clip's start
     prompt: str | None
     steps: int
-    confidence: list[float] | None
-    threshold: float | None
+    confidence: list[float] | None  # per latent frame; None without a confidence head
+    threshold: float | None  # that the chunk was decided with; None if confidence is not used
     ms: Milliseconds
-    latency_ms: float
-    deadline_ms: float | None
+    latency_ms: float  # since the chunk could start
+    deadline_ms: float | None  # when the player runs out; None for the first chunk
     late: bool
 
 
 class InteractionQueued(ServerMessage):
-    """The change will be in force from some next chunk on."""
+    """The update was received; a later chunk will apply it."""
 
     type: Literal["session.interaction.queued"] = "session.interaction.queued"
     request_id: str
@@ -246,7 +250,7 @@ class InteractionQueued(ServerMessage):
 
 
 class InteractionApplied(ServerMessage):
-    """The change is in force from chunk `chunk_index` on."""
+    """The update is in force from chunk `chunk_index` on."""
 
     type: Literal["session.interaction.applied"] = "session.interaction.applied"
     request_id: str
@@ -260,7 +264,7 @@ class Pong(ServerMessage):
 
 
 class Done(ServerMessage):
-    """No more comes. reason: "done", "stopped", "idle", "lifetime" or "shutdown"; chunks: that were sent."""
+    """The last message. reason: "done", "stopped", "idle", "lifetime" or "shutdown"; chunks: sent in all."""
 
     type: Literal["session.done"] = "session.done"
     request_id: str | None
@@ -271,11 +275,15 @@ class Done(ServerMessage):
 
 
 class Error(ServerMessage):
-    """Something was not possible. retryable: the same may be possible later; event_id: of the interaction that it
-    answers. The stream goes on unless the connection is closed after it."""
+    """retryable: the same may be possible later; event_id: of the interaction that it answers. The stream goes on unless
+    the connection is closed after it."""
 
     type: Literal["error"] = "error"
     code: str
     message: str
     retryable: bool = False
     event_id: str | None = None
+
+    @classmethod
+    def of(cls, error: Invalid) -> Error:
+        return cls(code=error.code, message=str(error), event_id=error.event_id)

@@ -114,20 +114,20 @@ def pipe(untrained) -> Pipeline:
 
 
 @contextmanager
-def engine(pipe, wanted=Settings(), stall=realtime.SEND_TIMEOUT_S, **limits):  # noqa: B008 frozen
+def engine(pipe, wanted=Settings(), send_timeout=realtime.SEND_TIMEOUT_S, **limits):  # noqa: B008 frozen
     backend = LocalBackend(Worker(pipe, WorkerLimits(**{"max_sessions": 3, "max_jobs": 0, "max_queue": 2} | limits)))
     backend.start()
     try:
-        with serving(realtime.router(backend, wanted, stall)) as host:
+        with serving(realtime.router(backend, wanted, send_timeout)) as host:
             yield host, backend
     finally:
         backend.worker.stop()
 
 
 @contextmanager
-def fake(wanted=Settings(), stall=realtime.SEND_TIMEOUT_S, **options):  # noqa: B008 frozen
+def fake(wanted=Settings(), send_timeout=realtime.SEND_TIMEOUT_S, **options):  # noqa: B008 frozen
     backend = FakeBackend(**options)
-    with serving(realtime.router(backend, wanted, stall)) as host:
+    with serving(realtime.router(backend, wanted, send_timeout)) as host:
         yield host, backend
         until(lambda: not backend.open_streams)  # whatever a test did: no stream is left behind
 
@@ -464,7 +464,7 @@ def test_a_slow_client_holds_up_nobody_and_gathers_nothing():
 
 
 def test_a_client_that_takes_nothing_loses_its_place():
-    with fake(height=400, width=448, stall=0.3) as (host, backend):
+    with fake(height=400, width=448, send_timeout=0.3) as (host, backend):
         stuck = Client(host).start(format="rgb24")
         until(lambda: backend.streams and not backend.open_streams)
         stuck.abort()

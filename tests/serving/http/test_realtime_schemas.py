@@ -29,7 +29,7 @@ def checked(text: str) -> None:
     if isinstance(message, Start):
         realtime_schemas.check(message, CARD, 100)
     elif isinstance(message, InteractionMessage):
-        realtime_schemas.check_change(message.interaction, 100)
+        realtime_schemas.check_interaction(message.interaction, 100)
 
 
 def test_every_message_is_understood():

@@ -13,8 +13,8 @@ from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
 
-LINGER = 1  # seconds that clients get to take their last answers
-MESSAGE = 2**20  # bytes of a WebSocket's message
+SHUTDOWN_TIMEOUT_S = 1  # for clients to read their last answers
+MAX_MESSAGE = 2**20  # bytes of a WebSocket's message
 
 
 def run(
@@ -24,10 +24,18 @@ def run(
     ready: Callable[[str], None],
     at: socket.socket | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, which uvicorn takes and, when all is done, raises again.
+    """Serve until SIGTERM or SIGINT, which uvicorn handles and raises again at the end.
 
-    ready: called with the address once requests are answered. at: from `bind`, else it is bound here.
-    Raises OSError where the address cannot be had, ValueError for limits or a data folder that cannot be.
+    Args:
+        pipe: warmed up.
+        limits: of the worker.
+        settings: of the HTTP application.
+        ready: called with the address once requests are answered.
+        at: a socket from `bind`; by default it is bound here.
+
+    Raises:
+        OSError: the address is not available.
+        ValueError: limits or a data folder that are not possible.
     """
     with at or bind(settings) as sock:
         backend = LocalBackend(Worker(pipe, limits), settings.grace)
@@ -35,10 +43,10 @@ def run(
         backend.worker.observers.append(app.state.metrics.observe)
         config = uvicorn.Config(
             app,
-            timeout_graceful_shutdown=LINGER,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
             log_config=None,
             access_log=False,
-            ws_max_size=MESSAGE,
+            ws_max_size=MAX_MESSAGE,
             ws_per_message_deflate=False,  # video does not get smaller
         )
         backend.start()
@@ -49,7 +57,7 @@ def run(
 
 
 def bind(settings: Settings) -> socket.socket:
-    """A socket at the address that settings name. Raises OSError where it cannot be had."""
+    """A socket at the address of the settings. Raises OSError if that is not available."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -72,8 +80,8 @@ def address(host: str, sock: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which says when it is ready, and lets the app drain before it closes the connections: who has a stream
-    open gets the chunk that is being made, and hears why no more come."""
+    """uvicorn that reports when it is ready, and drains the app before it closes the connections: open streams get their
+    running chunk and the reason why no more come."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]], ready: Callable[[], None]):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""The HTTP application: jobs, the realtime WebSocket, the page, and what those who run a server look at."""
+"""The HTTP application: jobs, the realtime WebSocket, the page, health checks and metrics."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ CODES = {
 
 
 class Service:
-    """What an app holds, and how it stops: `drain` may be called before the server closes its connections, and is
-    called at the end of the app's lifespan in any case."""
+    """What an app holds. `drain` may be called before the server closes its connections, and is called at the end of the
+    app's lifespan in any case."""
 
     def __init__(self, backend: Backend, jobs: Jobs | None):
         self.backend, self.jobs = backend, jobs
@@ -57,7 +57,7 @@ class Service:
         self._drained: asyncio.Task[None] | None = None
 
     async def drain(self) -> None:
-        """Admit nobody, let running chunks finish, write down what became of the jobs."""
+        """Admit nobody, let running chunks finish, store the state of the jobs."""
         self.stopping = True
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
@@ -72,10 +72,15 @@ class Service:
 
 
 def create_app(backend: Backend, settings: Settings | None = None, jobs: bool = True) -> FastAPI:
-    """An app on a backend that runs already. jobs: keep jobs, in `settings.data`.
+    """An app whose `state` holds `service` (with `drain`) and `metrics`, whose `observe` is for a worker's observers.
 
-    app.state holds `service` (with `drain`) and `metrics`, whose `observe` belongs among a worker's observers.
-    Raises ValueError for a data folder that cannot be used.
+    Args:
+        backend: runs already.
+        settings: defaults to `Settings()`.
+        jobs: serve jobs, stored in `settings.data`.
+
+    Raises:
+        ValueError: the data folder cannot be used.
     """
     settings = settings or Settings()
     runner = Jobs(backend, Store(settings.data)) if jobs else None
@@ -109,12 +114,12 @@ def create_app(backend: Backend, settings: Settings | None = None, jobs: bool = 
 
 
 def guards(settings: Settings) -> list[Any]:
-    """The dependencies of all routes that not everybody may use."""
-    return [Depends(_host), *([] if settings.token is None else [Depends(_token)])]
+    """Dependencies of the routes that need a token."""
+    return [Depends(_check_origin), *([] if settings.token is None else [Depends(_check_token)])]
 
 
-def _host(request: Request) -> None:
-    """A browser sends some requests of any page before it asks whether that may, and only hides the answer."""
+def _check_origin(request: Request) -> None:
+    """CORS is not enough: a browser sends some requests of any page, and only hides the answer from it."""
     headers = request.headers
     if not auth.origin_allowed(headers.get("origin"), headers.get("host"), request.app.state.settings.origins):
         raise HTTPException(403, f"origin {headers['origin']!r}: a page of another host may not use this server")
@@ -123,7 +128,7 @@ def _host(request: Request) -> None:
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def _token(request: Request, given: Credentials) -> None:
+def _check_token(request: Request, given: Credentials) -> None:
     if not auth.token_matches(request.app.state.settings.token, given and given.credentials):
         words = "a bearer token is needed, as in Authorization: Bearer TOKEN"
         raise HTTPException(401, words, {"WWW-Authenticate": "Bearer"})
@@ -134,7 +139,7 @@ routes = APIRouter(tags=["server"])
 
 @routes.get("/v1/models", responses=videos.errors())
 async def models(request: Request) -> schemas.ModelList:
-    """The one model that this server has, and what it can."""
+    """The server's one model."""
     state = request.app.state
     return schemas.ModelList(data=[schemas.Model.of(state.service.backend.card, state.started)])
 
@@ -160,14 +165,14 @@ async def alive() -> schemas.Health:
 
 @health.get("/readyz", responses={503: {"model": schemas.Health}})
 async def ready(request: Request, response: Response) -> schemas.Health:
-    """It takes orders: 200, or 503 while it stops."""
+    """200 while requests are accepted, 503 while the server stops."""
     stopping = request.app.state.service.stopping
     response.status_code = 503 if stopping else 200
     return schemas.Health(status="stopping" if stopping else "ready")
 
 
 def page(folder: Path) -> APIRouter:
-    """A route for each file. A mount at / would answer for every address that there is not, with its own words."""
+    """A route for each file. A mount at / would answer all unknown paths, in its own error format."""
     routes = APIRouter(include_in_schema=False)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = "/" + path.relative_to(folder).as_posix()
@@ -184,7 +189,7 @@ def _file(path: Path):
 
 
 def answer_errors(app: FastAPI) -> None:
-    """Every error in one form (`protocol.Error`)."""
+    """Every error in one format (`schemas.Error`)."""
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
@@ -193,9 +198,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
-        names = [_name(one["loc"]) for one in found]
-        words = [f"{name}: {one['msg']}" for name, one in zip(names, found)]
+        errors = error.errors()
+        names = [_field(e["loc"]) for e in errors]
+        words = [f"{name}: {e['msg']}" for name, e in zip(names, errors)]
         return failure(422, "; ".join(words[:5]), names[0] if names else None)
 
     @app.exception_handler(Refusal)
@@ -214,7 +219,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_, error: ClientDisconnect) -> JSONResponse:
-        return failure(400, "the request did not come whole")  # nobody is left to read it: no fault of the server
+        return failure(400, "the request did not come whole")  # nobody reads this answer; not a fault of the server
 
     @app.exception_handler(Exception)
     async def broken(_, error: Exception) -> JSONResponse:
@@ -222,7 +227,7 @@ def answer_errors(app: FastAPI) -> None:
 
 
 def allowed(request: Request) -> list[str]:
-    """The methods of an address, of all its routes: the router tells those of the first alone."""
+    """The methods of a path, over all its routes: the router reports those of the first only."""
     scopes = {method: {**request.scope, "method": method} for method in ("GET", "HEAD", "POST", "DELETE")}
     routes = request.app.routes
     return [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
@@ -234,14 +239,14 @@ def failure(status: int, message: str, param: str | None = None, headers: dict[s
     return JSONResponse(schemas.Error(error=detail).model_dump(), status, headers)
 
 
-def _name(place: Sequence[str | int]) -> str:
-    """The field that an error of pydantic is about."""
-    names = [str(part) for part in place if part not in ("body", "query", "path")]
+def _field(location: Sequence[str | int]) -> str:
+    """The field that an error of pydantic names."""
+    names = [str(part) for part in location if part not in ("body", "query", "path")]
     return names[0] if names else "body"
 
 
 def _version() -> str:
     try:
         return version("dsa-engine")
-    except PackageNotFoundError:  # run from its sources
+    except PackageNotFoundError:  # run from a checkout
         return "0"

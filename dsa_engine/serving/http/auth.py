@@ -37,6 +37,6 @@ class BodyLimit:
                 received += len(message.get("body", b""))
                 if received <= self.max_bytes:
                     return message
-            raise HTTPException(413, f"the request is larger than the limit of {self.max_bytes} bytes")
+            raise HTTPException(413, f"the request is larger than {self.max_bytes} bytes, the limit")
 
         await self.app(scope, limited, send)

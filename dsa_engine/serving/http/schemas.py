@@ -1,4 +1,4 @@
-"""What the REST API takes and gives. The names are those of OpenAI's video API, where it has them."""
+"""Requests and responses of the REST API. Names follow OpenAI's video API where it has them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=1, le=10**6), Integral]
 
 
 class Refusal(ValueError):
-    """A request that cannot be met. param: the field that is to blame, which the message begins with; None for many."""
+    """A request that is not possible. param: the field at fault, which the message starts with; None for several."""
 
     def __init__(self, param: str | None, message: str):
         super().__init__((param or "") + message)
@@ -25,7 +25,7 @@ class Refusal(ValueError):
 
 
 class CreateVideo(BaseModel):
-    """A job. Fields that are left out, or null, take the model's own values."""
+    """A job. Fields that are omitted or null take the model's own values."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -44,7 +44,7 @@ class CreateVideo(BaseModel):
     guidance_scale: float | None = Field(None, description="only 1: the guidance is built into the model")
     negative_prompt: str | None = Field(None, description="not possible: the guidance is built into the model")
     input_reference: str | None = Field(
-        None, description="a picture to begin with: a data URL or base64, or a file of multipart/form-data"
+        None, description="the first frame: a data URL or base64, or a file of multipart/form-data"
     )
     reference_url: str | None = Field(None, description="not possible: the server fetches nothing")
     step_policy: str | None = Field(
@@ -56,19 +56,19 @@ class CreateVideo(BaseModel):
     min_steps: Count | None = None
     max_steps: Count | None = None
 
-    def order(self, card: ModelCard, settings: Settings, picture: bool) -> StreamRequest:
-        """What the model is to make, without the picture; picture: whether one is given, which is the first frame.
+    def to_request(self, card: ModelCard, settings: Settings, has_image: bool) -> StreamRequest:
+        """Without the image; has_image: one is given, and is the first frame.
 
         Raises ValueError for what this server or model cannot do, with the nearest that it can.
         """
-        self._refuse(card)
+        self._check(card)
         if len(self.prompt) > settings.max_prompt:
             raise Refusal("prompt", f" of {len(self.prompt)} characters: at most {settings.max_prompt} are possible")
         counts = [count for count in (self.num_inference_steps, self.max_steps) if count is not None]
         return StreamRequest(
             self.prompt,
             seed=self.seed or 0,
-            num_frames=self._frames(card, settings, picture),
+            num_frames=self._frames(card, settings, has_image),
             height=card.height,
             width=card.width,
             steps=self.step_policy,
@@ -78,15 +78,15 @@ class CreateVideo(BaseModel):
             live=False,
         )
 
-    def _refuse(self, card: ModelCard) -> None:
+    def _check(self, card: ModelCard) -> None:
         if self.model not in (None, card.name):
             raise Refusal("model", f"={self.model!r}: this server has one model: {card.name!r}")
-        own = f"{card.width}x{card.height}"
-        if self.size not in (None, own):
-            raise Refusal("size", f"={self.size!r}: this server makes videos of the model's own size only: {own!r}")
+        size = f"{card.width}x{card.height}"
+        if self.size not in (None, size):
+            raise Refusal("size", f"={self.size!r}: this server makes videos of the model's own size only: {size!r}")
         if self.fps not in (None, card.fps):
             raise Refusal(
-                "fps", f"={self.fps:g}: the model makes {card.fps:g} frames a second; nearest is {card.fps:g}"
+                "fps", f"={self.fps:g}: the model makes {card.fps:g} frames per second; nearest is {card.fps:g}"
             )
         for name in ("guidance_scale", "negative_prompt"):
             if getattr(self, name) not in (None, 1.0):
@@ -103,10 +103,10 @@ class CreateVideo(BaseModel):
         if kind == "fixed" and (self.min_steps, self.confidence_threshold) != (None, None):
             raise Refusal("step_policy", "='fixed': goes with neither min_steps nor confidence_threshold")
 
-    def _frames(self, card: ModelCard, settings: Settings, picture: bool) -> int:
+    def _frames(self, card: ModelCard, settings: Settings, has_image: bool) -> int:
         first, later = card.chunks
-        first = 1 + later if picture else first
-        most = first + max(0, (settings.max_frames - first) // later) * later
+        first = 1 + later if has_image else first
+        longest = first + max(0, (settings.max_frames - first) // later) * later
 
         def whole(frames: float) -> int:
             return first + max(0, round((frames - first) / later)) * later
@@ -115,15 +115,15 @@ class CreateVideo(BaseModel):
             raise Refusal("seconds", " and num_frames: give one or the other")
         if self.seconds is not None:
             frames, given = whole(float(self.seconds) * card.fps), f"={self.seconds}"
-            if frames > most:
-                raise Refusal("seconds", f"{given}: at most {most / card.fps:g} are possible")
+            if frames > longest:
+                raise Refusal("seconds", f"{given}: at most {longest / card.fps:g} are possible")
             if not float(self.seconds) > 0:
                 raise Refusal("seconds", f"{given}: must be above 0; nearest is {first / card.fps:g}")
             return frames
         frames = whole(card.frames) if self.num_frames is None else self.num_frames
-        near = min(whole(frames), most)
+        near = min(whole(frames), longest)
         if self.num_frames is not None and near != frames:
-            rule = f"at most {most} are possible" if frames > most else "must come out as whole chunks"
+            rule = f"at most {longest} are possible" if frames > longest else "must come out as whole chunks"
             raise Refusal("num_frames", f"={frames}: {rule}; nearest is {near}")
         return near
 
@@ -134,8 +134,8 @@ class JobError(BaseModel):
 
 
 class Video(BaseModel):
-    """A job. progress: percent; url: of the file, once it is there; steps_per_chunk and confidence (a value for each
-    latent frame of each chunk, null without a confidence head): once it is completed."""
+    """A job. progress: percent; url: of the file, once completed; steps_per_chunk and confidence (a value per latent
+    frame of each chunk, null without a confidence head): once completed."""
 
     id: Id
     object: Literal["video"] = "video"
@@ -159,7 +159,7 @@ class Video(BaseModel):
 
     @classmethod
     def of(cls, job: Job, progress: int) -> Video:
-        order = job.request
+        request = job.request
         return cls(
             id=job.id,
             model=job.model,
@@ -167,12 +167,12 @@ class Video(BaseModel):
             progress=100 if job.status == "completed" else progress,
             created_at=int(job.created),
             completed_at=None if job.completed is None else int(job.completed),
-            prompt=order["prompt"],
-            size=f"{order['width']}x{order['height']}",
-            seconds=f"{order['num_frames'] / job.fps:g}",
+            prompt=request["prompt"],
+            size=f"{request['width']}x{request['height']}",
+            seconds=f"{request['num_frames'] / job.fps:g}",
             fps=job.fps,
-            num_frames=order["num_frames"],
-            seed=order["seed"],
+            num_frames=request["num_frames"],
+            seed=request["seed"],
             url=f"/v1/videos/{job.id}/content" if job.status == "completed" else None,
             error=None if job.error is None else JobError(code="generation_failed", message=job.error),
             inference_time_s=job.duration_s,
@@ -196,7 +196,7 @@ class Deleted(BaseModel):
 
 
 class Model(BaseModel):
-    """threshold: the model's own, at which a chunk is done; presets: by name; prompts: those it knows, null for any."""
+    """confidence_threshold: the default; presets: thresholds by name; prompts: grammar of those it knows, null for any."""
 
     id: str
     object: Literal["model"] = "model"
@@ -242,13 +242,13 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
-    """Every answer that is not a success."""
+    """Every response that is not a success."""
 
     error: ErrorDetail
 
 
 def request_schema(form: bool) -> dict[str, Any]:
-    """JSON schema of `CreateVideo`; form: as multipart/form-data has it, where nothing is null and a file is a file."""
+    """JSON schema of `CreateVideo`; form: for multipart/form-data, which has files and no null."""
     schema = CreateVideo.model_json_schema()
     if form:
         for name, field in schema["properties"].items():

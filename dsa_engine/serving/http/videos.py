@@ -1,4 +1,4 @@
-"""The routes of the jobs: `POST /v1/videos` and what comes after it."""
+"""The routes of the jobs: `/v1/videos`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONTENT = {
 
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers besides, for the document; no route is open to every page and every client."""
+    """Error responses of a route, for the OpenAPI document."""
     return {code: {"model": schemas.Error} for code in (401, 403, *codes)}
 
 
@@ -49,10 +49,10 @@ def _jobs(request: Request) -> Jobs:
     return request.app.state.service.jobs
 
 
-Runner = Annotated[Jobs, Depends(_jobs)]
+JobQueue = Annotated[Jobs, Depends(_jobs)]
 
 
-async def _found(id: Annotated[str, Path(pattern=ID)], jobs: Runner) -> Job:
+async def _found(id: Annotated[str, Path(pattern=ID)], jobs: JobQueue) -> Job:
     job = await asyncio.to_thread(jobs.store.get, id)
     if job is None:
         raise missing(id)
@@ -62,22 +62,22 @@ async def _found(id: Annotated[str, Path(pattern=ID)], jobs: Runner) -> Job:
 Found = Annotated[Job, Depends(_found)]
 
 
-def shown(job: Job, jobs: Jobs) -> Video:
+def as_video(job: Job, jobs: Jobs) -> Video:
     return Video.of(job, jobs.progress(job.id))
 
 
 @routes.post("", openapi_extra=BODY, responses=errors(400, 413, 415, 422, 429, 503, 507))
-async def create(request: Request, jobs: Runner) -> Video:
-    """Queue a video. It is made whether or not the client stays, and also when the server is started anew."""
+async def create(request: Request, jobs: JobQueue) -> Video:
+    """Queue a video. It is made even if the client leaves or the server restarts."""
     settings, card = request.app.state.settings, jobs.backend.card
     try:
-        wanted, data = await read(request, settings)
-        order = wanted.order(card, settings, picture=data is not None)
+        body, data = await read(request, settings)
+        stream_request = body.to_request(card, settings, has_image=data is not None)
         if data is not None:
             decoded = await asyncio.to_thread(image.decode, data, card.height, card.width)
-            order = dataclasses.replace(order, image=decoded)
-        return shown(await jobs.add(order), jobs)
-    except ValidationError as error:  # a ValueError too, but one that tells of fields
+            stream_request = dataclasses.replace(stream_request, image=decoded)
+        return as_video(await jobs.add(stream_request), jobs)
+    except ValidationError as error:  # a ValueError too, but it names fields
         raise RequestValidationError(error.errors()) from error
     except ValueError as error:
         raise error if isinstance(error, Refusal) else Refusal(None, str(error)) from error
@@ -85,7 +85,7 @@ async def create(request: Request, jobs: Runner) -> Video:
 
 @routes.get("", responses=errors(404, 422))
 async def index(
-    jobs: Runner,
+    jobs: JobQueue,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(pattern=ID)] = None,
     order: Literal["asc", "desc"] = "desc",
@@ -94,27 +94,27 @@ async def index(
     page = await asyncio.to_thread(jobs.store.page, limit, after, order == "desc")
     if page is None:
         raise missing(after)
-    videos = [shown(job, jobs) for job in page[0]]
+    videos = [as_video(job, jobs) for job in page[0]]
     first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
     return schemas.VideoList(data=videos, first_id=first, last_id=last, has_more=page[1])
 
 
 @routes.get("/{id}", responses=errors(404, 422))
-async def show(job: Found, jobs: Runner) -> Video:
-    """How a job goes."""
-    return shown(job, jobs)
+async def show(job: Found, jobs: JobQueue) -> Video:
+    """The state of a job."""
+    return as_video(job, jobs)
 
 
 @routes.delete("/{id}", responses=errors(404, 422))
-async def delete(job: Found, jobs: Runner) -> schemas.Deleted:
-    """Forget a job and its video; one that is being made is given up."""
+async def delete(job: Found, jobs: JobQueue) -> schemas.Deleted:
+    """Delete a job and its video; a running job is cancelled."""
     if not await jobs.delete(job.id):
         raise missing(job.id)
     return schemas.Deleted(id=job.id)
 
 
 @routes.get("/{id}/content", response_class=FileResponse, responses={**CONTENT, **errors(404, 409, 422)})
-async def content(job: Found, jobs: Runner, variant: Literal["video"] = "video") -> FileResponse:
+async def content(job: Found, jobs: JobQueue, variant: Literal["video"] = "video") -> FileResponse:
     """The video, once the job is completed."""
     if job.status != "completed":
         raise HTTPException(409, f"video {job.id} is {job.status}: there is no file until it is completed")
@@ -131,11 +131,11 @@ def missing(id: str | None) -> HTTPException:
 
 
 async def read(request: Request, settings: Settings) -> tuple[CreateVideo, bytes | None]:
-    """What a request wants, and the picture that it brings. Raises ValidationError, HTTPException or ValueError."""
+    """The body of a request, and its image file. Raises ValidationError, HTTPException or ValueError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == TEXT:
-        wanted = CreateVideo.model_validate_json(await request.body(), strict=True)
-        return wanted, None if wanted.input_reference is None else image.from_text(wanted.input_reference)
+        body = CreateVideo.model_validate_json(await request.body(), strict=True)
+        return body, None if body.input_reference is None else image.from_text(body.input_reference)
     if kind != FORM:
         raise HTTPException(415, f"content-type {kind!r}: must be {TEXT} or {FORM}")
     boundary = re.search(r'boundary="?([^";,\s]+)', request.headers["content-type"], re.IGNORECASE)
@@ -153,7 +153,7 @@ async def read(request: Request, settings: Settings) -> tuple[CreateVideo, bytes
                 data = await value.read()
             else:
                 raise Refusal(name, ": must be text, not a file")
-    wanted = CreateVideo.model_validate_strings(fields)
-    if wanted.input_reference is not None:
-        data = image.from_text(wanted.input_reference)
-    return wanted, data
+    body = CreateVideo.model_validate_strings(fields)
+    if body.input_reference is not None:
+        data = image.from_text(body.input_reference)
+    return body, data

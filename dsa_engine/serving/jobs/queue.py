@@ -1,7 +1,7 @@
-"""The runner of jobs: as many at once as the backend takes, the oldest first, from asyncio.
+"""Runs jobs from asyncio: the oldest first, as many at once as the backend has slots for.
 
-A job's state is what the store says, so a server that starts again goes on where the last one ended: jobs that it was
-making are made anew, with their seed. Only the progress of a job that is being made lives here.
+A job's state is in the store, so a server that restarts continues where the last one ended: jobs that were running are
+made again, with their seed. Only the progress of a running job is held here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dsa_engine.serving.types import Backend, ChunkReady, Closed, Opened, Overlo
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MAX_QUEUED_JOBS = 1000  # jobs that may be queued
-LINGER = 2.0  # seconds in which jobs write down that their streams were closed
-PAUSE = 1.0  # seconds after which something that was not possible is tried again
+MAX_QUEUED_JOBS = 1000
+CLOSE_TIMEOUT_S = 2.0  # for running jobs to store their state when the server stops
+RETRY_S = 1.0  # after which something that was not possible is tried again
 STORED = ("prompt", "seed", "num_frames", "height", "width", "steps", "threshold", "min_steps", "max_steps")
 
 
 class StreamFailed(Exception):
-    """A stream that did not come to its end."""
+    """A job's stream ended before all frames were made."""
 
     def __init__(self, closed: Closed):
         super().__init__(closed.error or closed.reason)
@@ -39,11 +39,11 @@ class StreamFailed(Exception):
 
 
 class ActiveJob:
-    """A job that is being made."""
+    """A running job."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.frames = 0  # so far
+        self.frames = 0  # made so far
         self.stream: Stream | None = None
         self.deleted = False
         self.steps: list[int] = []
@@ -52,7 +52,7 @@ class ActiveJob:
 
     @property
     def progress(self) -> int:
-        """Percent, 100 only once the file is there."""
+        """Percent; below 100, since the file is not complete yet."""
         return min(99, 100 * self.frames // self.job.request["num_frames"])
 
 
@@ -62,40 +62,40 @@ class Jobs:
     def __init__(self, backend: Backend, store: Store):
         self.backend, self.store = backend, store
         self.stopping = False
-        self._running: dict[str, ActiveJob] = {}
+        self._active: dict[str, ActiveJob] = {}
         self._wake = asyncio.Event()
-        self._transition_lock = asyncio.Lock()  # between a job's row and `_running`
+        self._transition_lock = asyncio.Lock()  # keeps a job's row and `_active` consistent
         self._feeder: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        again = await asyncio.to_thread(self.store.recover)
-        if again:
-            logger.info("%d jobs that were being made are queued again", again)
+        requeued = await asyncio.to_thread(self.store.recover)
+        if requeued:
+            logger.info("%d interrupted jobs are queued again", requeued)
         self._feeder = asyncio.create_task(self._feed())
 
     def stop(self) -> None:
-        """Begin no more jobs."""
+        """Start no more jobs."""
         self.stopping = True
         self._wake.set()
 
     async def close(self) -> None:
-        """Wait for the jobs whose streams the backend has closed, and give the store back."""
+        """Wait for the jobs whose streams the backend has closed, and release the store."""
         self.stop()
-        tasks = [running.task for running in self._running.values()]
+        tasks = [active.task for active in self._active.values()]
         if self._feeder is not None:
-            await asyncio.wait([self._feeder, *tasks], timeout=LINGER)
-        for id in list(self._running):  # they have not ended, and will not any more
+            await asyncio.wait([self._feeder, *tasks], timeout=CLOSE_TIMEOUT_S)
+        for id in list(self._active):  # they did not end in time
             await asyncio.to_thread(self.store.update, id, status="queued")
         await asyncio.to_thread(self.store.close)
 
     async def add(self, request: StreamRequest) -> Job:
-        """Queue a job. Raises Overloaded where too many wait already, ValueError for an request that is not possible."""
+        """Queue a job. Raises Overloaded if too many are queued, ValueError for a request that is not possible."""
         if self.stopping:
             raise Overloaded("the server is stopping")
         await self.backend.check(request)
-        waiting = (await asyncio.to_thread(self.store.counts))["queued"]
-        if waiting >= MAX_QUEUED_JOBS:
-            raise Overloaded(f"{waiting} jobs are queued, the most there may be; try again later")
+        queued = (await asyncio.to_thread(self.store.counts))["queued"]
+        if queued >= MAX_QUEUED_JOBS:
+            raise Overloaded(f"{queued} jobs are queued, no more are accepted; try again later")
         fields = {name: getattr(request, name) for name in STORED}
         card = self.backend.card
         job = await asyncio.to_thread(self.store.add, fields, card.name, card.fps, request.image)
@@ -103,116 +103,116 @@ class Jobs:
         return job
 
     def progress(self, id: str) -> int:
-        return self._running[id].progress if id in self._running else 0
+        return self._active[id].progress if id in self._active else 0
 
     async def delete(self, id: str) -> bool:
-        """The job and its files, also while it is being made. False where there is none."""
+        """The job and its files, also while it runs. False if there is none."""
         async with self._transition_lock:
-            running = self._running.get(id)
-            if running is None:
+            active = self._active.get(id)
+            if active is None:
                 return await asyncio.to_thread(self.store.delete, id)
-        running.deleted = True
-        if running.stream is not None:
-            await running.stream.close()
-        await asyncio.wait([running.task])
+        active.deleted = True
+        if active.stream is not None:
+            await active.stream.close()
+        await asyncio.wait([active.task])
         return await asyncio.to_thread(self.store.delete, id)
 
     async def _feed(self) -> None:
-        """Begin the jobs that wait: when one was added or has ended, and now and then, for replicas come and go."""
+        """Start queued jobs: when one was added or has ended, and regularly, since replicas come and go."""
         while not self.stopping:
             self._wake.clear()
             try:
-                while len(self._running) < self.backend.stats().get("max_jobs", 0) and await self._next():
+                while len(self._active) < self.backend.stats().get("max_jobs", 0) and await self._start_next():
                     pass
             except Exception:
-                logger.exception("no job could be begun; trying again in %g s", PAUSE)
+                logger.exception("no job could be started; trying again in %g s", RETRY_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PAUSE):
+                async with asyncio.timeout(RETRY_S):
                     await self._wake.wait()
 
-    async def _next(self) -> bool:
-        """Begin the oldest queued job; False where there is none."""
+    async def _start_next(self) -> bool:
+        """Start the oldest queued job; False if there is none."""
         async with self._transition_lock:
             job = None if self.stopping else await asyncio.to_thread(self.store.claim)
             if job is None:
                 return False
-            running = self._running[job.id] = ActiveJob(job)
-            running.task = asyncio.create_task(self._run(running))
+            active = self._active[job.id] = ActiveJob(job)
+            active.task = asyncio.create_task(self._run(active))
         return True
 
-    async def _run(self, running: ActiveJob) -> None:
-        """Make a job and write down how it went."""
-        job, start = running.job, time.monotonic()
+    async def _run(self, active: ActiveJob) -> None:
+        """Make a job and store the outcome."""
+        job, start = active.job, time.monotonic()
         try:
-            await self._make(running)
-            changes: dict[str, Any] = {
+            await self._make(active)
+            outcome: dict[str, Any] = {
                 "status": "completed",
                 "completed": time.time(),
                 "duration_s": round(time.monotonic() - start, 3),
-                "steps": running.steps,
-                "confidence": running.confidence or None,
+                "steps": active.steps,
+                "confidence": active.confidence or None,
             }
         except Exception as error:
-            changes = await self._ending(running, error)
+            outcome = await self._failure(active, error)
         try:
-            if not running.deleted:
-                await asyncio.to_thread(self.store.update, job.id, **changes)
+            if not active.deleted:
+                await asyncio.to_thread(self.store.update, job.id, **outcome)
         except Exception:  # the row still says in progress: the next start makes it again
-            logger.exception("how %s went could not be written down: %s", job.id, changes["status"])
+            logger.exception("the outcome of %s could not be stored: %s", job.id, outcome["status"])
         finally:
-            del self._running[job.id]
+            del self._active[job.id]
             self._wake.set()
 
-    async def _ending(self, running: ActiveJob, error: Exception) -> dict[str, Any]:
-        """What is written down of a job that came to no good end."""
+    async def _failure(self, active: ActiveJob, error: Exception) -> dict[str, Any]:
+        """What to store of a job that was not completed."""
         reason = error.closed.reason if isinstance(error, StreamFailed) else None
         if isinstance(error, Overloaded) and not self.stopping:
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(RETRY_S)
         if isinstance(error, Overloaded) or reason in ("busy", "shutdown"):
             return {"status": "queued"}
-        if not running.deleted:
-            logger.error("%s failed: %s", running.job.id, error, exc_info=None if reason else error)
+        if not active.deleted:
+            logger.error("%s failed: %s", active.job.id, error, exc_info=None if reason else error)
         return {"status": "failed", "error": str(error) or type(error).__name__, "completed": time.time()}
 
-    async def _make(self, running: ActiveJob) -> None:
-        """The video of a job. Its file is opened, written and closed in a thread of its own, one thing after another:
-        encoding takes long, and an encoder must not be closed while it is at work."""
-        job, loop = running.job, asyncio.get_running_loop()
+    async def _make(self, active: ActiveJob) -> None:
+        """Make the video. One thread opens, writes and closes the file, one call after another: encoding takes long, and
+        an encoder must not be closed while it works."""
+        job, loop = active.job, asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "dsa-engine-video") as thread:
 
-            async def do(work: Callable[..., T], *args: Any) -> T:
+            async def in_thread(work: Callable[..., T], *args: Any) -> T:
                 return await loop.run_in_executor(thread, work, *args)
 
             request = StreamRequest(**job.request, live=False)
             if job.picture:
-                request = dataclasses.replace(request, image=await do(self.store.read_picture, job.id))
+                request = dataclasses.replace(request, image=await in_thread(self.store.read_image, job.id))
             writer = Mp4Writer(self.store.video(job.id), job.fps, threads=1)
-            await do(writer.__enter__)
+            await in_thread(writer.__enter__)
             try:
-                await self._stream(running, request, lambda frames: do(writer.write, frames))
+                await self._stream(active, request, lambda frames: in_thread(writer.write, frames))
             except BaseException as error:
-                await do(writer.__exit__, type(error), error, error.__traceback__)
+                await in_thread(writer.__exit__, type(error), error, error.__traceback__)
                 raise
-            await do(writer.__exit__, None, None, None)
+            await in_thread(writer.__exit__, None, None, None)
 
-    async def _stream(self, running: ActiveJob, request: StreamRequest, write: Callable[[np.ndarray], Any]) -> None:
-        """All frames of the job's stream. Raises StreamFailed where they did not all come."""
-        if self.stopping:  # a backend that is closed may never answer
+    async def _stream(self, active: ActiveJob, request: StreamRequest, write: Callable[[np.ndarray], Any]) -> None:
+        """Write all frames of the job's stream. Raises StreamFailed if it ends too early."""
+        if self.stopping:  # a closed backend may never answer
             raise Overloaded("the server is stopping")
-        running.stream = stream = await self.backend.open(request, running.job.id)
+        active.stream = stream = await self.backend.open(request, active.job.id)
         try:
             async for event in stream:
-                if running.deleted:
+                if active.deleted:
                     raise StreamFailed(Closed("closed"))
                 if isinstance(event, Opened) and event.opening is not None:
-                    running.frames += len(event.opening)
+                    active.frames += len(event.opening)
                     await write(event.opening)
                 elif isinstance(event, ChunkReady):
                     chunk = event.chunk
                     await write(chunk.frames)
-                    running.frames += len(chunk.frames)
-                    running.steps.append(chunk.steps)
-                    running.confidence += [] if chunk.confidence is None else [chunk.confidence]
+                    active.frames += len(chunk.frames)
+                    active.steps.append(chunk.steps)
+                    active.confidence += [] if chunk.confidence is None else [chunk.confidence]
                 elif isinstance(event, Closed) and event.reason != "done":
                     raise StreamFailed(event)
         finally:

@@ -1,10 +1,10 @@
-"""Jobs on disk: what was ordered and how it went in a small SQLite file, videos and given pictures beside it.
+"""Jobs on disk: requests and results in a small SQLite file, videos and input images beside it.
 
-    data/jobs.sqlite    one row a job
-    data/videos/        <id>.mp4, each there as a whole or not at all (`video.Mp4Writer`)
-    data/pictures/      <id>.png, what a job was given to begin with
+    data/jobs.sqlite    one row per job
+    data/videos/        <id>.mp4, written atomically (`Mp4Writer`)
+    data/pictures/      <id>.png, the first frame that a job was given
 
-Methods block for the length of a short transaction and may be called from any thread.
+Methods block for a short transaction and may be called from any thread.
 """
 
 from __future__ import annotations
@@ -40,31 +40,30 @@ class StorageError(OSError):
 
 
 class Tables(SQLModel, registry=registry()):
-    """Tables of their own: a program that has others with SQLModel does not get these among them."""
+    """Separate metadata: a program with other SQLModel tables does not get these among them."""
 
 
 class Job(Tables, table=True):
-    """number: jobs in the order in which they came; order: the fields of `types.StreamRequest` that make the video; picture:
-    it was given one; times: seconds since 1970; took: seconds that making it took."""
+    """Names of columns are the file's format: the field of column `order` is `request`, of `took` it is `duration_s`."""
 
-    number: int | None = Field(default=None, primary_key=True)
+    number: int | None = Field(default=None, primary_key=True)  # in the order of arrival
     id: str = Field(unique=True, index=True)
     status: str = Field(default="queued", index=True)
     model: str
     fps: float
-    request: dict[str, Any] = Field(sa_type=JSON, sa_column_kwargs={"name": "order"})
-    picture: bool = False
-    created: float
+    request: dict[str, Any] = Field(sa_type=JSON, sa_column_kwargs={"name": "order"})  # fields of `StreamRequest`
+    picture: bool = False  # an image was given
+    created: float  # times are in seconds since 1970
     completed: float | None = None
-    duration_s: float | None = Field(default=None, sa_column_kwargs={"name": "took"})
+    duration_s: float | None = Field(default=None, sa_column_kwargs={"name": "took"})  # of making it
     steps: list[int] | None = Field(default=None, sa_type=JSON)
     confidence: list[list[float]] | None = Field(default=None, sa_type=JSON)
     error: str | None = None
 
 
 class Store:
-    """The jobs of one server. Raises ValueError for a folder that cannot be written to, that another server uses, or
-    that another version of this program wrote."""
+    """The jobs of one server. Raises ValueError for a folder that is not writable, that another server uses, or that
+    another version of this program wrote."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -73,7 +72,7 @@ class Store:
         try:
             for path in (self.videos, self.pictures):
                 path.mkdir(parents=True, exist_ok=True)
-                with atomic_write(path / "test"):  # now, and not when the first job is done
+                with atomic_write(path / "test"):  # fail now, and not when the first job is done
                     pass
                 (path / "test").unlink()
         except OSError as error:
@@ -102,7 +101,7 @@ class Store:
         return engine
 
     def close(self) -> None:
-        """Let another server have the folder."""
+        """Release the folder."""
         with self._lock:
             self._open_ = False
             self._engine.dispose()
@@ -123,34 +122,34 @@ class Store:
     def video(self, id: str) -> Path:
         return self.videos / f"{_checked(id)}.mp4"
 
-    def read_picture(self, id: str) -> np.ndarray:
+    def read_image(self, id: str) -> np.ndarray:
         """uint8 [H, W, 3]."""
         from PIL import Image
 
-        with Image.open(self._picture(id)) as picture:
-            return np.asarray(picture.convert("RGB"))
+        with Image.open(self._image_path(id)) as image:
+            return np.asarray(image.convert("RGB"))
 
-    def _picture(self, id: str) -> Path:
+    def _image_path(self, id: str) -> Path:
         return self.pictures / f"{_checked(id)}.png"
 
     # Jobs.
 
-    def add(self, request: dict[str, Any], model: str, fps: float, picture: np.ndarray | None = None) -> Job:
-        """A new job, queued. The picture's file is there before the row that tells of it."""
+    def add(self, request: dict[str, Any], model: str, fps: float, image: np.ndarray | None = None) -> Job:
+        """A new queued job. The image is written before the row that refers to it."""
         job = Job(
             id=f"video_{secrets.token_hex(16)}",
             model=model,
             fps=fps,
             request=request,
-            picture=picture is not None,
+            picture=image is not None,
             created=time.time(),
         )
-        if picture is not None:
+        if image is not None:
             from PIL import Image
 
             try:
-                with atomic_write(self._picture(job.id)) as temporary:
-                    Image.fromarray(picture).save(temporary, "PNG")
+                with atomic_write(self._image_path(job.id)) as temporary:
+                    Image.fromarray(image).save(temporary, "PNG")
             except OSError as error:
                 raise StorageError(f"{self.pictures}: {error.strerror or error}") from error
         with self._transaction() as session:
@@ -162,7 +161,7 @@ class Store:
             return session.exec(select(Job).where(Job.id == id)).first()
 
     def page(self, limit: int, after: str | None = None, newest: bool = True) -> tuple[list[Job], bool] | None:
-        """At most `limit` jobs, and whether there are more; after: begin behind this job; None if there is no such."""
+        """At most `limit` jobs after job `after`, and whether there are more; None if there is no such job."""
         order = Job.number.desc() if newest else Job.number.asc()
         query = select(Job).order_by(order).limit(limit + 1)
         with self._transaction() as session:
@@ -181,7 +180,7 @@ class Store:
         return {state: found.get(state, 0) for state in STATES}
 
     def claim(self) -> Job | None:
-        """The oldest queued job, in progress from now on."""
+        """The oldest queued job, now in progress."""
         with self._transaction() as session:
             job = session.exec(select(Job).where(Job.status == "queued").order_by(Job.number).limit(1)).first()
             if job is not None:
@@ -196,7 +195,7 @@ class Store:
                 job.sqlmodel_update(changes)
 
     def recover(self) -> int:
-        """After a start: what was in progress is queued again, and files that nobody will finish go. How many were."""
+        """After a start: queue again what was in progress and remove files without a job. Returns how many jobs."""
         with self._transaction() as session:
             jobs = session.exec(select(Job).where(Job.status == "in_progress")).all()
             for job in jobs:
@@ -214,14 +213,14 @@ class Store:
             if job is None:
                 return False
             session.delete(job)
-        for path in (self.video(id), self._picture(id)):
+        for path in (self.video(id), self._image_path(id)):
             path.unlink(missing_ok=True)
         return True
 
 
 def _prepare(connection: sqlite3.Connection, _) -> None:
-    """One server a file, for its lock dies with the process; and a log ahead of the file, so that a transaction that
-    was cut off never was."""
+    """An exclusive lock, which ends with the process: one server per file. Write-ahead log: a transaction that was cut
+    off is rolled back."""
     for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
         connection.execute(f"PRAGMA {pragma}")
 

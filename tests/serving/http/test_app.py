@@ -266,7 +266,7 @@ WRONG = [
     ({"seconds": "0"}, 400, "seconds=0: must be above 0; nearest is 0.25"),
     ({"seconds": "four"}, 422, "seconds"),
     ({"seconds": 1000}, 400, "at most 166.5 are possible"),
-    ({"fps": 16}, 400, "fps=16: the model makes 12 frames a second; nearest is 12"),
+    ({"fps": 16}, 400, "fps=16: the model makes 12 frames per second; nearest is 12"),
     ({"fps": -12}, 422, "fps"),
     ({"size": "832x480"}, 400, "size='832x480': this server makes videos of the model's own size only: '48x32'"),
     ({"size": "48*32"}, 422, "size"),

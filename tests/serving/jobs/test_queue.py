@@ -26,7 +26,7 @@ PROMPT = "a red circle jumps"
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    monkeypatch.setattr(module, "PAUSE", 0.01)
+    monkeypatch.setattr(module, "RETRY_S", 0.01)
 
 
 def order(seed: int, frames: int = 12, **options) -> StreamRequest:
@@ -115,7 +115,7 @@ def test_progress_rises_to_the_end(tmp_path):
             (id,) = await bench.add(1, frames=30)
             await until(lambda: bench.backend.open_streams)
             assert bench.jobs.progress(id) == 0
-            running = bench.jobs._running[id]
+            running = bench.jobs._active[id]
             for frames, percent in ((3, 10), (15, 50), (29, 96), (30, 99)):
                 running.frames = frames
                 assert bench.jobs.progress(id) == percent
@@ -197,7 +197,7 @@ def test_a_fault_fails_its_own_job_alone(tmp_path):
 
 
 def test_the_next_begins_when_one_is_added_or_has_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PAUSE", 1000.0)  # not because time passes
+    monkeypatch.setattr(module, "RETRY_S", 1000.0)  # not because time passes
 
     async def run():
         async with Bench(tmp_path, most=1) as bench:
@@ -293,7 +293,7 @@ def test_a_job_that_is_begun_while_the_server_stops(tmp_path, monkeypatch):
 
 
 def test_a_stream_that_never_ends_does_not_hold_up_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LINGER", 0.05)
+    monkeypatch.setattr(module, "CLOSE_TIMEOUT_S", 0.05)
 
     async def run():
         async with Bench(tmp_path) as bench:
@@ -416,7 +416,7 @@ def test_nothing_that_waits_for_the_disk_runs_in_the_loop(tmp_path, monkeypatch)
 
         monkeypatch.setattr(owner, name, watched)
 
-    for name in ("add", "claim", "update", "counts", "recover", "delete", "close", "read_picture"):
+    for name in ("add", "claim", "update", "counts", "recover", "delete", "close", "read_image"):
         watch(Store, name)
     for name in ("__enter__", "write", "__exit__"):
         watch(Mp4Writer, name)

@@ -38,6 +38,12 @@ def test_a_job_comes_back_as_it_was(store):
     assert (found.steps, found.confidence, found.duration_s, found.error) == ([2, 1], [[0.1, 0.7]], 1.5, None)
 
 
+def test_the_columns_of_the_file_keep_their_names(store):
+    with store._transaction() as session:
+        columns = {row[1] for row in session.connection().exec_driver_sql("PRAGMA table_info(job)")}
+    assert {"number", "id", "status", "model", "fps", "order", "picture", "created", "completed", "took"} < columns
+
+
 def test_it_comes_back_after_a_restart(store):
     ids = [add(store, seed=i).id for i in range(3)]
     store.close()
@@ -81,13 +87,13 @@ def test_recovery_removes_what_nobody_will_finish(store):
     own.write_text("not ours")
     store.recover()
     assert not any(path.exists() for path in stray)
-    assert kept.exists() and own.exists() and store.read_picture(job.id).shape == (4, 4, 3)
+    assert kept.exists() and own.exists() and store.read_image(job.id).shape == (4, 4, 3)
 
 
 def test_a_picture_keeps_every_bit(store):
     picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     job = store.add(ORDER, "shapes", 12.0, picture)
-    assert job.picture and (store.read_picture(job.id) == picture).all()
+    assert job.picture and (store.read_image(job.id) == picture).all()
 
 
 def test_deleting_takes_the_files_along(store):
@@ -132,7 +138,7 @@ def test_a_page_after_no_job_is_none(store):
     "id", ["../jobs", "video_" + "0" * 31, "video_" + "0" * 32 + "\n", "video_" + "A" * 32, "video_../" + "0" * 29, ""]
 )
 def test_an_id_never_names_another_file(store, id):
-    for use in (store.video, store.read_picture):
+    for use in (store.video, store.read_image):
         with pytest.raises(ValueError, match="not one of a video"):
             use(id)
 

@@ -18,7 +18,7 @@ from dsa_engine.checkpoints.lora import open_lora
 from dsa_engine.checkpoints.wan import load_dit
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.dit import CausalDiT
-from dsa_engine.sampling.kv_cache import KVCache
+from tests.support.checkpoints import velocity
 
 CONFIG = ModelConfig(dim=256, ffn_dim=96, num_heads=2, num_layers=2, text_dim=24, freq_dim=32)
 
@@ -37,15 +37,6 @@ def source(tmp_path, weights):
     return tmp_path / "longlive_base.pt"
 
 
-def forward(model: CausalDiT, x, t, text):
-    """One chunk with no past, [B, F, C, H, W]."""
-    config, frames = model.config, x.shape[1]
-    tokens = config.tokens_per_frame(*x.shape[-2:])
-    cache = KVCache(config.num_layers, config.num_heads, config.head_dim, tokens, frames, slots=len(x))
-    rows = cache.rows(cache.acquire(len(x)), frames)
-    return model(x, t[:, None].expand(len(x), frames), rows.frames, model.text_kv(text), rows).velocity
-
-
 def test_diffusers_reads_what_is_written_and_computes_the_same(source, tmp_path, close):
     found = convert(source, tmp_path / "out", to="diffusers")
     assert (found.family, found.dialect, found.path) == ("longlive", "wan", source)
@@ -57,7 +48,7 @@ def test_diffusers_reads_what_is_written_and_computes_the_same(source, tmp_path,
     x, t, text = torch.randn(1, 3, 16, 4, 6), torch.tensor([625.0]), torch.randn(1, 512, 24)
     with torch.no_grad():
         expected = theirs(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
-    close(forward(load_dit(source), x, t, text), expected, 1e-4)
+    close(velocity(load_dit(source), x, t, text), expected, 1e-4)
     assert load_dit(tmp_path / "out").config == CONFIG
 
 

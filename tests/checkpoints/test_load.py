@@ -1,166 +1,39 @@
-"""What is written is what is read: model folders with their calibration, heads alone; bad files are refused by name."""
+"""Public checkpoints: a family's rollout, components of their folder or from elsewhere, offloaded or not."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import re
-import stat
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dsa_engine import Pipeline
+from dsa_engine.checkpoints import tensor_io
 from dsa_engine.checkpoints.components import apply_offload
 from dsa_engine.checkpoints.load import load_components, logger
-from dsa_engine.checkpoints.model_folder import load_head, save_head, save_model_folder
 from dsa_engine.checkpoints.text import save_prompts
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models import memory_estimate, offload
-from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.offload import OffloadedCodec
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
-
-ROLLOUT = RolloutConfig(threshold=0.4, presets={"fast": 0.3, "balanced": 0.4})
-POINTS = ((0.1, 0.5), (0.6, 0.2), (0.9, 0.2))
-
-
-@pytest.fixture
-def head(tiny_config) -> ConfidenceHead:
-    head = ConfidenceHead(tiny_config).requires_grad_(False)
-    for parameter in head.parameters():
-        parameter.normal_()
-    return head
-
-
-@pytest.fixture
-def saved(tmp_path, head, tiny_config):
-    path = tmp_path / "new" / "head.safetensors"
-    save_head(path, head, tiny_config, ROLLOUT, POINTS)
-    return path
-
-
-def test_a_head_comes_back_with_what_it_was_calibrated_to(saved, head, tiny_config):
-    loaded = load_head(saved, tiny_config)
-    weights = head.state_dict()
-    assert all(value.equal(weights[name]) for name, value in loaded.head.state_dict().items())
-    assert (loaded.threshold, loaded.presets, loaded.calibration) == (0.4, ROLLOUT.presets, POINTS)
-    assert not any(p.requires_grad for p in loaded.head.parameters()) and not loaded.head.training
-    half = load_head(saved, tiny_config, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.head.parameters()} == {torch.bfloat16}
-
-
-def test_a_head_is_one_file_that_says_what_it_is(saved):
-    assert [p.name for p in saved.parent.iterdir()] == ["head.safetensors"]
-    with safe_open(saved, "pt") as file:
-        header = file.metadata()
-    assert header["format"] == "dsa_engine.head/1" and header["dim"] == "96"
-    assert json.loads(header["presets"]) == ROLLOUT.presets and json.loads(header["threshold"]) == 0.4
-    assert json.loads(header["calibration"]) == [list(point) for point in POINTS]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(saved.stat().st_mode) == 0o666 & ~mask  # others may read it, as any file
-
-
-def test_a_heads_path_must_end_as_such_a_file_does(tmp_path, head, tiny_config):
-    for call in (save_head, load_head):
-        with pytest.raises(ValueError, match="head.pt: must end in .safetensors, as in head.safetensors"):
-            call(tmp_path / "head.pt", *([head] if call is save_head else []), tiny_config, ROLLOUT)
-
-
-def rewritten(path, tensors=None, **changes):
-    """The file with other tensors or another header; None drops an entry."""
-    with safe_open(path, "pt") as file:
-        header = {**file.metadata(), **changes}
-    save_file(tensors or load_file(path), path, {k: v for k, v in header.items() if v is not None})
-    return path
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"format": "dsa_engine.head/2"}, "format='dsa_engine.head/2', expected 'dsa_engine.head/1'"),
-        ({"format": None}, "format=None, expected 'dsa_engine.head/1'"),
-        ({"dim": "1536"}, "a head for models of dim=1536, this one has dim=96"),
-        ({"dim": None}, "header does not say .*dim"),
-        ({"presets": "{"}, "header does not say"),
-        ({"presets": "[1]"}, "header does not say"),
-        ({"presets": '{"fast": 1.5}'}, "fast=1.5: must be within"),
-        ({"threshold": '"high"'}, "header does not say"),
-        ({"calibration": "[[0.5, 0.1], [0.4, 0.05]]"}, "confidences must rise"),
-        ({"calibration": "[[0.4, 0.1], [0.5, 0.2]]"}, "errors must not rise"),
-        ({"calibration": "[[0.4, NaN]]"}, "must rise"),
-        ({"calibration": "[0.4]"}, "must be pairs"),
-        ({"tensors": {"mlp.0.weight": torch.zeros(48, 288)}}, "3 missing: mlp.0.bias, mlp.2.bias, mlp.2.weight"),
-    ],
-)
-def test_a_file_that_is_no_head_for_the_model_is_named(saved, tiny_config, changes, words):
-    path = rewritten(saved, **changes)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{words}"):
-        load_head(path, tiny_config)
-
-
-def test_a_head_that_is_missing_or_not_whole_is_named(saved, tiny_config):
-    with pytest.raises(FileNotFoundError, match="absent.safetensors"):
-        load_head(saved.with_name("absent.safetensors"), tiny_config)
-    saved.write_bytes(saved.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{re.escape(str(saved))}: not a whole safetensors file"):
-        load_head(saved, tiny_config)
-
-
-def test_a_given_head_replaces_a_models_own(untrained, tmp_path):
-    config = ModelConfig.from_dict(json.loads((untrained / "config.json").read_text())["model"])
-    path = tmp_path / "head.safetensors"
-    save_head(path, ConfidenceHead(config), config, ROLLOUT, POINTS)  # an untrained one says 0.5 of everything
-    own, given = (Pipeline.from_pretrained(untrained, head=head, device="cpu") for head in (None, path))
-    assert own.config.threshold == 0.5 and given.config.threshold == 0.4
-    assert given.config.presets == ROLLOUT.presets and given.config.window == own.config.window == 9
-    made = given("a red circle jumps", num_frames=3, output_type="latent")
-    assert made.confidence == [[[0.5] * 3]] and made.steps_per_chunk == [[1]]
-
-
-def test_a_folder_keeps_its_calibration(untrained, tmp_path):
-    parts = load_components(untrained)
-    assert parts.calibration == ()
-    modules = {"generator": parts.dit, "confidence": parts.head}
-    video = {"height": 64, "width": 64, "frames": 12, "fps": 12.0}
-    save_model_folder(tmp_path, "again", modules, parts.rollout, video, calibration=POINTS)
-    assert load_components(tmp_path).calibration == POINTS
-    values = json.loads((tmp_path / "config.json").read_text())
-    values["calibration"] = [[0.5, -1]]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / 'config.json'))}: calibration="):
-        load_components(tmp_path)
-    with pytest.raises(ValueError, match="confidences must rise"):
-        save_model_folder(tmp_path, "again", modules, parts.rollout, video, calibration=[(0.5, 0.1), (0.5, 0.1)])
-
-
-def test_the_expected_error_lies_on_the_calibration(untrained):
-    pipe = Pipeline.from_pretrained(untrained, device="cpu")
-    pipe.calibration = POINTS
-    assert [pipe.expected_error(confidence) for confidence, _ in POINTS] == [error for _, error in POINTS]
-    assert pipe.expected_error([0.0, 0.35, 1.0]) == pytest.approx([0.5, 0.35, 0.2])
-    with pytest.raises(ValueError, match=r"confidence=1.2: must be within \[0, 1\]; nearest is 1.0"):
-        pipe.expected_error(1.2)
-
-
-# ---- public checkpoints: a family's rollout, and the parts that lie in a folder or elsewhere
+from tests.support.checkpoints import WEB_PAGE, RunsCode, raises_naming, write, write_sparse
 
 SMALL = ModelConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=1, text_dim=24, freq_dim=32)  # heads of 128
+
+
 WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "panda": 5}
 
 
@@ -262,9 +135,6 @@ def test_the_choice_of_a_rollout_is_said(wan, tmp_path, caplog):
         assert caplog.records[-1].levelname == "WARNING" and "needs its LoRA" in caplog.text
 
 
-# ---- a VAE by its name, files that are none of what they should be, and parts that live on the CPU
-
-
 @pytest.fixture
 def checkpoint(wan, tmp_path):
     """A DiT alone, under the name of Self-Forcing's file."""
@@ -293,25 +163,6 @@ def test_light_tae_is_refused_for_its_name(wan, tmp_path):
         load_components(wan, vae=tmp_path / "lighttaew2_1.pth", text=False)
 
 
-class RunsCode:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def soon(kind, path, call) -> str:
-    """The message of a call that fails in under 5 seconds and names the file."""
-    start = time.perf_counter()
-    with pytest.raises(kind, match=re.escape(str(path))) as error:
-        call()
-    assert time.perf_counter() - start < 5
-    return str(error.value)
-
-
 WAYS_IN = {
     "model": lambda path, model: load_components(path),
     "vae": lambda path, model: load_components(model, vae=path, text=False),
@@ -324,33 +175,25 @@ WAYS_IN = {
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_what_is_no_checkpoint_is_refused_wherever_it_is_given(checkpoint, tmp_path, way, suffix):
     path, proof = tmp_path / f"file{suffix}", tmp_path / "code_was_run"
-    path.write_text("<!DOCTYPE html><html><body>404: Not Found</body></html>" * 20)
-    assert "a web page" in soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    path.write_text(WEB_PAGE)
+    assert "a web page" in raises_naming(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
     torch.save({"model": {"a": torch.zeros(1)}, "payload": RunsCode(proof)}, path)
-    said = soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    said = raises_naming(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
     assert ("weights_only=True" if suffix == ".pth" else "should end in .pt") in said and not proof.exists()
-    (save_file if suffix == ".safetensors" else torch.save)({"a": torch.zeros(999)}, path)
+    write(path, {"a": torch.zeros(999)})
     os.truncate(path, path.stat().st_size // 2)
-    soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    raises_naming(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
     path.unlink()
-    soon(FileNotFoundError, path, lambda: WAYS_IN[way](path, checkpoint))
+    raises_naming(FileNotFoundError, path, lambda: WAYS_IN[way](path, checkpoint))
 
 
 @pytest.mark.parametrize("way", ["vae", "text", "lora"])
-def test_a_whole_model_in_place_of_a_part_is_told_before_it_is_read(checkpoint, tmp_path, way):
+def test_a_whole_model_in_place_of_a_component_is_refused_unread(checkpoint, tmp_path, monkeypatch, way):
     """28 GB of it: a header, and a hole in the file."""
+    monkeypatch.setattr(tensor_io, "_read", lambda *_: pytest.fail("a tensor was read"))
     path = tmp_path / "Wan2.1-T2V-14B.safetensors"
-    with torch.device("meta"):
-        tensors = CausalDiT(ModelConfig.preset("wan2.1-t2v-14b")).state_dict()
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + 2 * tensor.numel()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    assert "expected" in soon(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
+    write_sparse(path, ModelConfig.preset("wan2.1-t2v-14b"))
+    assert "expected" in raises_naming(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
 
 
 def test_offloaded_parts_make_the_same_clip(wan):

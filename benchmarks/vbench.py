@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Py
 
 from benchmarks.common.cli import format_table, positive_int
 from benchmarks.common.environment import commit, machine
-from benchmarks.common.vbench_scores import DIMENSIONS, FLICKERING, installed, score
+from benchmarks.scoring.vbench_scores import DIMENSIONS, FLICKERING, installed, score
 from dsa_engine import Pipeline, pipeline_inputs
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import atomic_write

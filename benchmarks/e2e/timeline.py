@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from benchmarks.common.plot import png_figure
 from dsa_engine.engine.session import Session
-from dsa_engine.files import atomic_write
 
 RATES = (16, 24, 30)  # usual frame rates of video
 COLORS = {"denoise": "#1f5fbf", "commit": "#c98b2b", "decode": "#3b8f5a", "copy": "#9a6fb0"}  # by stage
@@ -188,32 +188,26 @@ def stacked(table: dict[str, list]) -> dict[str, np.ndarray]:
 
 def draw(result: dict, path: Path) -> None:
     """Each chunk's stages as a stack with its steps above, and the baselines as lines: a clip, and the steady state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((11, 6.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (scenario, tables) in zip(figure.subplots(2, 1), result["timeline"].items()):
-        own = tables["policy"]
-        index, base = np.arange(len(own["steps"])), np.zeros(len(own["steps"]))
-        for stage, height in stacked(own).items():
-            label = "commit of the previous chunk" if stage == "commit" else stage
-            axes.bar(index, height, 0.8, bottom=base, color=COLORS[stage], label=label)
-            base = base + height
-        for x, top, steps in zip(index, base, own["steps"]):
-            axes.annotate(str(steps), (x, top), (0, 2), textcoords="offset points", ha="center", size=8)
-        for name, style in ((n, s) for n, s in LINE_STYLES.items() if n in tables):
-            label = f"baseline {name}, {max(tables[name]['steps'])} steps"
-            total = sum(stacked(tables[name]).values())
-            axes.plot(index, total, color="#a03030", ls=style, lw=1.5, marker=".", ms=4, label=label)
-        ticks = index[:: max(1, len(index) // 16)]
-        axes.set_xticks(ticks, [f"{i}\n{own['kv_frames'][i]}" for i in ticks], size=8)
-        axes.set(ylabel="ms per chunk", xlim=(-0.7, len(index) - 0.3), axisbelow=True)
-        axes.set_title(f"{scenario}; steps above the bars", size=10, loc="left")
-        axes.grid(axis="y", alpha=0.25)
-    axes.set_xlabel("chunk, and latent frames of keys and values that it sees")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=7, fontsize=8)
-    fps = f"{result['fps']['decode']:.1f} frames per second"
-    figure.suptitle(f"{result['model']} on {result['device']}, {result['policy']}: {fps}", size=11)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with png_figure(path, 11, 6.4) as figure:
+        for axes, (scenario, tables) in zip(figure.subplots(2, 1), result["timeline"].items()):
+            own = tables["policy"]
+            index, base = np.arange(len(own["steps"])), np.zeros(len(own["steps"]))
+            for stage, height in stacked(own).items():
+                label = "commit of the previous chunk" if stage == "commit" else stage
+                axes.bar(index, height, 0.8, bottom=base, color=COLORS[stage], label=label)
+                base = base + height
+            for x, top, steps in zip(index, base, own["steps"]):
+                axes.annotate(str(steps), (x, top), (0, 2), textcoords="offset points", ha="center", size=8)
+            for name, style in ((n, s) for n, s in LINE_STYLES.items() if n in tables):
+                label = f"baseline {name}, {max(tables[name]['steps'])} steps"
+                total = sum(stacked(tables[name]).values())
+                axes.plot(index, total, color="#a03030", ls=style, lw=1.5, marker=".", ms=4, label=label)
+            ticks = index[:: max(1, len(index) // 16)]
+            axes.set_xticks(ticks, [f"{i}\n{own['kv_frames'][i]}" for i in ticks], size=8)
+            axes.set(ylabel="ms per chunk", xlim=(-0.7, len(index) - 0.3), axisbelow=True)
+            axes.set_title(f"{scenario}; steps above the bars", size=10, loc="left")
+            axes.grid(axis="y", alpha=0.25)
+        axes.set_xlabel("chunk, and latent frames of keys and values that it sees")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=7, fontsize=8)
+        fps = f"{result['fps']['decode']:.1f} frames per second"
+        figure.suptitle(f"{result['model']} on {result['device']}, {result['policy']}: {fps}", size=11)

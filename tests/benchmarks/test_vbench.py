@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import vbench
-from benchmarks.common import vbench_scores
+from benchmarks.scoring import vbench_scores
 from dsa_engine.media.mp4 import Mp4Writer, read_mp4
 
 RED, BLUE = "a red circle jumps", "a blue square moves sideways on navy"

@@ -1,16 +1,16 @@
 // softmax(q K^T / sqrt(D)) V over runs of cached frames, for sm_90a.
 //
-// A block is persistent. Two consumer warpgroups with 64 queries each multiply (wgmma) and take turns, so that the
-// tensor cores work for one while the other computes its softmax; a third one loads (TMA) tiles of keys and values into
-// rings of stages. A small second kernel adds up the partial results of query tiles that several blocks share.
+// Persistent, warp-specialized blocks. Two consumer warpgroups with 64 queries each take turns on the tensor cores
+// (wgmma), so that one computes its softmax while the other multiplies; a producer warpgroup loads (TMA) tiles of keys
+// and values into a ring of stages. A second kernel combines the partial results of query tiles that blocks share.
 #pragma once
 
 #include <cuda_fp8.h>
 
 #include <cstring>
 
-#include "attention_load.cuh"
-#include "attention_result.cuh"
+#include "attention_producer.cuh"
+#include "attention_accumulator.cuh"
 
 namespace dsa {
 
@@ -21,15 +21,15 @@ struct AttentionConsumer {
     AttentionShared<Tile>& shared;
     const AttentionShape& shape;
     const int group;
-    AttentionRing<1> q;
-    AttentionRing<Tile::stages> k;
-    AttentionRing<Tile::value_stages> v;
+    AttentionPipelineState<1> q;
+    AttentionPipelineState<Tile::stages> k;
+    AttentionPipelineState<Tile::value_stages> v;
     uint64_t q_operand, k_operand, v_operand;
-    uint32_t queries[Tile::fp8 ? 4 * steps : 1];  // e4m3, as operand A of the product with the keys
-    float scale[2];                               // from products to scores in powers of two, of each half
-    AttentionResult<Tile> result;
+    uint32_t queries[Tile::fp8 ? 4 * steps : 1];  // e4m3, operand A of Q K^T
+    float scale[2];                               // from Q K^T to scores in powers of two, of each half
+    AttentionAccumulator<Tile> acc;
     float scores[keys / 2];
-    uint32_t weights[keys / (Tile::fp8 ? 8 : 4)];  // as operand A of the product with the values
+    uint32_t probs[keys / (Tile::fp8 ? 8 : 4)];  // operand A of P V
 
     __device__ __forceinline__ AttentionConsumer(AttentionShared<Tile>& shared, const AttentionShape& shape, int group)
         : shared(shared), shape(shape), group(group) {
@@ -45,7 +45,7 @@ struct AttentionConsumer {
 
     // ---- barriers --------------------------------------------------------------------------------------------------
 
-    // One arrival for each warp: every warp waits for its own part of a product.
+    // One arrival per warp: every warp waits for its own part of a GEMM.
     __device__ __forceinline__ static void release(uint64_t* barrier) {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
     }
@@ -75,14 +75,14 @@ struct AttentionConsumer {
     }
 
     __device__ __forceinline__ void finish_values() {
-        wgmma_results(result.o);
+        wgmma_results(acc.o);
         release(&values_barrier().empty[v.stage]);
         v.next();
     }
 
-    // ---- products --------------------------------------------------------------------------------------------------
+    // ---- GEMMs -----------------------------------------------------------------------------------------------------
 
-    __device__ __forceinline__ void multiply_scores() {
+    __device__ __forceinline__ void gemm_qk() {
         const uint64_t operand = wgmma_advance(k_operand, k.stage * tile_bytes);
         wgmma_fence();
 #pragma unroll
@@ -98,16 +98,16 @@ struct AttentionConsumer {
         wgmma_commit();
     }
 
-    __device__ __forceinline__ void multiply_values() {
+    __device__ __forceinline__ void gemm_pv() {
         mbarrier_wait(&values_barrier().full[v.stage], v.phase);
         const uint64_t operand = wgmma_advance(v_operand, v.stage * tile_bytes);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < keys / Tile::step; ++step) {
             if constexpr (Tile::fp8) {
-                WgmmaE4m3<D>::rs(result.o, weights + 4 * step, wgmma_advance(operand, step * 32), true);
+                WgmmaE4m3<D>::rs(acc.o, probs + 4 * step, wgmma_advance(operand, step * 32), true);
             } else {
-                Wgmma<D>::rs(result.o, weights + 4 * step, wgmma_advance(operand, step * 16 * 128));
+                Wgmma<D>::rs(acc.o, probs + 4 * step, wgmma_advance(operand, step * 16 * 128));
             }
         }
         wgmma_commit();
@@ -115,7 +115,7 @@ struct AttentionConsumer {
 
     // ---- softmax ---------------------------------------------------------------------------------------------------
 
-    // Scores become weights, exp2(score - top) 2^offset; `factor` is what all earlier sums must be multiplied with.
+    // Scores become probabilities, exp2(score - row_max) 2^offset; all earlier sums must be multiplied with `factor`.
     __device__ __forceinline__ void softmax(int valid, float (&factor)[2]) {
         if (valid < keys) {
             const int column = threadIdx.x % 4 * 2;
@@ -127,40 +127,40 @@ struct AttentionConsumer {
         float shift[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float top = result.top[half];
+            float row_max = acc.row_max[half];
 #pragma unroll
-            for (int i = 2 * half; i < keys / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
-            factor[half] = exp2_approximate((result.top[half] - top) * scale_of(half));
-            result.top[half] = top;
-            shift[half] = top * scale_of(half) - Tile::offset;
-            result.total[half] *= factor[half];
+            for (int i = 2 * half; i < keys / 2; i += 4) row_max = fmaxf(row_max, fmaxf(scores[i], scores[i + 1]));
+            row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
+            row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));
+            factor[half] = exp2_approx((acc.row_max[half] - row_max) * scale_of(half));
+            acc.row_max[half] = row_max;
+            shift[half] = row_max * scale_of(half) - Tile::offset;
+            acc.row_sum[half] *= factor[half];
         }
 #pragma unroll
         for (int i = 0; i < keys / 2; ++i) {
             const int half = i >> 1 & 1;
-            scores[i] = exp2_approximate(scores[i] * scale_of(half) - shift[half]);
-            result.total[half] += scores[i];
+            scores[i] = exp2_approx(scores[i] * scale_of(half) - shift[half]);
+            acc.row_sum[half] += scores[i];
         }
     }
 
     __device__ __forceinline__ float scale_of(int half) const { return Tile::fp8 ? scale[half] : shape.scale; }
 
-    // Weights as the product has them are, rounded, operand A of these keys: no thread needs another one's. With e4m3
-    // this holds for the order in which AttentionTransposer puts the keys.
-    __device__ __forceinline__ void round_weights() {
+    // The accumulator layout of Q K^T, rounded, is that of operand A of P V: no exchange between threads. With e4m3
+    // this holds for the key order of AttentionTransposer.
+    __device__ __forceinline__ void round_probs() {
         if constexpr (Tile::fp8) {
 #pragma unroll
             for (int i = 0; i < keys / 8; ++i) {
                 const float* s = scores + i / 4 * 16 + (i >> 1 & 1) * 8 + (i & 1) * 2;
-                weights[i] = e4m3_of(s[0], s[1], s[4], s[5]);
+                probs[i] = e4m3_of(s[0], s[1], s[4], s[5]);
             }
         } else {
 #pragma unroll
             for (int i = 0; i < keys / 4; ++i) {
                 const __nv_bfloat162 pair = __floats2bfloat162_rn(scores[2 * i], scores[2 * i + 1]);
-                memcpy(weights + i, &pair, sizeof(pair));
+                memcpy(probs + i, &pair, sizeof(pair));
             }
         }
     }
@@ -177,13 +177,13 @@ struct AttentionConsumer {
     // as operand A wants them. Each query has its own scale.
     __device__ __forceinline__ void load_queries(const AttentionWork& work) {
         const int tiles = query_tiles(shape.T), head = work.tile / tiles;
-        const int first = (work.tile - head * tiles) * Tile::queries + AttentionResult<Tile>::query(group);
+        const int first = (work.tile - head * tiles) * Tile::queries + AttentionAccumulator<Tile>::query(group);
         const float k_scale = __ldg(shape.k_scale + __ldg(shape.slot + work.row) * shape.H + head);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int query = first + 8 * half;
             const __nv_bfloat16* from = shape.q + ((int64_t(work.row) * shape.T + query) * shape.H + head) * D;
-            float values[D / 4], greatest = 1e-30f;  // not zero: it is divided by
+            float values[D / 4], max_abs = 1e-30f;  // not zero: it is divided by
 #pragma unroll
             for (int i = 0; i < D / 16; ++i) {
                 uint2 bits = make_uint2(0, 0);
@@ -194,11 +194,11 @@ struct AttentionConsumer {
                 values[4 * i + 3] = __uint_as_float(bits.y & 0xffff0000);
             }
 #pragma unroll
-            for (float x : values) greatest = fmaxf(greatest, fabsf(x));
-            greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffff, greatest, 1));
-            greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffff, greatest, 2));
-            const float up = 448 / greatest;  // the greatest e4m3 number
-            scale[half] = shape.scale * k_scale * (greatest / 448);
+            for (float x : values) max_abs = fmaxf(max_abs, fabsf(x));
+            max_abs = fmaxf(max_abs, __shfl_xor_sync(0xffffffff, max_abs, 1));
+            max_abs = fmaxf(max_abs, __shfl_xor_sync(0xffffffff, max_abs, 2));
+            const float up = 448 / max_abs;  // the largest e4m3 value
+            scale[half] = shape.scale * k_scale * (max_abs / 448);
 #pragma unroll
             for (int i = 0; i < D / 16; ++i) {
                 const float* x = values + 4 * i;
@@ -210,44 +210,43 @@ struct AttentionConsumer {
     __device__ __forceinline__ void scale_values(const AttentionWork& work) {
         const int head = work.tile / query_tiles(shape.T);
         const float factor = __ldg(shape.v_scale + __ldg(shape.slot + work.row) * shape.H + head);
-        result.rescale({factor, factor});
+        acc.rescale({factor, factor});
     }
 
     // ---- a query tile ----------------------------------------------------------------------------------------------
 
-    // The scores of a tile are multiplied ahead of the values of the tile before, which then overlap its softmax.
+    // Q K^T of a tile is issued ahead of P V of the previous one, which then overlaps the softmax.
     __device__ __forceinline__ void attend(int units) {
         float factor[2];
         int valid = await_keys();
-        multiply_scores();
+        gemm_qk();
         wgmma_wait<0>();
         finish_scores();
         softmax(valid, factor);
-        round_weights();
+        round_probs();
         if (units > 1) valid = await_keys();
         for (int unit = 1; unit < units; ++unit) {
             await_turn();
-            multiply_scores();
-            multiply_values();
+            gemm_qk();
+            gemm_pv();
             pass_turn_to(1 - group);
             wgmma_wait<1>();
             finish_scores();
             softmax(valid, factor);
-            // The keys of the next turn, here because ptxas would move the wait for the values before the softmax, but
-            // not across a branch.
+            // The next keys: ptxas would move the wait for P V before the softmax, but not across a branch.
             if (unit + 1 < units) valid = await_keys();
             wgmma_wait<0>();
             finish_values();
-            result.rescale(factor);
-            round_weights();
+            acc.rescale(factor);
+            round_probs();
         }
         if constexpr (!Tile::fp8) release(&shared.q_barrier.empty[0]);
-        multiply_values();
+        gemm_pv();
         wgmma_wait<0>();
         finish_values();
-        result.sum_over_columns();
-        result.top[0] *= scale_of(0);
-        result.top[1] *= scale_of(1);
+        acc.sum_over_columns();
+        acc.row_max[0] *= scale_of(0);
+        acc.row_max[1] *= scale_of(1);
     }
 
     __device__ __forceinline__ void run() {
@@ -255,7 +254,7 @@ struct AttentionConsumer {
         AttentionWork work;
         if (group == 1) pass_turn_to(0);
         while (schedule.next(work)) {
-            result.clear();
+            acc.clear();
             if (work.first < work.last) {
                 if constexpr (Tile::fp8) {
                     load_queries(work);
@@ -266,10 +265,10 @@ struct AttentionConsumer {
                 attend(work.last - work.first);
                 if constexpr (Tile::fp8) scale_values(work);
             }
-            if (work.piece < 0) {
-                result.store(shape, work.row, work.tile, group);
+            if (work.partial < 0) {
+                acc.store(shape, work.row, work.tile, group);
             } else {
-                AttentionPartial<Tile>(shape, work.row, blockIdx.x, work.piece, group).store(result);
+                AttentionPartial<Tile>(shape, work.row, blockIdx.x, work.partial, group).store(acc);
             }
         }
     }
@@ -277,7 +276,7 @@ struct AttentionConsumer {
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::threads, 1)
-    attention_kernel(const __grid_constant__ AttentionParameters parameters) {
+    attention_kernel(const __grid_constant__ AttentionParams parameters) {
     DSA_DYNAMIC_SHARED(AttentionShared<Tile>, shared);
     if (threadIdx.x == 0) {
         if (!Tile::fp8) tma_prefetch(&parameters.q);
@@ -287,17 +286,17 @@ __global__ void __launch_bounds__(Tile::threads, 1)
         mbarrier_init_fence();
     }
     __syncthreads();
-    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // known to be the same in a whole warp
+    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);  // uniform in a warp, which the compiler can see
     if (group == Tile::consumers) {
-        give_registers<Tile::feeder_registers>();
+        dealloc_registers<Tile::producer_registers>();
         const int warp = threadIdx.x % 128 / 32;
         if (warp == 0) {
-            AttentionLoader<Tile>{*shared, parameters}.run();
+            AttentionProducer<Tile>{*shared, parameters}.run();
         } else if constexpr (Tile::fp8) {
             AttentionTransposer{*shared}.run(parameters.shape);
         }
     } else {
-        take_registers<Tile::consumer_registers>();
+        alloc_registers<Tile::consumer_registers>();
         AttentionConsumer<Tile>(*shared, parameters.shape, group).run();
     }
 }

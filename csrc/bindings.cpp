@@ -1,5 +1,5 @@
-// The names under which Python calls the launchers; `dsa_engine/ops/cuda_backend.py` makes the arguments. A struct of the
-// headers comes as a tuple of its fields, an address as an integer. No torch header is needed to build or to load this.
+// Python bindings of the launchers; `dsa_engine/ops/cuda_backend.py` makes the arguments. A struct of the headers is a
+// tuple of its fields, an address an integer. No torch header is needed to build or to load this.
 #include <pybind11/pybind11.h>
 
 #include <tuple>
@@ -105,12 +105,12 @@ void gelu_bias(int dtype, Shape shape, dsa::Rows x, dsa::Rows out, dsa::Vector b
 using EpilogueShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // B, F, S, C, P
 
 void epilogue(int dtype, EpilogueShape shape, dsa::Rows hidden, dsa::PerFrame shift, dsa::PerFrame scale,
-              Address weight, dsa::Vector bias, float eps, dsa::LatentShape latents, dsa::Latents x,
-              dsa::Latents noise, dsa::Latents x0, dsa::Latents next, Address sigma, Address next_sigma,
-              dsa::HeadWeights head, dsa::StopRule rule, Address state, Address workspace, Address stream) {
+              Address weight, dsa::Vector bias, float eps, dsa::LatentShape latents, dsa::Latents x, dsa::Latents noise,
+              dsa::Latents x0, dsa::Latents next, Address sigma, Address next_sigma, dsa::HeadWeights head,
+              dsa::StopRule rule, Address state, Address workspace, Address stream) {
     const auto [B, F, S, C, P] = shape;
-    dsa::epilogue({dtype, B, F, S, C, P, hidden, shift, scale, weight, bias, eps, latents, x, noise, x0, next, sigma,
-                   next_sigma, head, rule, state, workspace, stream});
+    dsa::epilogue({dtype,   B, F,     S,  C,    P,     hidden,     shift, scale, weight, bias,      eps,
+                   latents, x, noise, x0, next, sigma, next_sigma, head,  rule,  state,  workspace, stream});
 }
 
 using AttentionShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
@@ -119,8 +119,8 @@ void attention(AttentionShape shape, Address q, Address k, Address v, Address ou
                Address workspace, size_t workspace_bytes, int blocks, Address stream, Address k_scale,
                Address v_scale) {
     const auto [B, T, H, D, N, W, S, R] = shape;
-    dsa::attention({q, k, v, out, slot, keys, B, T, H, D, N, W, S, R, workspace, workspace_bytes, blocks, stream,
-                    k_scale, v_scale});
+    dsa::attention({q,      k,      v,       out,    slot, keys, B, T, H, D, N, W, S, R, workspace, workspace_bytes,
+                    blocks, stream, k_scale, v_scale});
 }
 
 #ifndef DSA_EMULATE  // what builds a graph needs the CUDA runtime

@@ -1,24 +1,24 @@
-// The end of a denoising step, the first of two launches (the second: epilogue_judge.cuh).
+// The end of a denoising step, the first of two launches (the second: epilogue_confidence.cuh).
 //
-// A block has up to 16 * TILES tokens of one frame. It normalises and modulates them in shared memory, multiplies them
-// with the weight [P, C], turns the velocity into x0 and the next x, and leaves each channel's mean and sum of squared
+// A block has up to 16 * TILES tokens of one frame. It normalizes and modulates them in shared memory, multiplies them
+// with the weight [P, C], turns the velocity into x0 and the next x, and writes each channel's mean and sum of squared
 // deviations over its tokens.
 #pragma once
 
 #include "epilogue.h"
 #include "mma.cuh"
-#include "vector.cuh"
+#include "row_ops.cuh"
 
 namespace dsa {
 
 constexpr int WARPS = 8, THREADS = WARPS * LANES;
-constexpr int MOST_OUTPUTS = 64;              // of the projection
-constexpr int SUM_STRIDE = MOST_OUTPUTS + 8;  // floats; the eight keep a warp's stores in different banks
+constexpr int MAX_OUTPUTS = 64;              // of the projection
+constexpr int SUM_STRIDE = MAX_OUTPUTS + 8;  // floats; the eight keep a warp's stores in different banks
 
 // Bytes between rows in shared memory: 64 beyond a multiple of 128, so that rows read together lie in different banks.
 __host__ __device__ constexpr int row_bytes(int channels, int size) { return (channels * size + 127) / 128 * 128 + 64; }
 
-struct Project {
+struct ProjectParams {
     Rows hidden;
     PerFrame shift, scale;
     const void* weight;
@@ -26,8 +26,8 @@ struct Project {
     Latents x, noise, x0, next;
     const float* sigma;
     const float* next_sigma;
-    float* statistics;  // [B * F, tiles, 2, C]; null: nobody wants them
-    unsigned* arrived;  // of judge_kernel: cleared here
+    float* statistics;  // [B * F, tiles, 2, C]; null: not needed
+    unsigned* arrived;  // counter of confidence_kernel, cleared here
     LatentShape latents;
     int frames, frame_tokens, channels, outputs;
     float eps;
@@ -40,28 +40,28 @@ __device__ __forceinline__ T* tile_row(void* tile, int channels, int token) {
 
 // Rows of the tile into shared memory, each by one warp; mean and 1 / deviation of each.
 template <class T>
-__device__ __forceinline__ void load_tile(const Project& p, const T* hidden, void* tile, int tokens,
+__device__ __forceinline__ void load_tile(const ProjectParams& p, const T* hidden, void* tile, int tokens,
                                           float2* statistics) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     for (int token = warp; token < tokens; token += WARPS) {
         const T* from = hidden + token * p.hidden.row;
         T* row = tile_row<T>(tile, p.channels, token);
-        float sum = 0.0f, squares = 0.0f, v[WIDE];
+        float sum = 0.0f, squares = 0.0f, v[VEC];
 #pragma unroll 6
-        for (int c = lane * WIDE; c < p.channels; c += LANES * WIDE) {
-            Eight<T> eight;
-            eight.load(from + c);
-            eight.store(row + c);
-            eight.get(v);
+        for (int c = lane * VEC; c < p.channels; c += LANES * VEC) {
+            Vec8<T> vec;
+            vec.load(from + c);
+            vec.store(row + c);
+            vec.get(v);
 #pragma unroll
             for (float a : v) sum += a;
         }
         const float mean = warp_sum(sum) / p.channels;
 #pragma unroll 6
-        for (int c = lane * WIDE; c < p.channels; c += LANES * WIDE) {  // what this lane has stored itself
-            Eight<T> eight;
-            eight.load_shared(row + c);
-            eight.get(v);
+        for (int c = lane * VEC; c < p.channels; c += LANES * VEC) {  // what this lane has stored itself
+            Vec8<T> vec;
+            vec.load_shared(row + c);
+            vec.get(v);
 #pragma unroll
             for (float a : v) squares += (a - mean) * (a - mean);
         }
@@ -72,35 +72,35 @@ __device__ __forceinline__ void load_tile(const Project& p, const T* hidden, voi
 
 // Down the columns: each channel's statistics over the tokens, and the modulated tokens in place of the raw ones.
 template <class T>
-__device__ __forceinline__ void modulate_tile(const Project& p, int b, int f, void* tile, int tokens,
+__device__ __forceinline__ void modulate_tile(const ProjectParams& p, int b, int f, void* tile, int tokens,
                                               const float2* statistics, float* column_statistics) {
     const int64_t shift_at = b * p.shift.batch + f * p.frame_tokens / p.shift.tokens * p.shift.frame;
     const int64_t scale_at = b * p.scale.batch + f * p.frame_tokens / p.scale.tokens * p.scale.frame;
-    for (int c = threadIdx.x * WIDE; c < p.channels; c += THREADS * WIDE) {
-        Eight<T> eight;
-        float v[WIDE], shift[WIDE], scale[WIDE], mean[WIDE] = {}, squares[WIDE] = {};
+    for (int c = threadIdx.x * VEC; c < p.channels; c += THREADS * VEC) {
+        Vec8<T> vec;
+        float v[VEC], shift[VEC], scale[VEC], mean[VEC] = {}, squares[VEC] = {};
         load<T>(shift, p.shift.data, p.shift.dtype, shift_at + c);
         load<T>(scale, p.scale.data, p.scale.dtype, scale_at + c);
         for (int token = 0; column_statistics && token < tokens; ++token) {
-            eight.load_shared(tile_row<T>(tile, p.channels, token) + c);
-            eight.get(v);
+            vec.load_shared(tile_row<T>(tile, p.channels, token) + c);
+            vec.get(v);
 #pragma unroll
-            for (int i = 0; i < WIDE; ++i) mean[i] += (v[i] - statistics[token].x) * statistics[token].y;
+            for (int i = 0; i < VEC; ++i) mean[i] += (v[i] - statistics[token].x) * statistics[token].y;
         }
 #pragma unroll
         for (float& m : mean) m /= tokens;
         for (int token = 0; token < tokens; ++token) {
             T* at = tile_row<T>(tile, p.channels, token) + c;
-            eight.load_shared(at);
-            eight.get(v);
+            vec.load_shared(at);
+            vec.get(v);
 #pragma unroll
-            for (int i = 0; i < WIDE; ++i) {
+            for (int i = 0; i < VEC; ++i) {
                 const float h = (v[i] - statistics[token].x) * statistics[token].y;
                 squares[i] += (h - mean[i]) * (h - mean[i]);
                 v[i] = h * (1.0f + scale[i]) + shift[i];
             }
-            eight.set(v);
-            eight.store(at);
+            vec.set(v);
+            vec.store(at);
         }
         if (column_statistics) {
             store<float>(column_statistics, c, mean);
@@ -111,19 +111,19 @@ __device__ __forceinline__ void modulate_tile(const Project& p, int b, int f, vo
 
 // sums[tile][column block] += the tile's tokens x the weight's rows, over this warp's channels: 32 at a time.
 //
-// The order of the channels within a product is free, so a lane reads eight neighbours at once (16 bytes) and gives
+// The order of the channels within a GEMM is free, so a lane reads eight neighbours at once (16 bytes) and gives
 // them to two mma: channels 8q, 8q+1 | 8q+2, 8q+3 to the first, 8q+4, 8q+5 | 8q+6, 8q+7 to the second, of tokens and
 // weight alike.
 template <class T, int TILES>
-__device__ __forceinline__ void multiply(const Project& p, void* tile, float (&sums)[TILES][MOST_OUTPUTS / 8][4]) {
+__device__ __forceinline__ void gemm(const ProjectParams& p, void* tile, float (&sums)[TILES][MAX_OUTPUTS / 8][4]) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
     const T* weight = static_cast<const T*>(p.weight);
     for (int start = warp * 32; start < p.channels; start += WARPS * 32) {
-        const int c = start + q * WIDE;
+        const int c = start + q * VEC;
         const bool inside = c < p.channels;
-        Eight<T> a[TILES][2], w[MOST_OUTPUTS / 8];
+        Vec8<T> a[TILES][2], w[MAX_OUTPUTS / 8];
 #pragma unroll
-        for (int n = 0; n < MOST_OUTPUTS / 8; ++n) {
+        for (int n = 0; n < MAX_OUTPUTS / 8; ++n) {
             w[n] = {};
             if (inside && 8 * n + g < p.outputs) w[n].load(weight + int64_t(8 * n + g) * p.channels + c);
         }
@@ -136,7 +136,7 @@ __device__ __forceinline__ void multiply(const Project& p, void* tile, float (&s
         for (int m = 0; m < TILES; ++m) {
             const uint4 top = a[m][0].word, low = a[m][1].word;
 #pragma unroll
-            for (int n = 0; n < MOST_OUTPUTS / 8; ++n) {
+            for (int n = 0; n < MAX_OUTPUTS / 8; ++n) {
                 mma<T>(sums[m][n], {top.x, low.x, top.y, low.y}, {w[n].word.x, w[n].word.y});
                 mma<T>(sums[m][n], {top.z, low.z, top.w, low.w}, {w[n].word.z, w[n].word.w});
             }
@@ -146,34 +146,34 @@ __device__ __forceinline__ void multiply(const Project& p, void* tile, float (&s
 
 // The same in float32, without tensor cores (they would round to 10 bits): for tests and small models.
 template <int TILES>
-__device__ __forceinline__ void multiply(const Project& p, void* tile, float (&sums)[TILES][MOST_OUTPUTS / 8][4]) {
+__device__ __forceinline__ void gemm(const ProjectParams& p, void* tile, float (&sums)[TILES][MAX_OUTPUTS / 8][4]) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
-    for (int c = warp * WIDE; c < p.channels; c += WARPS * WIDE) {
-        float a[2 * TILES][WIDE], w[WIDE];
+    for (int c = warp * VEC; c < p.channels; c += WARPS * VEC) {
+        float a[2 * TILES][VEC], w[VEC];
 #pragma unroll
         for (int m = 0; m < 2 * TILES; ++m) {
-            Eight<float> eight;
-            eight.load_shared(tile_row<float>(tile, p.channels, 8 * m + g) + c);
-            eight.get(a[m]);
+            Vec8<float> vec;
+            vec.load_shared(tile_row<float>(tile, p.channels, 8 * m + g) + c);
+            vec.get(a[m]);
         }
 #pragma unroll
-        for (int i = 0; i < MOST_OUTPUTS / 4; ++i) {
+        for (int i = 0; i < MAX_OUTPUTS / 4; ++i) {
             const int n = i / 2, column = i % 2, output = 8 * n + 2 * q + column;
             if (output >= p.outputs) continue;
             load(w, static_cast<const float*>(p.weight) + int64_t(output) * p.channels + c);
 #pragma unroll
             for (int m = 0; m < 2 * TILES; ++m) {
 #pragma unroll
-                for (int k = 0; k < WIDE; ++k) sums[m / 2][n][m % 2 * 2 + column] += a[m][k] * w[k];
+                for (int k = 0; k < VEC; ++k) sums[m / 2][n][m % 2 * 2 + column] += a[m][k] * w[k];
             }
         }
     }
 }
 
-// Adds the warps' sums in their order, and puts the velocity to use where its patch lies in the latents. Neighbouring
+// Adds the warps' sums in order and writes x0 and the next x at the patch's position in the latents. Neighbouring
 // threads have neighbouring columns of the image.
-__device__ __forceinline__ void finish(const Project& p, int b, int f, int first, int tokens, int tile_tokens,
-                                       const float* sums) {
+__device__ __forceinline__ void write_latents(const ProjectParams& p, int b, int f, int first, int tokens,
+                                              int tile_tokens, const float* sums) {
     const int64_t x = b * p.x.batch + f * p.x.frame, noise = b * p.noise.batch + f * p.noise.frame;
     const int64_t x0 = b * p.x0.batch + f * p.x0.frame, next = b * p.next.batch + f * p.next.frame;
     const float sigma = p.sigma[b * p.frames + f], next_sigma = p.next_sigma[b * p.frames + f];
@@ -183,21 +183,21 @@ __device__ __forceinline__ void finish(const Project& p, int b, int f, int first
         const int row = i / (patch * tile_tokens) % patch, channel = i / (patch * tile_tokens * patch);
         if (token >= tokens) continue;
         const int output = (row * patch + column) * int(p.latents.channels) + channel;
-        float velocity = load_one(p.bias.data, p.bias.dtype, output);
+        float velocity = load_scalar(p.bias.data, p.bias.dtype, output);
 #pragma unroll
         for (int warp = 0; warp < WARPS; ++warp) velocity += sums[(warp * tile_tokens + token) * SUM_STRIDE + output];
 
         const int grid_row = (first + token) / grid_width, grid_column = (first + token) % grid_width;
         const int64_t image_row = channel * p.latents.height + grid_row * patch + row;
         const int64_t at = image_row * width + grid_column * patch + column;
-        const float noisy = load_one(p.x.data, dtype, x + at), fresh = load_one(p.noise.data, dtype, noise + at);
-        const float clean = store_one(p.x0.data, dtype, x0 + at, noisy - sigma * velocity);
-        store_one(p.next.data, dtype, next + at, (1.0f - next_sigma) * clean + next_sigma * fresh);
+        const float noisy = load_scalar(p.x.data, dtype, x + at), fresh = load_scalar(p.noise.data, dtype, noise + at);
+        const float clean = store_scalar(p.x0.data, dtype, x0 + at, noisy - sigma * velocity);
+        store_scalar(p.next.data, dtype, next + at, (1.0f - next_sigma) * clean + next_sigma * fresh);
     }
 }
 
 template <class T, int TILES>
-__global__ void __launch_bounds__(THREADS, 1) project_kernel(const __grid_constant__ Project p) {
+__global__ void __launch_bounds__(THREADS, 1) project_kernel(const __grid_constant__ ProjectParams p) {
     constexpr int TOKENS = 16 * TILES;
     DSA_DYNAMIC_SHARED(char, tile);  // rows of tokens; when they have been used, the warps' sums
     __shared__ float2 statistics[TOKENS];
@@ -213,11 +213,11 @@ __global__ void __launch_bounds__(THREADS, 1) project_kernel(const __grid_consta
     modulate_tile<T>(p, b, f, tile, tokens, statistics, p.statistics ? p.statistics + index * 2 * p.channels : nullptr);
     __syncthreads();
 
-    float sums[TILES][MOST_OUTPUTS / 8][4] = {};
+    float sums[TILES][MAX_OUTPUTS / 8][4] = {};
     if constexpr (sizeof(T) == 4) {
-        multiply<TILES>(p, tile, sums);
+        gemm<TILES>(p, tile, sums);
     } else {
-        multiply<T, TILES>(p, tile, sums);
+        gemm<T, TILES>(p, tile, sums);
     }
     __syncthreads();
     float* all_sums = reinterpret_cast<float*>(tile);  // [WARPS, TOKENS, SUM_STRIDE]
@@ -226,13 +226,13 @@ __global__ void __launch_bounds__(THREADS, 1) project_kernel(const __grid_consta
     for (int m = 0; m < 2 * TILES; ++m) {
         float* row = all_sums + (warp * TOKENS + 8 * m + g) * SUM_STRIDE + 2 * q;
 #pragma unroll
-        for (int n = 0; n < MOST_OUTPUTS / 8; ++n) {
+        for (int n = 0; n < MAX_OUTPUTS / 8; ++n) {
             const float* pair = sums[m / 2][n] + m % 2 * 2;
             *reinterpret_cast<float2*>(row + 8 * n) = {pair[0], pair[1]};
         }
     }
     __syncthreads();
-    finish(p, b, f, first, tokens, TOKENS, all_sums);
+    write_latents(p, b, f, first, tokens, TOKENS, all_sums);
 }
 
 }  // namespace dsa

@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "views.h"
+#include "tensor_args.h"
 
 namespace dsa {
 

@@ -5,8 +5,8 @@
 namespace dsa {
 
 cudaGraphNode_t set_while(const WhileArgs& args) {
-    const Work work{"set_while", {args.rows, args.stride, 1}};
-    if (args.rows < 1) refuse(work, "rows must be at least 1");
+    const OpInfo op{"set_while", {args.rows, args.stride, 1}};
+    if (args.rows < 1) refuse(op, "rows must be at least 1");
     void* arguments[] = {const_cast<WhileArgs*>(&args)};  // copied into the node
     cudaKernelNodeParams params{};
     params.func = reinterpret_cast<void*>(set_while_kernel);
@@ -14,7 +14,7 @@ cudaGraphNode_t set_while(const WhileArgs& args) {
     params.blockDim = dim3(32);
     params.kernelParams = arguments;
     cudaGraphNode_t node = nullptr;
-    check(cudaGraphAddKernelNode(&node, args.graph, &args.after, 1, &params), work);
+    check(cudaGraphAddKernelNode(&node, args.graph, &args.after, 1, &params), op);
     return node;
 }
 

@@ -1,5 +1,5 @@
-// The instructions of sm_90a that CUDA C++ has no words for, one small function each: mbarriers, TMA loads, wgmma.
-// Under DSA_EMULATE the same functions come from tests/csrc/emulator_hopper.h, written from the PTX manual.
+// Instructions of sm_90a without a CUDA C++ intrinsic, one small function each: mbarriers, TMA loads, wgmma.
+// Under DSA_EMULATE the same functions come from tests/support/csrc/emulator_hopper.h, written from the PTX manual.
 #pragma once
 
 #include <cuda.h>
@@ -91,19 +91,19 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 }
 
 template <int count>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void dealloc_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
 template <int count>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void alloc_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
 // ---- 8 x 8 matrices of two-byte elements: lane l names row l % 8 of matrix l / 8 -----------------------------------
 
 // Lane l receives of each matrix the elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&x)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(shared_address(row))
@@ -111,13 +111,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], const
 }
 
 // Lane l gives of each matrix the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1).
-__device__ __forceinline__ void store_matrices(void* row, const uint32_t (&x)[4]) {
+__device__ __forceinline__ void stmatrix(void* row, const uint32_t (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                  "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                  : "memory");
 }
 
-// ---- wgmma: four warps multiply 64 x 16 by 16 x N; operands and results are taboo until waited for -----------------
+// ---- wgmma: four warps multiply 64 x 16 by 16 x N; operands and results must not be touched before the wait -------
 
 // Orders register accesses before the first wgmma of a sequence.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -130,7 +130,7 @@ __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from reading results ahead of the wait that they need.
+// Keeps the compiler from reading results ahead of their wait.
 template <int count>
 __device__ __forceinline__ void wgmma_results(float (&d)[count]) {
 #pragma unroll
@@ -156,7 +156,7 @@ struct WgmmaE4m3;
 
 // ss: d (+)= A B with A and B in shared memory, both with k contiguous ("K-major").
 // rs: d += A B with A in registers and B in shared memory with n contiguous ("MN-major").
-// p0..p4 are the numbers of the operands that follow the N/2 accumulators.
+// p0..p4 number the operands that follow the N/2 accumulators.
 #define DSA_WGMMA(N, count, p0, p1, p2, p3, p4)                                                                 \
     template <>                                                                                                 \
     struct Wgmma<N> {                                                                                           \
@@ -201,7 +201,7 @@ DSA_WGMMA_E4M3(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 #undef DSA_WGMMA
 #undef DSA_WGMMA_E4M3
 
-__device__ __forceinline__ float exp2_approximate(float x) {
+__device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: stays ahead of a later wait
     return y;

@@ -1,4 +1,4 @@
-// Checked launches: an error of CUDA becomes a std::runtime_error that names the op, its shape and CUDA's own words, a
+// Checked launches: an error of CUDA becomes a std::runtime_error that names the op, its shape and CUDA's message, a
 // value that breaks a rule a std::invalid_argument. Python sees RuntimeError and ValueError.
 // With DSA_EMULATE the same launchers run on the host (tests/support/csrc/emulator.h).
 #pragma once
@@ -11,8 +11,8 @@
 
 namespace dsa {
 
-// What an error message calls the work: "modulate [1, 4680, 1536]". Made into text only where something failed.
-struct Work {
+// Op and shape as error messages name them, "modulate [1, 4680, 1536]"; formatted only on failure.
+struct OpInfo {
     const char* op;
     int64_t shape[3];
 
@@ -23,7 +23,7 @@ struct Work {
     }
 };
 
-struct Geometry {
+struct LaunchConfig {
     dim3 grid, block;
     size_t shared;  // bytes of dynamic shared memory
     cudaStream_t stream;
@@ -31,52 +31,52 @@ struct Geometry {
 
 #ifdef DSA_EMULATE
 
-inline size_t shared_limit(const Work&) { return emulate::shared_limit; }
-inline int sm_count(const Work&) { return 4; }
+inline size_t shared_limit(const OpInfo&) { return emulate::shared_limit; }
+inline int sm_count(const OpInfo&) { return 4; }
 
 template <class Parameters>
-void launch(const Work& work, const Geometry& at, void (*kernel)(Parameters), const Parameters& parameters) {
+void launch(const OpInfo& op, const LaunchConfig& at, void (*kernel)(Parameters), const Parameters& parameters) {
     try {
         emulate::launch(at.grid, at.block, at.shared, [&] { kernel(parameters); });
     } catch (const std::runtime_error& error) {
-        throw std::runtime_error(work.text() + ": " + error.what());
+        throw std::runtime_error(op.text() + ": " + error.what());
     }
 }
 
 #else
 
-inline void check(cudaError_t error, const Work& work) {
+inline void check(cudaError_t error, const OpInfo& op) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // or the next op would be blamed for it
-    throw std::runtime_error(work.text() + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
+    cudaGetLastError();  // else the next op would report it
+    throw std::runtime_error(op.text() + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
-inline int device_attribute(cudaDeviceAttr attribute, const Work& work) {
+inline int device_attribute(cudaDeviceAttr attribute, const OpInfo& op) {
     int device = 0, value = 0;
-    check(cudaGetDevice(&device), work);
-    check(cudaDeviceGetAttribute(&value, attribute, device), work);
+    check(cudaGetDevice(&device), op);
+    check(cudaDeviceGetAttribute(&value, attribute, device), op);
     return value;
 }
 
 // Bytes of shared memory that one block may have.
-inline size_t shared_limit(const Work& work) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, work); }
-inline int sm_count(const Work& work) { return device_attribute(cudaDevAttrMultiProcessorCount, work); }
+inline size_t shared_limit(const OpInfo& op) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, op); }
+inline int sm_count(const OpInfo& op) { return device_attribute(cudaDevAttrMultiProcessorCount, op); }
 
 template <class Parameters>
-void launch(const Work& work, const Geometry& at, void (*kernel)(Parameters), const Parameters& parameters) {
+void launch(const OpInfo& op, const LaunchConfig& at, void (*kernel)(Parameters), const Parameters& parameters) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    if (at.shared > 48 << 10) {  // what every device allows unasked
-        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(at.shared)), work);
+    if (at.shared > 48 << 10) {  // the default limit
+        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(at.shared)), op);
     }
     void* arguments[] = {const_cast<Parameters*>(&parameters)};
-    check(cudaLaunchKernel(function, at.grid, at.block, arguments, at.shared, at.stream), work);
-    check(cudaGetLastError(), work);
+    check(cudaLaunchKernel(function, at.grid, at.block, arguments, at.shared, at.stream), op);
+    check(cudaGetLastError(), op);
 }
 
 #endif
 
-[[noreturn]] inline void refuse(const Work& work, const std::string& why) {
-    throw std::invalid_argument(work.text() + ": " + why);
+[[noreturn]] inline void refuse(const OpInfo& op, const std::string& why) {
+    throw std::invalid_argument(op.text() + ": " + why);
 }
 
 }  // namespace dsa

@@ -1,7 +1,7 @@
-// One warp's product of 16 x 16 and 16 x 8 with float32 sums (mma.sync m16n8k16): the tensor cores of sm_80 and later.
+// One warp's 16 x 16 by 16 x 8 GEMM with float32 sums (mma.sync m16n8k16): the tensor cores of sm_80 and later.
 //
 // With g = lane / 4 and q = lane % 4, the fragments of a lane are (PTX manual, "Matrix Fragments for mma.m16n8k16"):
-//   a: rows g, g + 8 at k = 2q, 2q + 1, then the same rows at k = 2q + 8, 2q + 9;   two numbers a word
+//   a: rows g, g + 8 at k = 2q, 2q + 1, then the same rows at k = 2q + 8, 2q + 9;   two values per word
 //   b: column g at k = 2q, 2q + 1, then at k = 2q + 8, 2q + 9
 //   d: row g at columns 2q, 2q + 1, then row g + 8
 #pragma once
@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "vector.cuh"
+#include "row_ops.cuh"
 
 namespace dsa {
 

@@ -1,12 +1,12 @@
-// r = x + gate * y; LayerNorm(r) * (1 + scale) + shift; gelu(x + bias). The last two also as e4m3 with a scale a row.
+// r = x + gate * y; LayerNorm(r) * (1 + scale) + shift; gelu(x + bias). The last two also as e4m3 with a scale per row.
 #pragma once
 
 #include "modulate.h"
-#include "vector.cuh"
+#include "row_ops.cuh"
 
 namespace dsa {
 
-struct Modulate {
+struct ModulateParams {
     Rows x, y, sum, out;
     PerFrame gate, shift, scale;
     float* row_scale;
@@ -14,7 +14,7 @@ struct Modulate {
     float eps;
 };
 
-struct Gelu {
+struct GeluParams {
     Rows x, out;
     Vector bias;
     float* row_scale;
@@ -26,9 +26,9 @@ __device__ __forceinline__ int64_t start_of(const PerFrame& m, int b, int t) {
     return b * m.batch + t / m.tokens * m.frame;
 }
 
-// A row that is still float32, to e4m3 with the row's own scale: its largest magnitude becomes the largest number.
+// A row that is still float32, to e4m3 with the row's own scale: its largest magnitude becomes 448.
 template <int V, class T>
-__device__ __forceinline__ void store_rowwise(const Row<T, V>& like, float (&y)[V][WIDE], int channels, void* out,
+__device__ __forceinline__ void store_rowwise(const Row<T, V>& like, float (&y)[V][VEC], int channels, void* out,
                                               int64_t start, float* row_scale) {
     float top = 0.0f;
     like.each(channels, [&](int i, int) {
@@ -46,12 +46,12 @@ __device__ __forceinline__ void store_rowwise(const Row<T, V>& like, float (&y)[
 }
 
 template <class T, int V>
-__device__ __forceinline__ void add_gated(Row<T, V>& r, const Modulate& p, int b, int t) {
+__device__ __forceinline__ void add_gated(Row<T, V>& r, const ModulateParams& p, int b, int t) {
     Row<T, V> y;
     y.load(static_cast<const T*>(p.y.data) + start_of(p.y, b, t), p.channels);
     const int64_t gate = start_of(p.gate, b, t);
     r.each(p.channels, [&](int i, int c) {
-        float a[WIDE], d[WIDE], g[WIDE];
+        float a[VEC], d[VEC], g[VEC];
         r.part[i].get(a);
         y.part[i].get(d);
         if (p.gate.data) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_gated(Row<T, V>& r, const Modulate& p, int b
             for (float& v : g) v = 1.0f;
         }
 #pragma unroll
-        for (int j = 0; j < WIDE; ++j) a[j] += g[j] * d[j];
+        for (int j = 0; j < VEC; ++j) a[j] += g[j] * d[j];
         r.part[i].set(a);  // what follows works on the rounded sum
         r.part[i].store(static_cast<T*>(p.sum.data) + start_of(p.sum, b, t) + c);
     });
@@ -72,14 +72,14 @@ template <class T, int V>
 __device__ __forceinline__ float2 row_statistics(const Row<T, V>& r, int channels, float eps) {
     float sum = 0.0f, squares = 0.0f;
     r.each(channels, [&](int i, int) {
-        float a[WIDE];
+        float a[VEC];
         r.part[i].get(a);
 #pragma unroll
         for (float v : a) sum += v;
     });
     const float mean = row_sum(sum) / channels;
     r.each(channels, [&](int i, int) {
-        float a[WIDE];
+        float a[VEC];
         r.part[i].get(a);
 #pragma unroll
         for (float v : a) squares += (v - mean) * (v - mean);
@@ -89,7 +89,7 @@ __device__ __forceinline__ float2 row_statistics(const Row<T, V>& r, int channel
 
 template <class T, int V, bool ROWWISE>
 __global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
-    modulate_kernel(const __grid_constant__ Modulate p) {
+    modulate_kernel(const __grid_constant__ ModulateParams p) {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;  // whole warps, and only where a row is one warp: no barrier is missed
     const int b = row / p.tokens, t = row - b * p.tokens;
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
 
     const float2 statistics = row_statistics(r, p.channels, p.eps);
     const int64_t shift = start_of(p.shift, b, t), scale = start_of(p.scale, b, t), out = start_of(p.out, b, t);
-    float y[ROWWISE ? V : 1][WIDE];
+    float y[ROWWISE ? V : 1][VEC];
     r.each(p.channels, [&](int i, int c) {
-        float a[WIDE], m[WIDE], (&d)[WIDE] = y[ROWWISE ? i : 0];
+        float a[VEC], m[VEC], (&d)[VEC] = y[ROWWISE ? i : 0];
         r.part[i].get(a);
         load<T>(m, p.scale.data, p.scale.dtype, scale + c);
         load<T>(d, p.shift.data, p.shift.dtype, shift + c);
 #pragma unroll
-        for (int j = 0; j < WIDE; ++j) d[j] += (a[j] - statistics.x) * statistics.y * (1.0f + m[j]);
+        for (int j = 0; j < VEC; ++j) d[j] += (a[j] - statistics.x) * statistics.y * (1.0f + m[j]);
         if (!ROWWISE) store<T>(p.out.data, out + c, d);
     });
     if constexpr (ROWWISE) store_rowwise(r, y, p.channels, p.out.data, out, p.row_scale + row);
@@ -121,20 +121,20 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 }
 
 template <class T, int V, bool ROWWISE>
-__global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>) gelu_kernel(const __grid_constant__ Gelu p) {
+__global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>) gelu_kernel(const __grid_constant__ GeluParams p) {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;
     const int b = row / p.tokens, t = row - b * p.tokens;
     Row<T, V> x;
     x.load(static_cast<const T*>(p.x.data) + start_of(p.x, b, t), p.channels);
     const int64_t out = start_of(p.out, b, t);
-    float y[ROWWISE ? V : 1][WIDE];
+    float y[ROWWISE ? V : 1][VEC];
     x.each(p.channels, [&](int i, int c) {
-        float a[WIDE], (&d)[WIDE] = y[ROWWISE ? i : 0];
+        float a[VEC], (&d)[VEC] = y[ROWWISE ? i : 0];
         x.part[i].get(a);
         load<T>(d, p.bias.data, p.bias.dtype, c);
 #pragma unroll
-        for (int j = 0; j < WIDE; ++j) d[j] = gelu_tanh(a[j] + d[j]);
+        for (int j = 0; j < VEC; ++j) d[j] = gelu_tanh(a[j] + d[j]);
         if (!ROWWISE) store<T>(p.out.data, out + c, d);
     });
     if constexpr (ROWWISE) store_rowwise(x, y, p.channels, p.out.data, out, p.row_scale + row);

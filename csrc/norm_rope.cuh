@@ -1,13 +1,13 @@
-// y = x / sqrt(mean(x^2) + eps) * weight over the full width; each neighbouring pair turned by its angle; then to a dense
-// tensor or into the frames of a cache slot that the device names. blockIdx.y is the operand: q, k or v.
+// y = x / sqrt(mean(x^2) + eps) * weight over the full width; each neighbouring pair rotated by its angle; to a dense
+// tensor or into frames of a cache slot, both named on the device. blockIdx.y is the operand: q, k or v.
 #pragma once
 
 #include "norm_rope.h"
-#include "vector.cuh"
+#include "row_ops.cuh"
 
 namespace dsa {
 
-struct NormRope {
+struct NormRopeParams {
     Operand operands[3];
     Angles angles;
     Ring ring;
@@ -19,50 +19,51 @@ __device__ __forceinline__ int64_t index_at(const void* data, bool wide, int64_t
     return wide ? __ldg(static_cast<const int64_t*>(data) + i) : __ldg(static_cast<const int32_t*>(data) + i);
 }
 
-__device__ __forceinline__ void rotate(float (&x)[WIDE], const float* cos, const float* sin) {
+__device__ __forceinline__ void rotate(float (&x)[VEC], const float* cos, const float* sin) {
     const float4 c4 = __ldg(reinterpret_cast<const float4*>(cos)), s4 = __ldg(reinterpret_cast<const float4*>(sin));
-    const float c[WIDE / 2] = {c4.x, c4.y, c4.z, c4.w}, s[WIDE / 2] = {s4.x, s4.y, s4.z, s4.w};
+    const float c[VEC / 2] = {c4.x, c4.y, c4.z, c4.w}, s[VEC / 2] = {s4.x, s4.y, s4.z, s4.w};
 #pragma unroll
-    for (int i = 0; i < WIDE / 2; ++i) {
+    for (int i = 0; i < VEC / 2; ++i) {
         const float a = x[2 * i], b = x[2 * i + 1];
         x[2 * i] = a * c[i] - b * s[i];
         x[2 * i + 1] = a * s[i] + b * c[i];
     }
 }
 
-// Where a token's row lies in the cache, and the scales of its slot.
-struct Place {
-    int64_t row, slot;
+// Offset of a token's row in the cache, and its slot.
+struct CacheRow {
+    int64_t offset, slot;
 };
 
-__device__ __forceinline__ Place place_in(const Cache& cache, const NormRope& p, int b, int t) {
+__device__ __forceinline__ CacheRow cache_row(const Cache& cache, const NormRopeParams& p, int b, int t) {
     const int frame_tokens = p.ring.frame_tokens, frame = t / frame_tokens, frames = p.tokens / frame_tokens;
     const int64_t slot = index_at(p.ring.slot, p.ring.slot64, b);
     const int64_t written = index_at(p.ring.write, p.ring.write64, int64_t(b) * frames + frame);
     return {slot * cache.slot + written * cache.frame + (t - frame * frame_tokens) * cache.token, slot};
 }
 
-// x [eight channels from c on] into the cache, as its dtype asks.
-__device__ __forceinline__ void append(float (&x)[WIDE], const Cache& cache, const NormRope& p, Place at, int c) {
+// x, eight channels from c on, into the cache in its dtype.
+__device__ __forceinline__ void append(float (&x)[VEC], const Cache& cache, const NormRopeParams& p, CacheRow at,
+                                       int c) {
     if (cache.scale) {
         const float inverse = 1.0f / __ldg(cache.scale + at.slot * (p.channels / p.head_dim) + c / p.head_dim);
 #pragma unroll
-        for (int i = 0; i < WIDE; ++i) x[i] *= inverse;
+        for (int i = 0; i < VEC; ++i) x[i] *= inverse;
     }
     if (cache.dtype == E4M3) {
-        store_e4m3(cache.data, at.row + c, x);
+        store_e4m3(cache.data, at.offset + c, x);
     } else if (cache.dtype == BFLOAT16) {
-        store<__nv_bfloat16>(cache.data, at.row + c, x);
+        store<__nv_bfloat16>(cache.data, at.offset + c, x);
     } else if (cache.dtype == FLOAT16) {
-        store<__half>(cache.data, at.row + c, x);
+        store<__half>(cache.data, at.offset + c, x);
     } else {
-        store<float>(cache.data, at.row + c, x);
+        store<float>(cache.data, at.offset + c, x);
     }
 }
 
 template <class T, int V>
 __global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
-    norm_rope_kernel(const __grid_constant__ NormRope p) {
+    norm_rope_kernel(const __grid_constant__ NormRopeParams p) {
     const int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= p.rows) return;  // whole warps, and only where a row is one warp: no barrier is missed
     const Operand& of = p.operands[blockIdx.y];
@@ -74,30 +75,30 @@ __global__ void __launch_bounds__(row_threads<V>, row_blocks<T, V>)
     if (of.weight.data) {
         float squares = 0.0f;
         x.each(p.channels, [&](int i, int) {
-            float v[WIDE];
+            float v[VEC];
             x.part[i].get(v);
 #pragma unroll
             for (float a : v) squares += a * a;
         });
         factor = rsqrtf(row_sum(squares) / p.channels + p.eps);
     }
-    const Place place = of.cache.data ? place_in(of.cache, p, b, t) : Place{0, 0};
+    const CacheRow at = of.cache.data ? cache_row(of.cache, p, b, t) : CacheRow{0, 0};
     const int64_t angles = b * p.angles.batch + t * p.angles.row;
     x.each(p.channels, [&](int i, int c) {
-        float y[WIDE];
+        float y[VEC];
         x.part[i].get(y);
         if (of.weight.data) {
-            float weight[WIDE];
+            float weight[VEC];
             load<T>(weight, of.weight.data, of.weight.dtype, c);
 #pragma unroll
-            for (int j = 0; j < WIDE; ++j) y[j] *= factor * weight[j];
+            for (int j = 0; j < VEC; ++j) y[j] *= factor * weight[j];
         }
         if (of.rotate) {
             const int64_t pair = angles + c % p.head_dim / 2;
             rotate(y, p.angles.cos + pair, p.angles.sin + pair);
         }
         if (of.cache.data) {
-            append(y, of.cache, p, place, c);
+            append(y, of.cache, p, at, c);
         } else {
             store<T>(of.out.data, b * of.out.batch + t * of.out.row + c, y);
         }

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "views.h"
+#include "tensor_args.h"
 
 namespace dsa {
 

@@ -1,4 +1,4 @@
-"""Tensors as the launchers of csrc/ take them (csrc/views.h): addresses and strides, checked.
+"""Tensors as the launchers of csrc/ take them (csrc/tensor_args.h): addresses and strides, checked.
 
 Wrong ones raise ValueError with the op, the tensor's name, what it is and what it must be.
 """

@@ -138,8 +138,8 @@ def check(out, *arguments) -> None:
 CASES = {
     "one tile, one key frame": dict(T=64, H=1, D=128, W=2, S=5, slot=[0], keys=[[[1, 2]]], blocks=1),
     "two query tiles, two key tiles": dict(T=200, H=2, D=128, W=16, S=16, slot=[0], keys=[[[0, 13]]], blocks=1),
-    "whole tiles and cut tiles": dict(T=200, H=2, D=128, W=24, S=16, slot=[0], keys=[[[0, 24]]], blocks=3),
-    "a block with two pieces": dict(T=130, H=1, D=128, W=40, S=16, slot=[0], keys=[[[1, 40]]], blocks=3),
+    "whole tiles and split tiles": dict(T=200, H=2, D=128, W=24, S=16, slot=[0], keys=[[[0, 24]]], blocks=3),
+    "a block with two partial results": dict(T=130, H=1, D=128, W=40, S=16, slot=[0], keys=[[[1, 40]]], blocks=3),
     "more blocks than work": dict(T=5, H=1, D=128, W=30, S=7, slot=[0], keys=[[[0, 27]]], blocks=7),
     "two runs": dict(T=64, H=2, D=128, W=31, S=7, slot=[1], keys=[[[0, 3], [5, 31]]], blocks=2),
     "four runs, two of them empty": dict(
@@ -226,7 +226,7 @@ def test_refusals(emulated):
 
 
 DEFECTS = {
-    "cleared values not shown to wgmma": ("attention_load.cuh", "}\n        async_proxy_fence();", "}"),
+    "cleared values not shown to wgmma": ("attention_producer.cuh", "}\n        async_proxy_fence();", "}"),
     "keys released before they are read": (
         "attention.cuh",
         "wgmma_wait<1>();\n            finish_scores();",

@@ -409,11 +409,11 @@ DSA_LOCKSTEP void async_proxy_fence() {
 DSA_LOCKSTEP void named_barrier_sync(int id, int threads) { emulate::sync_at(id, threads); }
 DSA_LOCKSTEP void named_barrier_arrive(int id, int threads) { emulate::arrive_at(id, threads); }
 template <int count>
-void give_registers() {
+void dealloc_registers() {
     static_assert(count >= 24 && count <= 256 && count % 8 == 0, "setmaxnreg: 24..256 by 8");
 }
 template <int count>
-void take_registers() {
+void alloc_registers() {
     static_assert(count >= 24 && count <= 256 && count % 8 == 0, "setmaxnreg: 24..256 by 8");
 }
 
@@ -466,7 +466,7 @@ inline void exchange_rows(const void* row, char* (&rows)[32]) {
     emulate::Meeting& m = emulate::meet(0xffffffffu, reinterpret_cast<uintptr_t>(row), false, set);
     for (int i = 0; i < 32; ++i) rows[i] = reinterpret_cast<char*>(m.value[set][i]);
 }
-DSA_LOCKSTEP void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
+DSA_LOCKSTEP void ldmatrix_trans(uint32_t (&x)[4], const void* row) {
     char* rows[32];
     exchange_rows(row, rows);
     const int lane = emulate::lane();
@@ -477,7 +477,7 @@ DSA_LOCKSTEP void load_matrices_transposed(uint32_t (&x)[4], const void* row) {
     }
     __syncwarp();
 }
-DSA_LOCKSTEP void store_matrices(void* row, const uint32_t (&x)[4]) {
+DSA_LOCKSTEP void stmatrix(void* row, const uint32_t (&x)[4]) {
     char* rows[32];
     exchange_rows(row, rows);
     const int lane = emulate::lane();
@@ -485,6 +485,6 @@ DSA_LOCKSTEP void store_matrices(void* row, const uint32_t (&x)[4]) {
     __syncwarp();
 }
 
-inline float exp2_approximate(float x) { return exp2f(x); }
+inline float exp2_approx(float x) { return exp2f(x); }
 
 }  // namespace dsa

@@ -1,7 +1,7 @@
-// The end of a denoising step, the second of two launches: the confidence head and the decision.
+// The end of a denoising step, the second of two launches: the confidence head and the stop flags.
 //
-// Each block combines a frame's statistics out of those of its tiles (Chan's formula) and has a slice of the hidden
-// layer; the block that arrives last computes the confidences and decides. No sum depends on who is first.
+// Each block combines a frame's statistics from those of its tiles (Chan's formula) and computes a slice of the hidden
+// layer; the last block to arrive computes confidences and stop flags. No sum depends on the order of arrival.
 #pragma once
 
 #include "epilogue.cuh"
@@ -10,7 +10,7 @@ namespace dsa {
 
 constexpr int SLICES = 16;  // blocks that share a frame's hidden layer
 
-struct Judge {
+struct ConfidenceParams {
     const float* statistics;  // [B * F, tiles, 2, C]
     HeadWeights head;
     StopRule rule;
@@ -22,7 +22,7 @@ struct Judge {
 };
 
 // features = (mean, deviation, time) of one frame, four channels a thread at a time.
-__device__ __forceinline__ void make_features(const Judge& p, int frame, float* features) {
+__device__ __forceinline__ void compute_features(const ConfidenceParams& p, int frame, float* features) {
     const float* tiles = p.statistics + int64_t(frame) * p.tiles * 2 * p.channels;
     for (int c = threadIdx.x * 4; c < p.channels; c += THREADS * 4) {
         float count = 0.0f, mean[4] = {}, squares[4] = {};
@@ -46,7 +46,7 @@ __device__ __forceinline__ void make_features(const Judge& p, int frame, float* 
         for (int i = 0; i < 4; ++i) {
             features[c + i] = mean[i];
             features[p.channels + c + i] = sqrtf(squares[i] / p.frame_tokens + p.eps);
-            features[2 * p.channels + c + i] = load_one(p.head.time.data, p.head.time.dtype, time + i);
+            features[2 * p.channels + c + i] = load_scalar(p.head.time.data, p.head.time.dtype, time + i);
         }
     }
 }
@@ -56,48 +56,48 @@ template <class T>
 __device__ __forceinline__ float warp_dot(const T* weights, const float* values, int length) {
     float sum = 0.0f;
 #pragma unroll 4
-    for (int c = threadIdx.x % LANES * WIDE; c < length; c += LANES * WIDE) {
-        float w[WIDE];
+    for (int c = threadIdx.x % LANES * VEC; c < length; c += LANES * VEC) {
+        float w[VEC];
         load(w, weights + c);
 #pragma unroll
-        for (int i = 0; i < WIDE; ++i) sum += w[i] * values[c + i];
+        for (int i = 0; i < VEC; ++i) sum += w[i] * values[c + i];
     }
     return warp_sum(sum);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 
-// A row of the batch stops where the rule says so; its confidences are in the state already.
-__device__ __forceinline__ void decide(const Judge& p, int b) {
+// The stop flag of a row of the batch; its confidences are in the state already.
+__device__ __forceinline__ void set_stop_flag(const ConfidenceParams& p, int b) {
     float* state = p.state + b * (p.frames + 1);
-    float least = state[0], most = state[0], sum = 0.0f;
+    float low = state[0], high = state[0], sum = 0.0f;
     for (int f = 0; f < p.frames; ++f) {
-        least = fminf(least, state[f]);
-        most = fmaxf(most, state[f]);
-        sum += state[f];  // NaN if any is: then the row is not sure
+        low = fminf(low, state[f]);
+        high = fmaxf(high, state[f]);
+        sum += state[f];  // NaN if any is: then the row goes on
     }
-    const float reduced = p.rule.reduce[b] == 0 ? least : p.rule.reduce[b] == 1 ? sum / p.frames : most;
-    const bool sure = sum == sum && reduced >= p.rule.threshold[b];
-    const bool stop = p.rule.step[b] >= p.rule.max_steps[b] || (p.rule.step[b] >= p.rule.min_steps[b] && sure);
+    const float reduced = p.rule.reduce[b] == 0 ? low : p.rule.reduce[b] == 1 ? sum / p.frames : high;
+    const bool confident = sum == sum && reduced >= p.rule.threshold[b];
+    const bool stop = p.rule.step[b] >= p.rule.max_steps[b] || (p.rule.step[b] >= p.rule.min_steps[b] && confident);
     state[p.frames] = stop ? 1.0f : 0.0f;
 }
 
 // blockIdx: slice of the hidden layer, frame. Without a head one block.
 template <class T>
-__global__ void __launch_bounds__(THREADS) judge_kernel(const __grid_constant__ Judge p) {
+__global__ void __launch_bounds__(THREADS) confidence_kernel(const __grid_constant__ ConfidenceParams p) {
     DSA_DYNAMIC_SHARED(float, features);
     __shared__ bool last;
     constexpr int dtype = DtypeOf<T>::value;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, all = p.batch * p.frames;
     if (p.head.weight1) {
-        make_features(p, blockIdx.y, features);
+        compute_features(p, blockIdx.y, features);
         __syncthreads();
         for (int unit = blockIdx.x * WARPS + warp; unit < p.head.units; unit += gridDim.x * WARPS) {
             const T* weights = static_cast<const T*>(p.head.weight1) + int64_t(unit) * 3 * p.channels;
-            const float x = warp_dot(weights, features, 3 * p.channels) + load_one(p.head.bias1, dtype, unit);
+            const float x = warp_dot(weights, features, 3 * p.channels) + load_scalar(p.head.bias1, dtype, unit);
             if (lane == 0) p.hidden[int64_t(blockIdx.y) * p.head.units + unit] = x * sigmoid(x);
         }
-        __threadfence();  // before this block counts as arrived, the others can see what it wrote
+        __threadfence();  // what this block wrote is visible before it counts as arrived
         __syncthreads();
         if (threadIdx.x == 0) last = atomicAdd(p.arrived, 1u) == gridDim.x * gridDim.y - 1;
         __syncthreads();
@@ -107,16 +107,17 @@ __global__ void __launch_bounds__(THREADS) judge_kernel(const __grid_constant__ 
     for (int frame = warp; frame < all; frame += WARPS) {
         float sum = 0.0f;
         for (int unit = lane; p.head.weight1 && unit < p.head.units; unit += LANES) {
-            sum += load_one(p.head.weight2, dtype, unit) * __ldcg(p.hidden + int64_t(frame) * p.head.units + unit);
+            sum += load_scalar(p.head.weight2, dtype, unit) * __ldcg(p.hidden + int64_t(frame) * p.head.units + unit);
         }
         sum = warp_sum(sum);
         if (lane == 0) {
             float& confidence = p.state[frame / p.frames * (p.frames + 1) + frame % p.frames];
-            confidence = p.head.weight1 ? sigmoid(sum + load_one(p.head.bias2, dtype, 0)) : __int_as_float(0x7fc00000);
+            confidence =
+                p.head.weight1 ? sigmoid(sum + load_scalar(p.head.bias2, dtype, 0)) : __int_as_float(0x7fc00000);
         }
     }
     __syncthreads();
-    for (int b = threadIdx.x; b < p.batch; b += THREADS) decide(p, b);
+    for (int b = threadIdx.x; b < p.batch; b += THREADS) set_stop_flag(p, b);
 }
 
 }  // namespace dsa

@@ -1,7 +1,7 @@
-// How tensors come to the launchers: an address, and strides in elements. Needs no CUDA compiler.
+// Tensors as the launchers take them: an address, and strides in elements. Needs no CUDA compiler.
 //
-// Letters: B rows of the batch, F frames, S tokens a frame, T = F * S tokens, C channels, H heads, D head dim.
-// Channels are contiguous, every row starts at a multiple of 16 bytes, C is a multiple of 8: `ops/cuda_backend.py` checks it.
+// Letters: B rows of the batch, F frames, S tokens per frame, T = F * S tokens, C channels, H heads, D head dim.
+// Channels are contiguous, rows start at multiples of 16 bytes, C is a multiple of 8 (`ops/cuda_backend.py` checks it).
 #pragma once
 
 #include <cstdint>

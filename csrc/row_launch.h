@@ -1,4 +1,4 @@
-// How rows of C channels are spread over threads, and which instance of a kernel template a launch takes.
+// How rows of C channels are spread over threads, and which instance of a kernel template is launched.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,28 +7,28 @@
 #include <type_traits>
 
 #include "launch.h"
-#include "views.h"
+#include "tensor_args.h"
 
 namespace dsa {
 
-constexpr int MOST_CHANNELS = 16384;
+constexpr int MAX_CHANNELS = 16384;
 
 // f(T{}) for the type of `dtype`.
 template <class F>
-void with_dtype(const Work& work, int dtype, F&& f) {
+void with_dtype(const OpInfo& op, int dtype, F&& f) {
     if (dtype == BFLOAT16) return f(__nv_bfloat16{});
     if (dtype == FLOAT16) return f(__half{});
     if (dtype == FLOAT32) return f(float{});
-    refuse(work, "dtype code " + std::to_string(dtype) + " must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    refuse(op, "dtype code " + std::to_string(dtype) + " must be 0 (float32), 1 (bfloat16) or 2 (float16)");
 }
 
 // f(V, blocks, block): each thread of a row holds V vectors of eight channels. One warp holds a row of up to 1536
-// channels (Wan's width exactly), so that its sums need no barrier, and four rows share a block; a wider one has its own.
+// channels (Wan's width), so its sums need no barrier, and four rows share a block; a wider row has its own block.
 template <class F>
-void with_row_shape(const Work& work, int64_t rows, int64_t channels, F&& f) {
-    if (channels < 8 || channels % 8 || channels > MOST_CHANNELS) {
-        refuse(work, std::to_string(channels) + " channels must be a multiple of 8 and at most " +
-                         std::to_string(MOST_CHANNELS));
+void with_row_shape(const OpInfo& op, int64_t rows, int64_t channels, F&& f) {
+    if (channels < 8 || channels % 8 || channels > MAX_CHANNELS) {
+        refuse(op, std::to_string(channels) + " channels must be a multiple of 8 and at most " +
+                       std::to_string(MAX_CHANNELS));
     }
     const int64_t vectors = channels / 8;
     const unsigned quarter = (rows + 3) / 4;

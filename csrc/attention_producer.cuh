@@ -1,18 +1,18 @@
-// The warpgroup that feeds the consumers: tiles of queries, keys and values from the caches into shared memory.
+// The producer warpgroup: loads tiles of queries, keys and values from the caches into shared memory.
 #pragma once
 
-#include "attention_work.cuh"
+#include "attention_schedule.cuh"
 
 namespace dsa {
 
-struct AttentionParameters {
+struct AttentionParams {
     CUtensorMap q, k, v;
     AttentionShape shape;
 };
 
-// A place in a ring of stages, and the parity of the barrier phase that ends when the stage is ready.
+// The current stage of a ring, and the parity of the barrier phase that ends when the stage is ready.
 template <int stages>
-struct AttentionRing {
+struct AttentionPipelineState {
     int stage = 0;
     uint32_t phase = 0;
 
@@ -24,7 +24,7 @@ struct AttentionRing {
     }
 };
 
-// `full` is what a stage's reader waits for, `empty` what its writer waits for.
+// The reader of a stage waits for `full`, the writer for `empty`.
 template <int stages>
 struct AttentionBarriers {
     uint64_t full[stages], empty[stages];
@@ -44,15 +44,15 @@ struct AttentionShared {
     __nv_bfloat16 v[Tile::stages][Tile::parts][Tile::keys][64];
     AttentionBarriers<1> q_barrier;
     AttentionBarriers<Tile::stages> k_barrier, v_barrier;
-    uint64_t v_landed;
+    uint64_t v_loaded;
     int k_valid[Tile::stages];
 
     __device__ __forceinline__ void init() {
-        constexpr int warps = 4 * Tile::consumers;  // each gives back what it has read
+        constexpr int warps = 4 * Tile::consumers;  // each releases what it has read
         q_barrier.init(1, warps);
         k_barrier.init(1, warps);
         v_barrier.init(1, warps);
-        mbarrier_init(&v_landed, 1);
+        mbarrier_init(&v_loaded, 1);
     }
 };
 
@@ -78,15 +78,15 @@ struct AttentionShared<AttentionFp8> {
 // ---- one warp that loads -------------------------------------------------------------------------------------------
 
 template <class Tile>
-struct AttentionLoader {
+struct AttentionProducer {
     AttentionShared<Tile>& shared;
-    const AttentionParameters& parameters;
-    AttentionRing<Tile::stages> k, v;
-    AttentionRing<1> q, landed;
+    const AttentionParams& parameters;
+    AttentionPipelineState<Tile::stages> k, v;
+    AttentionPipelineState<1> q, loaded;
     int lane = threadIdx.x % 32;
 
-    // All lanes wait and lane 0 alone arrives. A __syncwarp() before the next wait: a lane that lagged by two phases of a
-    // barrier would wait for the same parity again, for ever. Before `v_landed` it is that of clear_values.
+    // All lanes wait, lane 0 arrives. __syncwarp() before the next wait: a lane that lags two phases of a barrier
+    // behind would wait for the same parity again, forever. Before `v_loaded` it is that of clear_values.
     __device__ __forceinline__ void load_queries(int row, int head, int query) {
         mbarrier_wait(&shared.q_barrier.empty[0], q.phase ^ 1);
         if (lane == 0) {
@@ -120,9 +120,9 @@ struct AttentionLoader {
         } else if (keys.valid == Tile::keys) {
             if (lane == 0) load_tile(shared.v[v.stage], &parameters.v, full, keys.token, head);
         } else {
-            if (lane == 0) load_tile(shared.v[v.stage], &parameters.v, &shared.v_landed, keys.token, head);
-            mbarrier_wait(&shared.v_landed, landed.phase);
-            landed.next();
+            if (lane == 0) load_tile(shared.v[v.stage], &parameters.v, &shared.v_loaded, keys.token, head);
+            mbarrier_wait(&shared.v_loaded, loaded.phase);
+            loaded.next();
             clear_values(keys.valid);
             if (lane == 0) mbarrier_arrive(full);
         }
@@ -136,8 +136,8 @@ struct AttentionLoader {
         for (int part = 0; part < Tile::parts; ++part) tma_load_3d(to[part], map, full, part * 64, head, token);
     }
 
-    // A weight of zero does not silence a NaN, so values behind the end of a run are overwritten before anyone sees
-    // them. The swizzle permutes within rows: whole rows can be cleared without regard to it.
+    // 0 * NaN is NaN, so values behind the end of a run are cleared before any consumer reads them. The swizzle
+    // permutes within rows, so whole rows can be cleared regardless of it.
     __device__ __forceinline__ void clear_values(int from) {
         constexpr int chunks = 128 / sizeof(uint4);  // of a row
         for (int part = 0; part < Tile::parts; ++part) {
@@ -148,7 +148,7 @@ struct AttentionLoader {
         __syncwarp();
     }
 
-    // Values follow one tile behind their keys, as the consumers want them.
+    // Values follow one tile behind their keys, in the order of use.
     __device__ __forceinline__ void run() {
         const AttentionShape& shape = parameters.shape;
         AttentionSchedule<Tile> schedule(shape);
@@ -158,15 +158,15 @@ struct AttentionLoader {
             if (work.first == work.last) continue;
             const int head = work.tile / tiles;
             if constexpr (!Tile::fp8) load_queries(work.row, head, (work.tile - head * tiles) * Tile::queries);
-            AttentionKeys before = key_tile<Tile::keys>(shape, work.row, work.first);
-            load_keys(before, head);
+            AttentionKeys previous = key_tile<Tile::keys>(shape, work.row, work.first);
+            load_keys(previous, head);
             for (int unit = work.first + 1; unit < work.last; ++unit) {
                 const AttentionKeys now = key_tile<Tile::keys>(shape, work.row, unit);
                 load_keys(now, head);
-                load_values(before, head);
-                before = now;
+                load_values(previous, head);
+                previous = now;
             }
-            load_values(before, head);
+            load_values(previous, head);
         }
     }
 };
@@ -174,14 +174,14 @@ struct AttentionLoader {
 // ---- three warps that transpose e4m3 values ------------------------------------------------------------------------
 
 // Two permutations make this cheap and cost nothing elsewhere. Of 16 keys, keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9 become
-// neighbours, as they are in the registers of the thread with the weights of these keys (attention.cuh). Of 16 values
-// of the head the even ones come first, which spreads the rows of a store over all banks (attention_result.cuh).
+// neighbours, as in the registers with these keys' probabilities (attention.cuh). Of 16 values of the head the even
+// ones come first, which spreads the rows of a store over all banks (attention_accumulator.cuh).
 struct AttentionTransposer {
     using Tile = AttentionFp8;
     using Shared = AttentionShared<Tile>;
     Shared& shared;
-    AttentionRing<Tile::stages> v;
-    AttentionRing<Tile::value_stages> t;
+    AttentionPipelineState<Tile::stages> v;
+    AttentionPipelineState<Tile::value_stages> t;
     int lane = threadIdx.x % 32;
 
     // Zero for the bytes of keys at `valid` and beyond, in the order first, first + 1, first + 8, first + 9.
@@ -197,7 +197,7 @@ struct AttentionTransposer {
         // Of each 8 keys this thread has values 2 g and 2 g + 1 of keys 2 c and 2 c + 1; g = lane / 4, c = lane % 4.
         uint32_t x[blocks][4];
 #pragma unroll
-        for (int block = 0; block < blocks; ++block) load_matrices_transposed(x[block], from + block * 32 * Tile::D);
+        for (int block = 0; block < blocks; ++block) ldmatrix_trans(x[block], from + block * 32 * Tile::D);
         uint8_t* to = shared.t[t.stage][column + lane % 16];
         const int chunk = lane / 16 ^ lane % 8;  // the upper lanes name the rows of the next 16 keys
 #pragma unroll
@@ -213,7 +213,7 @@ struct AttentionTransposer {
                     y[i + 1] &= keep;
                 }
             }
-            store_matrices(to + (chunk ^ block * 2) * 16, y);
+            stmatrix(to + (chunk ^ block * 2) * 16, y);
         }
     }
 

@@ -1,8 +1,8 @@
-// What the attention kernels work on, and how the work is divided among the thread blocks.
+// Tile shapes, and the schedule that divides the work among the thread blocks: data-parallel, then stream-K.
 //
-// Each row of the batch is dealt out in two ways: as many whole query tiles as divide evenly among the blocks, then the
-// remaining tiles cut into equal shares of key tiles, so that all blocks end together. In the first part the blocks
-// read the same keys at about the same time, which keeps them in the L2 cache. Cut tiles leave partial results.
+// Per row of the batch: as many whole query tiles as divide evenly among the blocks, then the remaining tiles, split
+// into equal shares of key tiles so that all blocks end together. In the first part the blocks read the same keys at
+// about the same time, which keeps them in the L2 cache. Split tiles leave partial results.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,15 +15,16 @@ namespace dsa {
 
 constexpr int attention_max_runs = 4;
 
-// A thread block: 128 queries, 64 for each of two consumer warpgroups, and a third warpgroup that feeds them.
+// A thread block: 128 queries, 64 for each of two consumer warpgroups, and a producer warpgroup.
 struct AttentionBlock {
     static constexpr int queries = 128;
     static constexpr int consumers = queries / 64;
     static constexpr int threads = 128 * (consumers + 1);
 };
 
-// bf16. 176 keys: two stages of keys and values and the queries fill the shared memory at D = 128; scores (88), weights
-// (44) and results (64 registers) of a consumer thread fit its 232 registers. Two rows of 128 bytes hold a head of 128.
+// bf16. 176 keys: two stages of keys and values and the queries fill the shared memory at D = 128; scores (88),
+// probabilities (44) and results (64 registers) fit the 232 registers of a consumer thread. Two rows of 128 bytes hold
+// a head of 128.
 template <int head_dim>
 struct AttentionBf16 : AttentionBlock {
     static constexpr int D = head_dim;
@@ -31,22 +32,22 @@ struct AttentionBf16 : AttentionBlock {
     static constexpr int keys = 176;
     static constexpr int stages = 2, value_stages = 2;
     static constexpr int parts = D / 64;
-    static constexpr int step = 16;  // of k in one product
+    static constexpr int step = 16;  // of k in one wgmma
     static constexpr float offset = 0;
-    static constexpr int feeder_registers = 40, consumer_registers = 232;  // 64 K for 384 threads
+    static constexpr int producer_registers = 40, consumer_registers = 232;  // 64 K for 384 threads
 };
 
-// e4m3. 128 keys: as many as one row of 128 bytes of the transposed values holds; registers: 64 scores, 32 weights, 64
-// results, 16 queries. Weights are 2^8 exp2(score - top): e4m3 reaches 448, and the factor cancels.
+// e4m3. 128 keys: one 128-byte row of the transposed values; registers: 64 scores, 32 probabilities, 64 results, 16
+// queries. Probabilities are 2^8 exp2(score - row_max): e4m3 reaches 448, and the factor cancels.
 struct AttentionFp8 : AttentionBlock {
     static constexpr int D = 128;
     static constexpr bool fp8 = true;
     static constexpr int keys = 128;
-    static constexpr int stages = 4, value_stages = 2;  // as loaded, as the consumers read the values
+    static constexpr int stages = 4, value_stages = 2;  // as loaded; transposed
     static constexpr int parts = 1;
     static constexpr int step = 32;
     static constexpr float offset = 8;
-    static constexpr int feeder_registers = 56, consumer_registers = 224;
+    static constexpr int producer_registers = 56, consumer_registers = 224;
 };
 
 struct AttentionShape {
@@ -75,7 +76,7 @@ __device__ __forceinline__ int run_tokens(const AttentionShape& shape, int row, 
 
 struct AttentionKeys {
     int token;  // of the whole cache
-    int valid;  // tokens that the row sees; those behind are another frame's or another slot's
+    int valid;  // tokens the row attends to; those behind belong to another frame or slot
 };
 
 // Key tile `unit` of a row. A tile never reaches across two runs.
@@ -106,16 +107,16 @@ __device__ __forceinline__ int share(int work, int index, int blocks) { return i
 struct AttentionWork {
     int row, tile;    // tile = head * query tiles + query tile
     int first, last;  // key tiles
-    int piece;        // which of the block's two partial results of this row; -1: the tile is done whole
+    int partial;      // which of the block's two partial results of this row; -1: the tile is done whole
 };
 
 // The sequence of work of one block, the same for all its warps.
 template <class Tile>
 struct AttentionSchedule {
     const AttentionShape& shape;
-    int tiles, whole;  // of a row; those from `whole` on are cut
+    int tiles, whole;  // of a row; those from `whole` on are split
     int row = -1, tile, units = 0;
-    int at = 0, first_cut = 0, end = 0;  // share of the cut tiles, counted in key tiles
+    int at = 0, first_split = 0, end = 0;  // share of the split tiles, counted in key tiles
 
     __device__ __forceinline__ explicit AttentionSchedule(const AttentionShape& shape) : shape(shape) {
         tiles = query_tiles(shape.T) * shape.H;
@@ -130,16 +131,16 @@ struct AttentionSchedule {
             tile = blockIdx.x;
             at = share((tiles - whole) * units, blockIdx.x, shape.blocks);
             end = share((tiles - whole) * units, blockIdx.x + 1, shape.blocks);
-            first_cut = at == end ? 0 : at / units;
+            first_split = at == end ? 0 : at / units;
         }
         if (tile < whole) {
             work = {row, tile, 0, units, -1};
             tile += shape.blocks;
             return true;
         }
-        // There are fewer cut tiles than blocks, so a share is at most one tile long and touches at most two.
-        const int cut = at / units, first = at - cut * units, last = min(units, first + end - at);
-        work = {row, whole + cut, first, last, last - first == units ? -1 : cut - first_cut};
+        // There are fewer split tiles than blocks, so a share is at most one tile long and touches at most two.
+        const int split = at / units, first = at - split * units, last = min(units, first + end - at);
+        work = {row, whole + split, first, last, last - first == units ? -1 : split - first_split};
         at += last - first;
         return true;
     }

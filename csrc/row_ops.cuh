@@ -2,7 +2,7 @@
 //
 // A row belongs to blockDim.x threads (whole warps); blockDim.y rows share a block where one warp is enough for a row.
 // Thread i of a row holds the vectors i, i + blockDim.x, ... of eight channels, so that a warp reads 512 bytes at once,
-// and keeps them in registers as they came: a row is read once however many passes its statistics take.
+// and keeps them in registers in their own dtype: a row is read once however many passes its statistics take.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,17 +13,17 @@
 #include <cstdint>
 #include <cstring>
 
-#include "views.h"
+#include "tensor_args.h"
 
 #if !defined(DSA_DYNAMIC_SHARED)
-#define DSA_DYNAMIC_SHARED(type, name)                      \
+#define DSA_DYNAMIC_SHARED(type, name)                        \
     extern __shared__ __align__(128) unsigned char name##_[]; \
     type* name = reinterpret_cast<type*>(name##_)
 #endif
 
 namespace dsa {
 
-constexpr int LANES = 32, WIDE = 8;  // threads of a warp, channels of a vector
+constexpr int LANES = 32, VEC = 8;  // threads of a warp, channels of a vector
 constexpr float E4M3_MAX = 448.0f;
 
 template <class T>
@@ -41,7 +41,7 @@ struct DtypeOf<__half> {
     static constexpr int value = FLOAT16;
 };
 
-// ---- two numbers in a 32-bit word -----------------------------------------------------------------------------------
+// ---- two values in a 32-bit word ------------------------------------------------------------------------------------
 
 template <class Pair>
 __device__ __forceinline__ Pair as_pair(uint32_t word) {
@@ -82,14 +82,14 @@ __device__ __forceinline__ uint32_t pack<__half>(float a, float b) {
 // ---- eight channels, as they lie in memory --------------------------------------------------------------------------
 
 template <class T>
-struct Eight {
+struct Vec8 {
     uint4 word;
 
     // Through the read-only path, so that loads may be moved above stores: never of what the same kernel writes.
     __device__ __forceinline__ void load(const T* at) { word = __ldg(reinterpret_cast<const uint4*>(at)); }
     __device__ __forceinline__ void load_shared(const T* at) { word = *reinterpret_cast<const uint4*>(at); }
     __device__ __forceinline__ void store(T* at) const { *reinterpret_cast<uint4*>(at) = word; }
-    __device__ __forceinline__ void get(float (&x)[WIDE]) const {
+    __device__ __forceinline__ void get(float (&x)[VEC]) const {
         const uint32_t words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -98,13 +98,13 @@ struct Eight {
             x[2 * i + 1] = pair.y;
         }
     }
-    __device__ __forceinline__ void set(const float (&x)[WIDE]) {
+    __device__ __forceinline__ void set(const float (&x)[VEC]) {
         word = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])};
     }
 };
 
 template <>
-struct Eight<float> {
+struct Vec8<float> {
     float4 low, high;
 
     __device__ __forceinline__ void load(const float* at) {
@@ -119,27 +119,27 @@ struct Eight<float> {
         *reinterpret_cast<float4*>(at) = low;
         *reinterpret_cast<float4*>(at + 4) = high;
     }
-    __device__ __forceinline__ void get(float (&x)[WIDE]) const {
-        const float all[WIDE] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    __device__ __forceinline__ void get(float (&x)[VEC]) const {
+        const float all[VEC] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-        for (int i = 0; i < WIDE; ++i) x[i] = all[i];
+        for (int i = 0; i < VEC; ++i) x[i] = all[i];
     }
-    __device__ __forceinline__ void set(const float (&x)[WIDE]) {
+    __device__ __forceinline__ void set(const float (&x)[VEC]) {
         low = {x[0], x[1], x[2], x[3]};
         high = {x[4], x[5], x[6], x[7]};
     }
 };
 
 template <class T>
-__device__ __forceinline__ void load(float (&x)[WIDE], const T* at) {
-    Eight<T> eight;
-    eight.load(at);
-    eight.get(x);
+__device__ __forceinline__ void load(float (&x)[VEC], const T* at) {
+    Vec8<T> vec;
+    vec.load(at);
+    vec.get(x);
 }
 
 // Parameters (weights, shifts, biases) are float32 or the dtype of the activations; every thread of a launch agrees.
 template <class T>
-__device__ __forceinline__ void load(float (&x)[WIDE], const void* data, int dtype, int64_t offset) {
+__device__ __forceinline__ void load(float (&x)[VEC], const void* data, int dtype, int64_t offset) {
     if (dtype == FLOAT32) {
         load(x, static_cast<const float*>(data) + offset);
     } else {
@@ -147,9 +147,9 @@ __device__ __forceinline__ void load(float (&x)[WIDE], const void* data, int dty
     }
 }
 
-// To nearest even; beyond the largest number the largest number, not NaN. Devices before 8.9 have no instruction for
-// it, and later ones than 9.0 run what was compiled for 8.0: `ops/cuda_backend.py` refuses on both.
-__device__ __forceinline__ void store_e4m3(void* data, int64_t offset, const float (&x)[WIDE]) {
+// Round to nearest even, saturating at the largest value, not NaN. Devices before 8.9 have no instruction for it, and
+// those after 9.0 run what was compiled for 8.0: `ops/cuda_backend.py` refuses both.
+__device__ __forceinline__ void store_e4m3(void* data, int64_t offset, const float (&x)[VEC]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
     __trap();
 #else
@@ -166,22 +166,22 @@ __device__ __forceinline__ void store_e4m3(void* data, int64_t offset, const flo
 }
 
 template <class T>
-__device__ __forceinline__ void store(void* data, int64_t offset, const float (&x)[WIDE]) {
-    Eight<T> eight;
-    eight.set(x);
-    eight.store(static_cast<T*>(data) + offset);
+__device__ __forceinline__ void store(void* data, int64_t offset, const float (&x)[VEC]) {
+    Vec8<T> vec;
+    vec.set(x);
+    vec.store(static_cast<T*>(data) + offset);
 }
 
-// ---- one number of a dtype that is known at run time only -----------------------------------------------------------
+// ---- one value of a dtype known only at run time --------------------------------------------------------------------
 
-__device__ __forceinline__ float load_one(const void* data, int dtype, int64_t i) {
+__device__ __forceinline__ float load_scalar(const void* data, int dtype, int64_t i) {
     if (dtype == FLOAT32) return __ldg(static_cast<const float*>(data) + i);
     if (dtype == BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
     return __half2float(static_cast<const __half*>(data)[i]);
 }
 
 // Returns what was stored: rounded to the dtype.
-__device__ __forceinline__ float store_one(void* data, int dtype, int64_t i, float x) {
+__device__ __forceinline__ float store_scalar(void* data, int dtype, int64_t i, float x) {
     if (dtype == FLOAT32) return static_cast<float*>(data)[i] = x;
     if (dtype == BFLOAT16) {
         const __nv_bfloat16 rounded = __float2bfloat16_rn(x);
@@ -209,35 +209,35 @@ __device__ __forceinline__ float warp_max(float x) {
 
 // The sum (or the maximum of what is not negative) over a row's threads, the same in every one of them.
 template <bool SUM>
-__device__ __forceinline__ float over_row(float x) {
+__device__ __forceinline__ float reduce_row(float x) {
     x = SUM ? warp_sum(x) : warp_max(x);
     if (blockDim.x == LANES) return x;
     __shared__ float parts[LANES];
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    __syncthreads();  // the parts of the reduction before may still be read
+    __syncthreads();  // the previous reduction's parts may still be read
     if (lane == 0) parts[warp] = x;
     __syncthreads();
     x = lane < blockDim.x / LANES ? parts[lane] : 0.0f;
     return SUM ? warp_sum(x) : warp_max(x);
 }
 
-__device__ __forceinline__ float row_sum(float x) { return over_row<true>(x); }
-__device__ __forceinline__ float row_max(float x) { return over_row<false>(x); }
+__device__ __forceinline__ float row_sum(float x) { return reduce_row<true>(x); }
+__device__ __forceinline__ float row_max(float x) { return reduce_row<false>(x); }
 
-// Threads of the largest block that holds rows in V vectors each (rows.h).
+// Threads of the largest block that holds rows in V vectors each (row_launch.h).
 template <int V>
 constexpr int row_threads = V == 4 ? 512 : 128;
 
-// How many such blocks an SM should hold: without it ptxas aims at a rounder number and spills for it.
+// How many such blocks an SM should hold: without it ptxas aims at a rounder number and spills.
 template <class T, int V>
-constexpr int row_blocks = V == 4 ? 1 : sizeof(T) == 4 ? 3 : 4;
+constexpr int row_blocks = V == 4 ? 1 : (sizeof(T) == 4 ? 3 : 4);
 
 // A thread's share of a row of C channels: V vectors, those beyond the row's end are left out.
 template <class T, int V>
 struct Row {
-    Eight<T> part[V];
+    Vec8<T> part[V];
 
-    static __device__ __forceinline__ int channel(int i) { return WIDE * (i * blockDim.x + threadIdx.x); }
+    static __device__ __forceinline__ int channel(int i) { return VEC * (i * blockDim.x + threadIdx.x); }
 
     // f(i, channel) for each vector that this thread has.
     template <class F>

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
@@ -20,9 +20,9 @@ from dsa_engine.sampling.policy import Fixed, Policy
 from dsa_engine.sampling.schedule import TIMESTEPS
 from dsa_engine.shapes import metrics, world
 
-BATCH_CLIPS = 16  # clips a batch: more do not make a CPU faster, and hold more memory
-LATENT = world.SIZE // 8
-Captions = Sequence[Sequence[world.Caption]]  # per clip one a chunk, all clips alike in length
+BATCH_CLIPS = 16  # more do not make a CPU faster, and hold more memory
+LATENT_SIZE = world.SIZE // 8
+Captions = Sequence[Sequence[world.Caption]]  # per clip one for each chunk, all clips of one length
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,25 @@ class EvalRollouts:
 
 
 def held_out(clips: int, chunks: int = 4, seed: int = 987_654_321, **odds) -> list[list[world.Caption]]:
-    """Captions per chunk of clips that no training pool draws."""
+    """Captions per chunk of clips that no training pool draws; odds: of `world.sample_captions`."""
     rng = np.random.default_rng(seed)
     return [list(world.sample_captions(rng, chunks, **odds)) for _ in range(clips)]
 
 
-def group_by_prompt_switches(captions: Captions, most: int) -> list[list[int]]:
-    """Clips to roll together, at most `most` of them: those whose prompts switch at the same chunks.
+def group_by_prompt_switches(switches: Iterable[Hashable], batch: int) -> list[list[int]]:
+    """Batches of at most `batch` clips whose prompts switch at the same chunks; switches: those of each clip.
 
-    A switch recaches the whole batch, so only in such a batch is every clip rolled as a session of its own would be.
+    A switch recaches the whole batch, so only in such a batch is every clip rolled out as in a session of its own.
     """
-    groups: dict[tuple[bool, ...], list[int]] = {}
-    for i, clip in enumerate(captions):
-        groups.setdefault(tuple(a != b for a, b in pairwise(clip)), []).append(i)
-    return [clips[k : k + most] for clips in groups.values() for k in range(0, len(clips), most)]
+    groups: dict[Hashable, list[int]] = {}
+    for clip, key in enumerate(switches):
+        groups.setdefault(key, []).append(clip)
+    return [clips[k : k + batch] for clips in groups.values() for k in range(0, len(clips), batch)]
+
+
+def prompt_switches(clip: Sequence[world.Caption]) -> tuple[bool, ...]:
+    """Of each chunk but the first: is its caption another than the previous one?"""
+    return tuple(a != b for a, b in pairwise(clip))
 
 
 def roll_out(
@@ -60,17 +65,26 @@ def roll_out(
     on_step: Callable[[Step], None] | None = None,
     batch: int | None = None,
 ) -> EvalRollouts:
-    """One clip per list of captions, switching prompts as a session would; clip i has the noise of seed + i.
+    """One clip per list of captions, switching prompts as a session would.
 
-    policy: for all clips, or one a clip. on_step sees every step, its rows being indices of `captions`.
-    batch: max clips at a time, grouped by `group_by_prompt_switches`: then a clip's result does not
-    depend on which others there are (but for rounding). None rolls all at once, and where one switches, all recache.
+    Args:
+        pipe: the pipeline, with a codec and a text encoder.
+        captions: per clip one for each chunk.
+        policy: for all clips, or one per clip.
+        seed: clip i has the noise of seed + i.
+        recache: whether a switch recomputes the cache under the new prompt.
+        on_step: sees every step, its rows being indices of `captions`.
+        batch: max clips at a time, only those that switch at the same chunks: then a clip's result does not depend on
+            the others (but for rounding). None rolls out all at once, and where one switches, all recache.
     """
     policies = [policy] * len(captions) if isinstance(policy, (Policy, str)) else list(policy)
     if len(policies) != len(captions):
         raise ValueError(f"{len(policies)} policies for {len(captions)} clips: give one, or {len(captions)}")
     policies = [pipeline_inputs.resolve_policy(pipe.engine, policy) for policy in policies]
-    parts, order = [], [list(range(len(captions)))] if batch is None else group_by_prompt_switches(captions, batch)
+    order = [list(range(len(captions)))]
+    if batch is not None:
+        order = group_by_prompt_switches(map(prompt_switches, captions), batch)
+    parts = []
     for clips in order:
         rollout = _rollout(pipe, [captions[i] for i in clips], [seed + i for i in clips])
         # the engine gives all rows one policy; here each may have its own
@@ -79,8 +93,8 @@ def roll_out(
         def report(step: Step, clips=clips) -> None:
             on_step(step._replace(rows=[clips[row] for row in step.rows]))
 
-        parts.append(_play(pipe, rollout, [captions[i] for i in clips], recache, on_step and report))
-    return _sorted(parts, order)
+        parts.append(_run(pipe, rollout, [captions[i] for i in clips], recache, on_step and report))
+    return _in_order(parts, order)
 
 
 def roll_out_teacher(
@@ -103,26 +117,25 @@ def roll_out_teacher(
         raise ValueError(f"steps={steps!r}: must be a whole number of Euler steps of at least 1, e.g. 24")
     levels = tuple(TIMESTEPS * (1 - i / steps) for i in range(steps))
     config = replace(pipe.config, steps=levels, shift=shift)
-    parts, order = [], group_by_prompt_switches(captions, batch)
+    parts, order = [], group_by_prompt_switches(map(prompt_switches, captions), batch)
     for clips in order:
-        told, seeds = [captions[i] for i in clips], [seed + i for i in clips]
-        taken: list[Step] = []
+        batch_captions, seeds = [captions[i] for i in clips], [seed + i for i in clips]
+        last: list[Step] = []
 
-        def kept(chunk: int, step: int, taken=taken) -> Tensor:
-            """The noise that is in x already: going on with it from x0 is the Euler step."""
-            x, x0, sigma = taken[-1].x, taken[-1].x0, taken[-1].sigma
-            return (x - (1 - sigma) * x0) / sigma
+        def same_noise(chunk: int, step: int, last=last) -> Tensor:
+            """The noise that is in x already: renoising x0 with it is the Euler step."""
+            return (last[0].x - (1 - last[0].sigma) * last[0].x0) / last[0].sigma
 
-        twins = 1 if guidance == 1.0 else 2  # with guidance each clip has a second row, under the null prompt
-        rollout = _rollout(pipe, told, seeds * twins, config=config, policy=Fixed(steps), renoise=kept)
-        if twins == 2:
+        rows = seeds if guidance == 1.0 else seeds * 2  # the second half: the same clips under the null prompt
+        rollout = _rollout(pipe, batch_captions, rows, config=config, policy=Fixed(steps), renoise=same_noise)
+        if guidance != 1.0:
             rollout.dit = GuidedDiT(rollout.dit, guidance)
 
-        def keep(step: Step, taken=taken) -> None:
-            taken[:] = [step]
+        def keep(step: Step, last=last) -> None:
+            last[:] = [step]
 
-        parts.append(_play(pipe, rollout, told, True, keep))
-    return _sorted(parts, order)
+        parts.append(_run(pipe, rollout, batch_captions, True, keep))
+    return _in_order(parts, order)
 
 
 class GuidedDiT:
@@ -136,12 +149,12 @@ class GuidedDiT:
 
     def __call__(self, *inputs) -> DiTOutput:
         out = self.dit(*inputs)
-        told, null = out.velocity.chunk(2)
-        return out._replace(velocity=(null + self.guidance * (told - null)).repeat(2, 1, 1, 1, 1))
+        prompted, null = out.velocity.chunk(2)
+        return out._replace(velocity=(null + self.guidance * (prompted - null)).repeat(2, 1, 1, 1, 1))
 
 
 def ground_truth(pipe: Pipeline, captions: Captions, seed: int = 0) -> EvalRollouts:
-    """Ground truth through the codec: what a perfect model would score. Clip i is drawn by seed + i; no steps."""
+    """Ground truth through the codec, what a perfect model would score; clip i is drawn by seed + i. No steps."""
     chunk, frames = pipe.config.chunk_frames, []
     for i, clip in enumerate(captions):
         pixels = torch.from_numpy(world.roll_clip(np.random.default_rng(seed + i), clip, chunk).frames)
@@ -157,11 +170,11 @@ def _through_codec(pipe: Pipeline, pixels: Tensor) -> np.ndarray:
 
 
 def _rollout(pipe: Pipeline, captions: Captions, seeds: Sequence[int], policy: Policy | None = None, **options):
-    """A rollout of these clips under their first prompts; rows beyond one a clip are under the null prompt."""
+    """A rollout of these clips under their first prompts; rows beyond one per clip are under the null prompt."""
     return pipe.engine.rollout(
         _embeds(pipe, [clip[0] for clip in captions], len(seeds)),
-        height=LATENT,
-        width=LATENT,
+        height=LATENT_SIZE,
+        width=LATENT_SIZE,
         frames=len(captions[0]) * pipe.config.chunk_frames,
         policy=policy or Fixed(1),
         seeds=seeds,
@@ -174,8 +187,8 @@ def _embeds(pipe: Pipeline, prompts: Sequence[world.Caption], rows: int) -> Tens
     return embeds if rows == len(prompts) else torch.cat((embeds, pipe.engine.text.null(rows - len(prompts))))
 
 
-def _play(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, on_step) -> EvalRollouts:
-    """All chunks of a rollout, decoded; of its rows the first one a clip."""
+def _run(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, on_step) -> EvalRollouts:
+    """All chunks of a rollout, decoded; of its rows the first one per clip."""
     clips, chunks = len(captions), []
     for i in range(len(captions[0])):
         if i and any(clip[i] != clip[i - 1] for clip in captions):
@@ -185,16 +198,17 @@ def _play(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, o
         rollout.accept(chunks[-1].latents)
     with torch.inference_mode():
         pixels, _ = pipe.engine.decoder.decode(torch.cat([c.latents[:clips] for c in chunks], dim=1), None)
-    certain = [c.confidence if c.confidence is not None else torch.full(c.latents.shape[:2], torch.nan) for c in chunks]
+    missing = torch.full(chunks[0].latents.shape[:2], torch.nan)
+    confidence = torch.stack([missing if c.confidence is None else c.confidence for c in chunks], dim=1)
     return EvalRollouts(
         frames=to_uint8(pixels),
         steps=np.array([c.steps[:clips] for c in chunks]).T,
-        confidence=torch.stack(certain, dim=1)[:clips].float().cpu().numpy(),
+        confidence=confidence[:clips].float().cpu().numpy(),
     )
 
 
-def _sorted(parts: Sequence[EvalRollouts], order: Sequence[Sequence[int]]) -> EvalRollouts:
-    """The batches as one, clip by clip as they were given."""
+def _in_order(parts: Sequence[EvalRollouts], order: Sequence[Sequence[int]]) -> EvalRollouts:
+    """The batches as one, in the order of the captions."""
     back = np.argsort(np.concatenate(order))
     return EvalRollouts(
         *(np.concatenate([getattr(part, f.name) for part in parts])[back] for f in fields(EvalRollouts))
@@ -276,7 +290,7 @@ def tabulate(captions: Captions, rolled: EvalRollouts) -> Table:
     return Table(valid, fit, texture, xy.reshape(*leap.shape, 2), leap, motion, rolled.steps, kind, hard)
 
 
-HARD = ("first", "cut", "jumping")  # chunks that their past does not foretell
+HARD = ("first", "cut", "jumping")  # chunks that their past does not predict
 
 
 def chunk_kinds(captions: Sequence[world.Caption]) -> list[str]:
@@ -285,16 +299,11 @@ def chunk_kinds(captions: Sequence[world.Caption]) -> list[str]:
     return ["jumping" if e not in HARD and c.motion == "jumping" else e for e, c in zip(events, captions)]
 
 
-def quality(captions: Captions, rolled: EvalRollouts) -> dict[str, float]:
-    """`summary` of the clips' `Table`."""
-    return summary(tabulate(captions, rolled))
-
-
-def summary(table: Table) -> dict[str, float]:
-    """hard: share of hard chunks; steps: mean count a chunk, also by easy and hard chunks; valid: share of good frames,
-    also by easy and hard chunks; clip: share of wholly valid clips; motion: share of chunks that move as told;
-    mse: mean squared template error; texture: mean variance of the colour inside the shape; steady: share of frames
-    of carried-on chunks whose object is less than LEAP px from where it was. NaN where there is no such chunk."""
+def mean_scores(table: Table) -> dict[str, float]:
+    """hard: share of hard chunks; steps: mean per chunk, also of easy and hard ones; valid: share of good frames, also
+    of easy and hard chunks; clip: share of wholly valid clips; motion: share of chunks that move as prompted; mse: mean
+    squared template error; texture: mean variance of the colour inside the shape; steady: share of frames of continued
+    chunks whose object is less than LEAP px from where it was. NaN where there is no such chunk."""
     hard = table.hard
     moved = table.leap[~np.isnan(table.leap)]
     means = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dsa_engine.evaluation import statistics
-from dsa_engine.evaluation.rollouts import HARD, Table, Trace, summary
+from dsa_engine.evaluation.rollouts import HARD, Table, Trace, mean_scores
 
 KINDS = ("first", "cut", "jumping", "soft", "same")
 
@@ -19,13 +19,13 @@ def per_clip(table: Table) -> np.ndarray:
 
 
 def figures(table: Table, limit: int, teacher: Table | None = None) -> dict:
-    """All figures of one policy, see `summary`; NaN where there is nothing to measure.
+    """All figures of one policy, see `mean_scores`; NaN where there is nothing to measure.
 
     passes: forwards a chunk, the steps and the commit, which only the last chunk of a clip does not need; ratio: steps
     of hard over those of easy chunks; steps_histogram: chunks that took 1 .. limit steps; ci: 95 % interval of valid
     over clips; quarters: valid by quarter of the clip, none below 4 chunks; distance: to the teacher's chunks.
     """
-    values = summary(table)
+    values = mean_scores(table)
     valid, low, high = statistics.mean_interval(per_clip(table))
     quarters = np.array_split(table.valid, 4, axis=1) if table.valid.shape[1] >= 4 else []
     return {

@@ -22,6 +22,7 @@ from dsa_engine import pipeline_inputs
 from dsa_engine.checkpoints.tensor_io import open_checkpoint, write_tensors
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
+from dsa_engine.evaluation.rollouts import group_by_prompt_switches
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.pipeline import Pipeline
@@ -116,8 +117,9 @@ def collect(
     features = torch.empty(*shape, 3 * pipe.engine.dit.config.dim)
     distance = torch.empty(*shape[:2], pipe.max_steps - 1, shape[3])
     model = fingerprint(pipe.engine.dit) if folder is not None else ""
+    batches = group_by_prompt_switches([_switches(prompts[row], chunks) for row in order], batch)
     with tqdm(total=len(order), desc="rollouts", unit="clip") as bar:
-        for index, clips in enumerate(_batches(prompts, order, chunks, batch)):
+        for index, clips in enumerate(batches):
             shown, seeds = _take(prompts, [order[i] for i in clips]), [(seed + i) % 2**64 for i in clips]
             path = Path(folder) / f"features-{index:05d}.safetensors" if folder else None
             about = {"format": FORMAT, "model": model, **_about(pipe, shown, chunks, seeds, size)} if path else {}
@@ -217,14 +219,6 @@ def _switches(clip: Tensor | Text | Sequence[Text], chunks: int) -> tuple[bool, 
         return (False,) * chunks
     same = torch.equal if isinstance(clip, Tensor) else lambda a, b: str(a) == str(b)
     return (False, *(not same(a, b) for a, b in pairwise(clip)))
-
-
-def _batches(prompts: Prompts, order: Sequence[int], chunks: int, most: int) -> list[list[int]]:
-    """Clips to roll out together. A switch recaches the whole batch, so they must switch at the same chunks."""
-    groups: dict[tuple[bool, ...], list[int]] = {}
-    for clip, row in enumerate(order):
-        groups.setdefault(_switches(prompts[row], chunks), []).append(clip)
-    return [clips[k : k + most] for clips in groups.values() for k in range(0, len(clips), most)]
 
 
 def fingerprint(dit: CausalDiT) -> str:

@@ -17,10 +17,10 @@ from dsa_engine.evaluation.rollouts import (
     ground_truth,
     group_by_prompt_switches,
     held_out,
-    quality,
+    mean_scores,
+    prompt_switches,
     roll_out,
     roll_out_teacher,
-    summary,
     tabulate,
     trace,
 )
@@ -36,8 +36,8 @@ CLIPS = [[RED] * 6, [RED] * 3 + [BLUE] * 3, [BLUE] * 6, [UP] * 3 + [RED] * 2 + [
 
 
 def test_clips_are_alike_when_they_switch_at_the_same_chunks():
-    assert group_by_prompt_switches(CLIPS, 2) == [[0, 2], [1, 4], [3]]
-    assert group_by_prompt_switches(CLIPS, 1) == [[0], [2], [1], [4], [3]]
+    assert group_by_prompt_switches(map(prompt_switches, CLIPS), 2) == [[0, 2], [1, 4], [3]]
+    assert group_by_prompt_switches(map(prompt_switches, CLIPS), 1) == [[0], [2], [1], [4], [3]]
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -221,11 +221,11 @@ def test_a_summary_against_plain_loops():
         "texture": mean(table.texture[(*p, f)] for p in places for f in range(frames)),
         "steady": mean(table.leap[(*p, f)] < 5 for p in easy for f in range(frames)),
     }
-    assert summary(table) == pytest.approx(expected)
+    assert mean_scores(table) == pytest.approx(expected)
 
 
 def test_quality_of_clips_without_easy_chunks_is_nan_where_there_is_nothing():
     frames = np.zeros((1, 3, 64, 64, 3), np.uint8)
-    found = quality([[RED]], EvalRollouts(frames, np.array([[2]]), np.full((1, 1, 3), np.nan)))
+    found = mean_scores(tabulate([[RED]], EvalRollouts(frames, np.array([[2]]), np.full((1, 1, 3), np.nan))))
     assert found["valid"] == 0 and found["steps"] == found["steps_hard"] == 2 and found["hard"] == 1
     assert all(math.isnan(found[name]) for name in ("steps_easy", "valid_easy", "steady"))

@@ -9,7 +9,7 @@ import pytest
 
 from dsa_engine import Confidence, Fixed, Pipeline
 from dsa_engine.checkpoints.load import ASSETS, shipped_models
-from dsa_engine.evaluation.rollouts import quality, roll_out
+from dsa_engine.evaluation.rollouts import mean_scores, roll_out, tabulate
 from dsa_engine.shapes import metrics, world
 from dsa_engine.shapes.world import Caption
 
@@ -70,12 +70,12 @@ def test_steps_vary_and_rise_where_the_past_says_nothing(rolled):
 def test_the_video_shows_the_prompt(rolled):
     """A floor far below what the model is measured at, to notice a broken file or a broken engine."""
     _, captions, result = rolled
-    assert quality(captions, result)["valid"] >= 0.8
+    assert mean_scores(tabulate(captions, result))["valid"] >= 0.8
 
 
 def test_more_steps_are_better_than_one(shapes):
     captions = scripts(True)[:10]
-    one, four = (quality(captions, roll_out(shapes, captions, Fixed(n), seed=0))["valid"] for n in (1, 4))
+    one, four = (mean_scores(tabulate(captions, roll_out(shapes, captions, Fixed(n), seed=0)))["valid"] for n in (1, 4))
     assert four > one
 
 
@@ -97,7 +97,7 @@ def test_the_teacher_that_ships_is_the_one_it_came_from(shapes):
         mine, theirs = (getattr(pipe.engine, part).state_dict() for pipe in (shapes, teacher))
         assert all(theirs[name].equal(value) for name, value in mine.items())
     captions = [[caption] * 2 for caption in twenty_prompts()[:6]]
-    assert quality(captions, roll_out_teacher(teacher, captions, steps=12))["valid"] >= 0.7
+    assert mean_scores(tabulate(captions, roll_out_teacher(teacher, captions, steps=12)))["valid"] >= 0.7
 
 
 def test_the_codec_keeps_every_frame_valid(shapes):

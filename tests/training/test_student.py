@@ -16,7 +16,8 @@ from torch import nn
 
 from dsa_engine import PerChunk, Pipeline
 from dsa_engine.checkpoints.tensor_io import write_tensors
-from dsa_engine.config import RolloutConfig
+from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
+from dsa_engine.evaluation.rollouts import held_out
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.training import launch, recipe, stages
@@ -136,66 +137,74 @@ shift = 3.0
 [codec]
 steps = 2
 [teacher]
-steps = 20
+steps = 2
 batch = 2
 [student]
-steps = 20
+steps = 2
 batch = 2
 [head]
+kind = "refine"
 clips = 4
 iterations = 5
 calibration_clips = 4
 """
+SMALL = ModelConfig(dim=32, ffn_dim=32, num_heads=2, num_layers=1, text_dim=8, text_len=4, freq_dim=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_sheets():
+def small_stages():
+    """A net, clips and contact sheets so small that a step is cheap also where bfloat16 is emulated."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "SHOWN", stages.SHOWN[:2])
+        patch.setitem(PRESETS, "shapes", SMALL)
+        patch.setattr(stages, "CHUNKS", 2)
+        patch.setattr(stages, "SHOWN", held_out(2, chunks=2))
         patch.setattr(stages, "SHEET_STEPS", 2)
         yield
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory) -> Path:
+def started(tmp_path_factory) -> Path:
     """A folder with a codec and a teacher of two steps, and the recipe beside it."""
     out = tmp_path_factory.mktemp("runs")
     (out / "tiny.toml").write_text(TINY)
     torch.manual_seed(0)
     write_tensors(out / "codec" / "weights.safetensors", PixelCodec().state_dict())
-    launch.train("teacher", out / "tiny.toml", out, steps=2, compiled=False, device="cpu")
+    run("teacher", out)
     return out
 
 
-def copy_of(begun: Path, to: Path) -> Path:
-    shutil.copytree(begun, to)
-    return to
+def run(stage: str, out: Path) -> dict:
+    return launch.train(stage, out / "tiny.toml", out, compiled=False, device="cpu")
 
 
-@pytest.mark.parametrize("stage", ["teacher", "joint"])
-def test_a_stage_that_was_killed_goes_on_to_the_same_weights(begun, tmp_path, stage, monkeypatch):
-    """Killed in step 5 of 7, after the checkpoint of step 3, against a run in one go: the same bits. So few since a
-    step takes seconds on a CPU without bfloat16."""
-    whole, parts = copy_of(begun, tmp_path / "whole"), copy_of(begun, tmp_path / "parts")
+@pytest.mark.parametrize("stage, updates", [("teacher", 1), ("joint", 3)])
+def test_a_stage_that_was_killed_goes_on_to_the_same_weights(started, tmp_path, stage, updates, monkeypatch):
+    """Killed in step 4 of 5, after the checkpoint of step 2, against a run in one go: the same bits, from 3 more steps.
+
+    updates: of all optimizers in a step.
+    """
+    whole, parts = (Path(shutil.copytree(started, tmp_path / name)) for name in ("whole", "parts"))
     for folder in (whole, parts):
         shutil.rmtree(folder / stage, ignore_errors=True)
-        (folder / "tiny.toml").write_text(TINY.replace("steps = 20", "steps = 7"))
-    monkeypatch.setattr(stages, "SAVE_EVERY", {"teacher": 3, "joint": 3, "student": 3})
-    launch.train(stage, whole / "tiny.toml", whole, compiled=False, device="cpu")
+        (folder / "tiny.toml").write_text(TINY.replace("steps = 2\nbatch", "steps = 5\nbatch"))
+    monkeypatch.setattr(stages, "SAVE_EVERY", {stage: 2})
+    run(stage, whole)
+    update, calls, limit = stages.Optimized.update, [], 3 * updates
 
-    update, calls = stages.Optimized.update, []
-
-    def dies(self, *args):
-        calls.append(1)
-        if len(calls) > 4 * (1 if stage == "teacher" else 3):
+    def counted(self, *args):
+        if len(calls) == limit:
             raise KeyboardInterrupt
+        calls.append(1)
         return update(self, *args)
 
-    monkeypatch.setattr(stages.Optimized, "update", dies)
+    monkeypatch.setattr(stages.Optimized, "update", counted)
     with pytest.raises(KeyboardInterrupt):
-        launch.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
-    monkeypatch.setattr(stages.Optimized, "update", update)
-    launch.train(stage, parts / "tiny.toml", parts, compiled=False, device="cpu")
+        run(stage, parts)
+    assert torch.load(parts / stage / "checkpoint.pt", weights_only=True)["main"]["step"] == 2
+    calls.clear()
+    limit = None
+    run(stage, parts)
+    assert len(calls) == 3 * updates, "it must go on at step 2, not begin again"
     a, b = (load_file(folder / stage / "weights.safetensors") for folder in (whole, parts))
     assert all(a[k].equal(b[k]) for k in a)
     one, other = (torch.load(f / stage / "checkpoint.pt", weights_only=True) for f in (whole, parts))
@@ -204,26 +213,23 @@ def test_a_stage_that_was_killed_goes_on_to_the_same_weights(begun, tmp_path, st
     assert (parts / stage / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_processes_under_torchrun(begun, tmp_path):
+SCRIPT = f"""
+import sys
+from dsa_engine import cli, config
+config.PRESETS["shapes"] = config.{SMALL}
+sys.exit(cli.main())
+"""
+
+
+def test_two_processes_under_torchrun(started, tmp_path):
     """Both finish, one writes, and the weights are those of a run: finite, moved, the same in both processes."""
-    out = copy_of(begun, tmp_path / "two")
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "dsa_engine",
-        "train",
-    ]
-    options = ["--recipe", "joint", "--config", str(out / "tiny.toml"), "--out", str(out), "--eager", "--device", "cpu"]
+    out = Path(shutil.copytree(started, tmp_path / "two"))
+    (out / "small.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", out / "small.py"]
+    command += ["train", "--recipe", "joint", "--config", out / "tiny.toml", "--out", out, "--eager", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, *command, *options, "--steps", "2", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*map(str, command), "--device", "cpu"], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('"recipe": "joint"') == 1
@@ -236,20 +242,19 @@ def test_two_processes_under_torchrun(begun, tmp_path):
 def test_the_whole_recipe_ends_in_a_model_that_runs(tmp_path):
     """Every stage at its smallest, from random weights: the folder loads, has the head that the recipe names, and
     stops early; run again, nothing is trained anew."""
-    text = TINY.replace("steps = 20", "steps = 2").replace("[head]", '[head]\nkind = "refine"')
-    (tmp_path / "tiny.toml").write_text(text)
-    facts = launch.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
+    (tmp_path / "tiny.toml").write_text(TINY)
+    facts = run("all", tmp_path)
     assert facts["teacher"]["step"] == facts["joint"]["step"] == 2
     assert set(facts["head"]) == {"joint", "refine", "fitted"}
     pipe = Pipeline.from_pretrained(tmp_path / "model")
     assert pipe.config.presets == facts["head"]["refine"]["presets"] and pipe.calibration
     trained = load_file(tmp_path / "joint" / "weights.safetensors")
-    held = pipe.engine.head.state_dict()["mlp.0.weight"]
-    torch.testing.assert_close(held, trained["refine.mlp.0.weight"], rtol=1e-3, atol=1e-6)  # stored as float16
+    stored = pipe.engine.head.state_dict()["mlp.0.weight"]
+    torch.testing.assert_close(stored, trained["refine.mlp.0.weight"], rtol=1e-3, atol=1e-6)  # stored as float16
     steps = [pipe("a red cross rests", num_frames=6, confidence_threshold=t).steps_per_chunk for t in (0.0, 1.0)]
     assert steps == [[[1, 1]], [[4, 4]]]
     before = (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns
-    launch.train("all", tmp_path / "tiny.toml", tmp_path, compiled=False, device="cpu")
+    run("all", tmp_path)
     assert (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns == before
 
 

@@ -66,7 +66,7 @@ def resolve(name: str, row: Row, device: torch.device) -> Callable:
         if row.op != "fp8_linear":
             raise Unavailable("an FP8 GEMM")
         return scaled_mm
-    if row.op not in ("attention", "cross_attention") or row.what.startswith("used") or row.precision == "fp8":
+    if row.op not in ("attention", "cross_attention") or row.what.startswith("used") or row.fp8:
         raise Unavailable("bfloat16 attention over keys that count once")
     if name in FLASH:
         return over_valid_keys(row, flash_attn(FLASH[name]))

@@ -54,7 +54,7 @@ class TensorFactory:
     def cache(self, row: Row, s: Sizes, frames: int, scale: float) -> tuple[Tensor, Tensor, CacheScales | None]:
         """scale: about that of an FP8 cache, a little different for each head."""
         shape = (1, frames, s.S, s.H, s.config.head_dim)
-        if row.precision == "bf16":
+        if not row.fp8:
             return *self.normals(2, *shape), None
         k, v = (self.uniform(0.8 * scale, 1.2 * scale, 1, s.H) for _ in range(2))
         return self.e4m3(*shape), self.e4m3(*shape), CacheScales(k, v)
@@ -117,19 +117,19 @@ def gaussian(d: TensorFactory, row: Row, s: Sizes) -> tuple:
     return seed, d.tensor([7]), d.tensor([2]), (s.F, s.config.in_dim, *s.latent)
 
 
-def activation(d: TensorFactory, row: Row, s: Sizes) -> tuple[Tensor, Tensor]:
+def level(d: TensorFactory, row: Row, s: Sizes) -> tuple[Tensor, Tensor]:
     """Of the VAE's level that the row names, channels last; and a vector of its channels."""
-    channels, scale = next(level for level in VAE_LEVELS if row.what.startswith(f"{level[0]} "))
+    channels, scale = next(one for one in VAE_LEVELS if row.what.startswith(f"{one[0]} "))
     return d.normal(1, s.F * min(scale, 4), *(scale * side for side in s.latent), channels), d.normal(channels)
 
 
 def norm_silu(d: TensorFactory, row: Row, s: Sizes) -> tuple:
-    x, weight = activation(d, row, s)
+    x, weight = level(d, row, s)
     return x, weight, True, d.normal(*weight.shape)
 
 
 def bias_residual(d: TensorFactory, row: Row, s: Sizes) -> tuple:
-    x, bias = activation(d, row, s)
+    x, bias = level(d, row, s)
     return x, d.normal(*x.shape), bias
 
 
@@ -140,35 +140,22 @@ def vae_decode(d: TensorFactory, row: Row, s: Sizes) -> tuple:
     return vae, d.normal(3, 1, s.F, 16, *s.latent)
 
 
+def activations(d: TensorFactory, s: Sizes, count: int) -> list[Tensor]:
+    return d.normals(count, 1, s.T, s.C)
+
+
 MAKERS: dict[str, Callable[[TensorFactory, Row, Sizes], Sequence]] = {
-    "norm_rope_append": norm_rope_append,
-    "attention": attention,
-    "cross_attention": cross_attention,
-    "modulate": lambda d, row, s: (d.normal(1, s.T, s.C), *d.modulation(s, 2), EPS, row.precision == "fp8"),
-    "gate_residual": lambda d, row, s: (*d.normals(2, 1, s.T, s.C), *d.modulation(s, 1)),
-    "residual_modulate": lambda d, row, s: (
-        *d.normals(2, 1, s.T, s.C),
-        *d.modulation(s, 3),
-        EPS,
-        row.precision == "fp8",
-    ),
-    "gelu_bias": lambda d, row, s: (
-        d.normal(1, s.T, s.config.ffn_dim),
-        d.normal(s.config.ffn_dim),
-        row.precision == "fp8",
-    ),
-    "linear": linear,
+    "modulate": lambda d, row, s: (*activations(d, s, 1), *d.modulation(s, 2), EPS, row.fp8),
+    "gate_residual": lambda d, row, s: (*activations(d, s, 2), *d.modulation(s, 1)),
+    "residual_modulate": lambda d, row, s: (*activations(d, s, 2), *d.modulation(s, 3), EPS, row.fp8),
+    "gelu_bias": lambda d, row, s: (d.normal(1, s.T, s.config.ffn_dim), d.normal(s.config.ffn_dim), row.fp8),
     "linear_gelu": linear,
-    "fp8_linear": fp8_linear,
-    "epilogue": epilogue,
-    "gaussian": gaussian,
-    "norm_silu": norm_silu,
-    "bias_residual": bias_residual,
-    "rms_norm": lambda d, row, s: (d.normal(1, s.T, s.C), d.normal(s.C), EPS),
-    "quantize": lambda d, row, s: (d.normal(1, s.T, s.C),),
-    "pool_frames": lambda d, row, s: (d.normal(1, s.T, s.C), s.F, EPS),
-    "vae_decode": vae_decode,
+    "rms_norm": lambda d, row, s: (*activations(d, s, 1), d.normal(s.C), EPS),
+    "quantize": lambda d, row, s: activations(d, s, 1),
+    "pool_frames": lambda d, row, s: (*activations(d, s, 1), s.F, EPS),
 }
+MAKERS |= {f.__name__: f for f in (norm_rope_append, attention, cross_attention, linear, fp8_linear)}
+MAKERS |= {f.__name__: f for f in (epilogue, gaussian, norm_silu, bias_residual, vae_decode)}
 
 
 def widened(value):
@@ -253,6 +240,6 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 def tolerance(row: Row, plain: float) -> float:
     """The largest error that passes, where plain torch in the same dtype has the error `plain`."""
-    if row.op == "attention" and row.precision == "fp8":
+    if row.op == "attention" and row.fp8:
         return FP8_ATTENTION
     return TWICE * plain + FLOOR

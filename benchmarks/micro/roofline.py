@@ -122,8 +122,12 @@ class Row:
     keys: int | None = None  # for cross_attention
 
     @property
+    def fp8(self) -> bool:
+        return self.precision == "fp8"
+
+    @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.op, self.what, "fp8" if self.precision == "fp8" else "")))
+        return " ".join(filter(None, (self.op, self.what, "fp8" if self.fp8 else "")))
 
     @property
     def bytes(self) -> int:

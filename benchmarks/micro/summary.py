@@ -35,7 +35,7 @@ def choices(rows: Sequence[Row], results: Sequence[dict]) -> dict[str, dict]:
     table, groups = {}, {}
     for row in rows:
         if row.op not in ("linear", "vae_decode"):
-            fp8 = " fp8" if row.precision == "fp8" and "fp8" not in row.op else ""
+            fp8 = " fp8" if row.fp8 and "fp8" not in row.op else ""
             groups.setdefault(row.op + fp8, []).append(row)
     for name, group in groups.items():
         times = {backend: [fastest(results, row, [backend]) for row in group] for backend in DISPATCHED}
@@ -53,7 +53,7 @@ def twins(rows: Sequence[Row], results: Sequence[dict], names: Sequence[str]) ->
     both timed."""
     found = {}
     gelu = next((fastest(results, r, names) for r in rows if r.name == "gelu_bias fp8"), None)
-    for row in (r for r in rows if r.precision == "fp8" and r.flop):
+    for row in (r for r in rows if r.fp8 and r.flop):
         twin = next(t for t in rows if (t.precision, t.what, t.kind) == ("bf16", row.what, row.kind))
         fp8, bf16 = (fastest(results, r, names) for r in (row, twin))
         more = gelu if twin.op == "linear_gelu" else {"us": 0.0}

@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most nine minutes, what matters most first.
+# Everything that needs a GPU, in one call of at most nine minutes, the most important first.
 #
 #   benchmarks/gpu_suite.sh                     # all parts, in order
 #   benchmarks/gpu_suite.sh build kernels       # some
 #   benchmarks/gpu_suite.sh --resume            # those that are not done, of the same sources; kernels row by row
-#   benchmarks/gpu_suite.sh --from all.tgz      # the same, with what another machine has brought back
+#   benchmarks/gpu_suite.sh --from all.tgz      # the same, with the archive of another machine
 #   benchmarks/gpu_suite.sh --list              # their names, time limits in seconds, and what they do
 #   DSA_FAKE_CUDA=1 benchmarks/gpu_suite.sh     # dry, on a pretend GPU and at small sizes
 #
-# A part that fails or runs out of time does not stop the others. A part is told its limit and ends before it by its own
-# clock; what hangs is killed at it. Results are files of $OUT (default benchmarks/results) from the moment they exist:
+# A part that fails or runs out of time does not stop the others. Each part gets its limit and ends before it by its own
+# clock; what hangs is killed at it. Results are files in $OUT (default benchmarks/results) as soon as they exist:
 #
 #   gpu-suite.txt      the sources, and how each part went; --resume reads it
-#   gpu-suite.log      what the parts said
+#   gpu-suite.log      the output of the parts
 #   gpu-smoke.json gpu-kernels.json gpu-fps.json gpu-vae.json
 #   all.tgz            all of these, packed after each part
 #
-# Eight files at most, for machines that give back no more. The table is printed last; the exit code is 1 if any part
-# did not end well, 143 if it was told to stop. No network.
+# At most eight files, for machines that return no more. The table is printed last; the exit code is 1 if any part
+# failed, 143 after SIGTERM. No network.
 #
-# $PYTHON is the interpreter, or several words that end in one; $KERNELS_ARGS, $FPS_ARGS, ... what the parts are asked
-# for; $LIMITS other limits, as in LIMITS="kernels=300 fps=600".
+# $PYTHON is the interpreter, or several words that end in one; $KERNELS_ARGS, $FPS_ARGS, ... the options of the parts;
+# $LIMITS other limits, as in LIMITS="kernels=300 fps=600".
 set -u
 cd "$(dirname "$0")/.." || exit 1
 SELF=benchmarks/gpu_suite.sh
 
 if [ -n "${DSA_FAKE_CUDA:-}" ]; then # sizes that a CPU computes; a sanitizer has nothing to look at
-  PYTHON=${PYTHON:-python3 -m tests.support.fake_cuda --no-data 3000000} # the large products of the ceilings
+  PYTHON=${PYTHON:-python3 -m tests.support.fake_cuda --no-data 3000000} # the large GEMMs of the ceilings
   BUILD_ARGS=${BUILD_ARGS-"--dry-run"}
   SMOKE_ARGS=${SMOKE_ARGS-"--model shapes"}
   SMOKE_PARTS=${SMOKE_PARTS-"torch loop"} # the interpreter takes minutes for a chunk by Triton, and longer to time it
@@ -41,9 +41,9 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 BUILD_ARGS=${BUILD_ARGS-}
 SMOKE_ARGS=${SMOKE_ARGS-}
-SMOKE_PARTS=${SMOKE_PARTS-"torch triton loop cuda"} # csrc last: the likeliest to hang
+SMOKE_PARTS=${SMOKE_PARTS-"torch triton loop cuda"} # csrc last: the most likely to hang
 KERNELS_ARGS=${KERNELS_ARGS-"--quick"}
-# Two clips of 7 chunks: the least in which 2.5 steps on average come out even.
+# Two clips of 7 chunks: the fewest in which 2.5 steps on average come out even.
 FPS_ARGS=${FPS_ARGS-"--model wan2.1-t2v-1.3b --random-weights --quick --clips 2 --steady-chunks 8 --counts 2 4"}
 VAE_ARGS=${VAE_ARGS-}
 TESTS_ARGS=${TESTS_ARGS-"tests/ops tests/engine"}
@@ -73,10 +73,10 @@ for one in ${LIMITS-}; do LIMIT[${one%%=*}]=${one#*=}; done
 STATE=$OUT/gpu-suite.txt
 LOG=$OUT/gpu-suite.log
 
-# ---- the parts; $1 is the seconds that one has by its own clock. $PYTHON and *_ARGS are several words on purpose.
+# ---- the parts; $1: seconds that one has by its own clock. $PYTHON and *_ARGS are several words on purpose.
 # shellcheck disable=SC2086
 
-# A command with a limit of its own, in seconds. It has a process group of its own, and ends with this shell.
+# within SECONDS COMMAND...: the command has a process group of its own, and ends with this shell.
 within() {
   local seconds=$(($1 > 1 ? $1 : 1))
   shift
@@ -155,7 +155,7 @@ list() {
   done
 }
 
-known() {
+check_part() {
   local part
   for part in "${PARTS[@]}"; do
     [ "$part" = "$1" ] && return 0
@@ -175,7 +175,7 @@ verdict() {
   esac
 }
 
-# The commit, which a copy of the tree may not know, and a sum of all that runs.
+# The commit, which a copy of the tree may lack, and a checksum of all that runs.
 sources() {
   local sum
   sum=$(find benchmarks csrc dsa_engine triton_kernels tests/ops tests/engine -type f \
@@ -184,7 +184,7 @@ sources() {
   echo "sources $(git rev-parse --short HEAD 2>/dev/null || echo no-git) $sum"
 }
 
-# The table, replaced as a whole: who is killed meanwhile leaves the old one.
+# The table, replaced atomically.
 write_state() {
   local part
   {
@@ -195,7 +195,7 @@ write_state() {
   } >"$OUT/.gpu-suite.txt.part" && mv "$OUT/.gpu-suite.txt.part" "$STATE"
 }
 
-# How the parts went, where that was of these sources; else what is there goes, as it would pass for theirs.
+# The verdicts of an earlier run of these sources; results of other sources are removed, as they would pass for these.
 read_state() {
   local part rest
   if [ "$(head -n 1 "$STATE" 2>/dev/null)" = "$SOURCES" ]; then
@@ -222,8 +222,7 @@ finish() { # part, its begin, verdict
 }
 
 # Runs one part in a shell of its own, which `timeout` can end with all that it started. By its own clock a part ends a
-# tenth of the limit and two seconds before that. Even when resumed the build is made (what is compiled is not compiled
-# again, and another machine has nothing).
+# tenth of the limit and two seconds before that. The build runs even when resumed: another machine has nothing.
 run_part() {
   local part=$1 start=$SECONDS limit=${LIMIT[$1]} code before own
   own=$((limit - limit / 10 - 2))
@@ -261,7 +260,7 @@ main() {
     case $1 in
       --resume) RESUME=1 ;;
       --from) RESUME=1 && shift && mkdir -p "$OUT" && { tar xzf "${1-}" -C "$OUT" || exit 2; } ;;
-      *) known "$1" && chosen+=("$1") || exit 2 ;;
+      *) check_part "$1" && chosen+=("$1") || exit 2 ;;
     esac
     shift
   done

@@ -1,4 +1,4 @@
-"""The GPU suite's script, with an interpreter that only pretends: it writes results, sleeps, hangs or fails as told."""
+"""The GPU suite's script, with a stub for an interpreter: it writes results, sleeps, hangs or fails as requested."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Stage:
 
 
 def ended(pid: int) -> bool:
-    """Within some time; who has ended and was not waited for is still listed, as a zombie."""
+    """Within some time; a process that nobody has waited for is still listed, as a zombie."""
     for _ in range(200):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":

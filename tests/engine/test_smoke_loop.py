@@ -24,8 +24,8 @@ def looped(monkeypatch):
         inputs.graphs.capture()
 
     monkeypatch.setattr(Engine, "capture", capture)
-    args = smoke.parsed(["loop", "--work", "nowhere"])
-    return lambda: smoke.loop(args, "cuda")
+    args = smoke.parse_args(["loop", "--work", "nowhere"])
+    return lambda: smoke.compare_loop(args, "cuda")
 
 
 def test_the_loop_does_what_single_replays_do(looped):
@@ -34,13 +34,13 @@ def test_the_loop_does_what_single_replays_do(looped):
 
 
 def test_a_loop_that_makes_something_else_is_wrong(looped, monkeypatch):
-    real = smoke.denoised
+    real = smoke.generate
 
     def off(rollout, by_host):
         made = real(rollout, by_host)
         return made if by_host else made._replace(latents=made.latents * 1.001)
 
-    monkeypatch.setattr(smoke, "denoised", off)
+    monkeypatch.setattr(smoke, "generate", off)
     assert looped()["status"] == "wrong"
 
 

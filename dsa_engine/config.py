@@ -7,17 +7,14 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from dsa_engine.checks import check_choice, check_int, check_unit
+
 logger = logging.getLogger(__name__)
 
 
 def nearest(value: int, step: int, low: int = 1) -> int:
     """The multiple of `step` nearest to `value` that is at least `low * step`."""
     return max(low, round(value / step)) * step
-
-
-def _count(value: Any, low: int = 1) -> int:
-    """The legal count nearest to whatever was given as one."""
-    return max(low, round(value)) if isinstance(value, (int, float)) and abs(value) < float("inf") else low
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,7 @@ class ModelConfig:
     def __post_init__(self):
         sizes = "dim ffn_dim num_heads num_layers in_dim out_dim text_dim text_len freq_dim"
         for name in sizes.split():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1; nearest is {_count(value)}")
+            check_int(name, getattr(self, name))
         if self.dim % (2 * self.num_heads) or self.head_dim < 6:
             raise ValueError(
                 f"dim={self.dim} with num_heads={self.num_heads}: dim / num_heads must be even and at least 6, for 3-D "
@@ -135,25 +130,21 @@ class RolloutConfig:
     presets: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for name, low in (("chunk_frames", 1), ("sink", 0), ("window", 1)):
-            value = getattr(self, name)
-            if name == "window" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                rule = f"must be a whole number of at least {low}"
-                raise ValueError(f"{name}={value!r}: {rule}; nearest is {_count(value, low)}")
-        least = self.sink + self.chunk_frames
-        if self.window is not None and self.window < least:
+        check_int("chunk_frames", self.chunk_frames)
+        check_int("sink", self.sink, 0)
+        if self.window is not None:
+            check_int("window", self.window)
+        smallest = self.sink + self.chunk_frames
+        if self.window is not None and self.window < smallest:
             raise ValueError(
                 f"window={self.window}: must hold the sink ({self.sink}) and the chunk ({self.chunk_frames}); "
-                f"the nearest legal value is {least}, or None for global attention"
+                f"the nearest legal value is {smallest}, or None for global attention"
             )
-        for name, modes in (("commit", COMMIT_MODES), ("rope", ROPE_MODES)):
-            if getattr(self, name) not in modes:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(modes)}")
+        check_choice("commit", self.commit, COMMIT_MODES)
+        check_choice("rope", self.rope, ROPE_MODES)
         for name, value in {"threshold": self.threshold, **self.presets}.items():
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name}={value}: must be within [0, 1]; nearest is {min(1.0, max(0.0, value))}")
+            if value is not None:
+                check_unit(name, value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RolloutConfig:

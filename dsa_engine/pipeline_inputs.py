@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsa_engine.checks import check_choice
 from dsa_engine.config import nearest
 from dsa_engine.engine.engine import Engine
 from dsa_engine.media import preprocess
@@ -41,8 +42,7 @@ def encode_prompt(engine: Engine, prompt: str | Sequence[str] | None, prompt_emb
 
 def check_output_type(engine: Engine, wanted: str) -> None:
     """Checks the form that a clip is wanted in."""
-    if wanted not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={wanted!r}: must be one of {', '.join(OUTPUT_TYPES)}")
+    check_choice("output_type", wanted, OUTPUT_TYPES)
     if wanted != "latent" and engine.decoder is None:
         raise ValueError(f"output_type={wanted!r}: this pipeline has no decoder; only 'latent' is possible")
 

@@ -29,7 +29,7 @@ ROWS = (
     ("__init__", "__main__"),
 )
 RANK = {unit: rank for rank, row in enumerate(ROWS) for unit in row}
-LEAVES = ("files", "media", "shapes", "assets")  # open to all; import only config and each other
+LEAVES = ("checks", "files", "media", "shapes", "assets")  # open to all; import only config and each other
 # Not needed to import the package; each is imported where it is used.
 OPTIONAL = ("diffusers", "transformers", "fastapi", "uvicorn", "ray", "av", "matplotlib", "triton")
 

@@ -13,6 +13,7 @@ from dsa_engine.checkpoints.lora import Lora
 from dsa_engine.checkpoints.model_folder import save_model_folder, write_json
 from dsa_engine.checkpoints.tensor_io import write_tensors
 from dsa_engine.checkpoints.wan import build_dit, open_dit
+from dsa_engine.checks import check_choice
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.dit import CausalDiT
 
@@ -35,8 +36,7 @@ def convert(
     written into this project's config.json, as in `load_components`. Returns what the source was.
     Raises ValueError for an unknown format, or a target that has files in it.
     """
-    if to not in FORMATS:
-        raise ValueError(f"to={to!r}: must be one of {', '.join(FORMATS)}")
+    check_choice("to", to, FORMATS)
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: is there already; give a folder that is empty or new")

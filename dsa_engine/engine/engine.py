@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dsa_engine.checks import check_min
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import device_loop
 from dsa_engine.engine.cuda_graphs import GraphRunner
@@ -71,8 +72,8 @@ class Engine:
         """deterministic: a session's bits never depend on which others share its forwards (`ModelRunner`); fp8_cache:
         keys and values in e4m3 instead of the model's dtype; max_sessions: slots of a pool, also where they do not fit
         the device's free memory (then with a warning); None: SESSIONS, or as many as fit where those are fewer."""
-        if max_sessions is not None and max_sessions < 1:
-            raise ValueError(f"max_sessions={max_sessions}: must be at least 1")
+        if max_sessions is not None:
+            check_min("max_sessions", max_sessions)
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
         self.config, self.deterministic = config, deterministic
         self.max_sessions, self.asked = max_sessions or SESSIONS, max_sessions is not None

@@ -7,6 +7,8 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dsa_engine.checks import check_int
+
 
 class ScheduledRow(NamedTuple):
     """One row of a forward: step 1, 2, ... of a session's chunk, or, as step 0, the commit of its chunk before."""
@@ -59,8 +61,7 @@ class StepScheduler:
     """
 
     def __init__(self, capacity: int):
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity={capacity!r}: must be a whole number of rows, 1 or more; nearest is 1")
+        check_int("capacity", capacity)
         self.capacity = capacity
         self._pending: dict[Hashable, PendingChunk] = {}  # by when they were added or last served
         self._in_flight: list[PendingChunk] = []  # whose rows are in the forward that is not yet reported

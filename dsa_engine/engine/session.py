@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dsa_engine.checks import check_int
 from dsa_engine.engine.chunk_plan import Forward
 from dsa_engine.engine.device import Moment, copied, follow, on_device, stream_of
 from dsa_engine.engine.rollout import Rollout
@@ -285,10 +286,7 @@ class Session:
         below 0; the session then goes on as before.
         """
         self._check_open()
-        if isinstance(transition_chunks, bool) or not isinstance(transition_chunks, int) or transition_chunks < 0:
-            raise ValueError(
-                f"transition_chunks={transition_chunks!r}: must be a whole number of at least 0; nearest is 0"
-            )
+        check_int("transition_chunks", transition_chunks, 0)
         embeds = self._encoder.encode([prompt])
         if transition_chunks > 1:
             self._transition = Transition(self._embeds, embeds, self.index, transition_chunks, recache)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine import pipeline_inputs
+from dsa_engine.checks import check_int
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import to_uint8
 from dsa_engine.models.dit import CausalDiT, DiTOutput
@@ -113,8 +114,7 @@ def roll_out_teacher(
     With guidance g other than 1, v = v_null + g (v_prompt - v_null), v_null from a past committed under the null
     prompt. pipe: a package folder with generator, codec and text; clips, seeds and switches as in `roll_out`.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r}: must be a whole number of Euler steps of at least 1, e.g. 24")
+    check_int("steps", steps)
     levels = tuple(TIMESTEPS * (1 - i / steps) for i in range(steps))
     config = replace(pipe.config, steps=levels, shift=shift)
     parts, order = [], group_by_prompt_switches(map(prompt_switches, captions), batch)

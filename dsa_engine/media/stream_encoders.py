@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsa_engine.checks import check_choice
 from dsa_engine.media import h264
 
 CRF = 18  # x264's quality: what a viewer cannot tell from the original
@@ -133,8 +134,7 @@ FORMATS: dict[str, type[Encoder]] = {"m4s": Mp4Encoder, "jpeg": JpegEncoder, "rg
 
 def encoder(format: str, fps: float, width: int, height: int) -> Encoder:
     """A new stream's encoder. Raises ValueError for an unknown format, or a size that it cannot have."""
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r}: must be one of {', '.join(FORMATS)}")
+    check_choice("format", format, FORMATS)
     return FORMATS[format](fps, width, height)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dsa_engine.checks import check_min
+
 # A stream's state between two chunks: tensors in the order of the layers that need them. Never changed in place.
 State = tuple[Tensor, ...]
 
@@ -92,8 +94,7 @@ class StreamingVAE(nn.Module):
 
         Raises ValueError below 1 latent frame.
         """
-        if latent_frames < 1:
-            raise ValueError(f"latent_frames = {latent_frames}: must be at least 1, the nearest legal value")
+        check_min("latent_frames", latent_frames)
         return self.temporal_stride * (latent_frames - first) + first
 
     def latent_frames_of(self, frames: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsa_engine.checks import check_min
 from dsa_engine.models.memory_estimate import TextFootprint
 from dsa_engine.models.offload import add_offload_hooks
 
@@ -68,8 +69,8 @@ class UMT5(nn.Module):
         load: Callable[[nn.Module, torch.device | str], None] | None = None,
     ):
         super().__init__()
-        if length < 1 or cache < 0:
-            raise ValueError(f"length={length}, cache={cache}: must be at least 1 and at least 0")
+        check_min("length", length)
+        check_min("cache", cache, 0)
         check_tied(model)
         self.model, self.tokenizer = model, tokenizer
         self.length, self.device, self.offload = length, torch.device(device), offload

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine import ops
+from dsa_engine.checks import check_min
 from dsa_engine.kernel_types import CacheScales
 from dsa_engine.models.fp8 import E4M3
 from dsa_engine.models.rope import axis_pairs, rates
@@ -72,8 +73,7 @@ class KVCache:
 
     def acquire(self, rows: int = 1) -> Tensor:
         """Take and clear `rows` free slots: their indices [rows] on the device."""
-        if rows < 1:
-            raise ValueError(f"rows={rows}: must be at least 1")
+        check_min("rows", rows)
         if rows > len(self._free):
             raise RuntimeError(
                 f"{rows} cache slots requested, {len(self._free)} of {self.slots} are free: "

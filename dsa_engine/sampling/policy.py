@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from dsa_engine.checks import check_choice, check_unit
+
 
 class ExitRule(NamedTuple):
     """Stop after `max_steps`, or after at least `min_steps` once the reduced confidence reaches `threshold`."""
@@ -73,13 +75,6 @@ def _check_count(name: str, count: int, limit: int) -> None:
         )
 
 
-def _check_unit(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value <= 1.0:
-        number = isinstance(value, (int, float)) and value == value
-        hint = f"; nearest is {min(max(float(value), 0.0), 1.0)}" if number else ""
-        raise ValueError(f"{name}={value!r}: must be within [0, 1]{hint}")
-
-
 @dataclass
 class Fixed(Policy):
     """Every chunk takes n steps. The first n levels of the schedule are used: the exit estimate of step n is kept."""
@@ -124,8 +119,7 @@ def _check_range(min_steps: int, max_steps: int | None, frame_reduce: str, limit
             raise ValueError(
                 f"max_steps={max_steps} with min_steps={min_steps}: must not be less; nearest is {min_steps}"
             )
-    if frame_reduce not in REDUCE:
-        raise ValueError(f"frame_reduce={frame_reduce!r}: must be one of {', '.join(REDUCE)}")
+    check_choice("frame_reduce", frame_reduce, REDUCE)
 
 
 REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
@@ -151,7 +145,7 @@ class Confidence(Policy):
     signal = "confidence"
 
     def check(self, limit: int) -> None:
-        _check_unit("threshold", self.threshold)
+        check_unit("threshold", self.threshold)
         _check_range(self.min_steps, self.max_steps, self.frame_reduce, limit)
 
     def should_stop(self, chunk, step, values, limit) -> bool:
@@ -226,7 +220,7 @@ class Budget(Policy):
         return Confidence(self.threshold, self.min_steps, self.max_steps, self.frame_reduce)
 
     def check(self, limit: int) -> None:
-        _check_unit("ceiling", self.ceiling)
+        check_unit("ceiling", self.ceiling)
         self._rule().check(limit)
         fps = self.target_fps
         if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < float("inf"):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from dsa_engine.checkpoints.families import FAMILIES
+from dsa_engine.checks import check_int
 from dsa_engine.models.fp8 import QUANTIZATIONS
 from dsa_engine.pipeline import Pipeline
 
@@ -177,9 +178,7 @@ class WorkerLimits:
 
     def __post_init__(self):
         for name, low in (("max_sessions", 1), ("max_jobs", 0), ("max_queue", 0), ("max_batch_rows", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least {low}; nearest is {low}")
+            check_int(name, getattr(self, name), low)
         for name in ("idle_timeout", "lifetime"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dsa_engine.checks import check_min
+
 
 def _conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
@@ -78,8 +80,7 @@ class PixelCodec(nn.Module):
 
     def latent_frames_of(self, frames: int) -> int:
         """Latent frames of a clip of `frames` pixel frames: as many. Raises ValueError below 1."""
-        if frames < 1:
-            raise ValueError(f"frames = {frames}: must be at least 1, the nearest legal value")
+        check_min("frames", frames)
         return frames
 
     @staticmethod

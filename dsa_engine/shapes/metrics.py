@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dsa_engine.checks import check_min
 from dsa_engine.shapes.world import (
     BACKGROUNDS,
     COLORS,
@@ -69,8 +70,7 @@ def score(
     shown = [as_caption(text) for text in texts]
     if len(shown) != len(x):
         raise ValueError(f"{len(shown)} captions for {len(x)} frames: give one caption, or {len(x)}")
-    if chunk_frames < 1:
-        raise ValueError(f"chunk_frames = {chunk_frames}: must be at least 1, the nearest legal value")
+    check_min("chunk_frames", chunk_frames)
     fits, places = _locate(x, shown)
     own = np.array([SHAPES.index(caption.shape) for caption in shown])
     t = np.arange(len(x))

@@ -17,6 +17,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from dsa_engine.checks import check_min
+
 SIZE = 64  # px, height and width of a frame
 RADIUS = 10.0  # px; the shapes have comparable areas, see `distance`
 SPEED = 3.0  # px per frame along each moving axis
@@ -252,7 +254,8 @@ def roll_clip(rng: np.random.Generator, captions: Sequence[Caption | str], chunk
     The place is continuous from chunk to chunk but for a cut or a jumping chunk (which stands still at a new place).
     """
     scenes = [as_caption(caption) for caption in captions]
-    _at_least_one(captions=len(scenes), chunk_frames=chunk_frames)
+    check_min("captions", len(scenes))
+    check_min("chunk_frames", chunk_frames)
     events, xy = events_of(scenes), _places(rng, scenes, chunk_frames)
     hard = [event in ("first", "cut") or c.motion == "jumping" for event, c in zip(events, scenes)]
     frames = _paint([c.look for c in scenes for _ in range(chunk_frames)], xy)
@@ -292,7 +295,8 @@ def pool(rng: np.random.Generator, n: int, chunks: int = 4, chunk_frames: int = 
 
     `event` indexes EVENTS; `odds` are the cut, soft and weights of `sample_captions`.
     """
-    _at_least_one(n=n, chunks=chunks, chunk_frames=chunk_frames)
+    for name, count in (("n", n), ("chunks", chunks), ("chunk_frames", chunk_frames)):
+        check_min(name, count)
     frames = np.empty((n, chunks * chunk_frames, SIZE, SIZE, 3), dtype=np.uint8)
     tokens = np.empty((n, chunks, len(SLOTS)), dtype=np.int64)
     hard, event = np.empty((n, chunks), dtype=bool), np.empty((n, chunks), dtype=np.int8)
@@ -302,9 +306,3 @@ def pool(rng: np.random.Generator, n: int, chunks: int = 4, chunk_frames: int = 
         tokens[i] = [caption.tokens for caption in clip.captions]
         event[i] = [EVENTS.index(name) for name in clip.events]
     return frames, tokens, hard, event
-
-
-def _at_least_one(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} = {count}: must be at least 1, the nearest legal value")

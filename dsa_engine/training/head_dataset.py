@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dsa_engine import pipeline_inputs
 from dsa_engine.checkpoints.tensor_io import open_checkpoint, write_tensors
+from dsa_engine.checks import check_min
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.evaluation.rollouts import group_by_prompt_switches
@@ -107,8 +108,7 @@ def collect(
     """
     if pipe.max_steps < 2:
         raise ValueError(f"steps={list(pipe.config.steps)}: nothing to allocate; a head needs at least 2 steps")
-    if batch < 1:
-        raise ValueError(f"batch={batch}: must be at least 1")
+    check_min("batch", batch)
     chunks = check_prompts(prompts, chunks, num_chunks(pipe))
     size = size or pipeline_inputs.latent_size(pipe.engine, pipe.height, pipe.width)
     pipe.engine.dit.config.tokens_per_frame(*size)  # raises for a size off the patch grid
@@ -173,8 +173,8 @@ def record_batch(
 
 def check_prompts(prompts: Prompts, chunks: int | None, own: int) -> int:
     """How many chunks the prompts are for: `chunks`, else as many as they have, else `own`. ValueError where unlike."""
-    if chunks is not None and chunks < 1:
-        raise ValueError(f"chunks={chunks}: must be at least 1")
+    if chunks is not None:
+        check_min("chunks", chunks)
     if not len(prompts):
         raise ValueError("prompts: none given; at least 1 is needed")
     if isinstance(prompts, Tensor):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
+from dsa_engine.checks import check_min
 from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.shapes.world import BACKGROUNDS, COLORS, HIGH, LOW, SHAPES, Caption, render
 
@@ -76,8 +77,7 @@ def train_codec(
     the decoder forgives what a video model gets slightly wrong. The result depends on `iterations` and `seed` only, not
     on the clock. `log(iteration, loss)` is called after each iteration. Raises ValueError for fewer than 1 iteration.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations = {iterations}: must be at least 1, the nearest legal value")
+    check_min("iterations", iterations)
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

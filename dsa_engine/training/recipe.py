@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from dsa_engine.checks import check_int
 from dsa_engine.config import RolloutConfig
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -85,8 +86,7 @@ class Recipe:
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    if seed < 0:
-        raise ValueError(f"seed={seed}: must be a whole number of at least 0, the nearest legal value")
+    check_int("seed", seed, 0)
     return dataclasses.replace(recipe, seed=seed)
 
 

@@ -408,5 +408,5 @@ def test_nobody_wants_a_forward():
 
 @pytest.mark.parametrize("capacity", [0, -3, 1.5, True, None, "4"])
 def test_a_capacity_is_a_whole_number_of_rows(capacity):
-    with pytest.raises(ValueError, match="nearest is 1"):
+    with pytest.raises(ValueError, match="must be a whole number of at least 1; nearest is [12]"):
         StepScheduler(capacity)

@@ -195,7 +195,7 @@ def test_prompts_are_encoded_once_and_the_oldest_is_forgotten_first(folder, thei
     assert model.calls == 3
     encoder.encode(["a tree"])
     assert model.calls == 4
-    with pytest.raises(ValueError, match="length=0, cache=2"):
+    with pytest.raises(ValueError, match="length=0: must be at least 1"):
         UMT5(model, tokenizer, length=0, cache=2)
     none = UMT5(model, tokenizer, length=LENGTH, cache=0)
     none.encode(["the sea", "the sea"])

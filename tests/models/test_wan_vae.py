@@ -226,5 +226,5 @@ def test_what_does_not_fit_is_refused(vae):
     for count, near in ((0, 1), (-3, 1), (2, 1), (4, 5), (84, 85)):
         with pytest.raises(ValueError, match=f"frames = {count}: .* nearest is {near}$"):
             vae.latent_frames_of(count)
-    with pytest.raises(ValueError, match="latent_frames = 0"):
+    with pytest.raises(ValueError, match="latent_frames=0"):
         vae.frames_of(0, first=True)

@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_refused(codec):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))
     for count in (0, -3):
-        with pytest.raises(ValueError, match=f"frames = {count}.* at least 1"):
+        with pytest.raises(ValueError, match=f"frames={count}.* at least 1"):
             codec.latent_frames_of(count)
 
 
@@ -92,5 +92,5 @@ def test_a_short_run_halves_the_loss_and_repeats_itself():
     assert psnr == held_out_psnr(codec) > 10 and not codec.training
     twins = [train_codec(2, seed=1, progress=False)[0].state_dict().values() for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*twins))
-    with pytest.raises(ValueError, match="iterations = 0"):
+    with pytest.raises(ValueError, match="iterations=0"):
         train_codec(0)

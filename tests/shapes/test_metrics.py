@@ -149,7 +149,7 @@ def test_what_cannot_be_scored_is_refused():
         (frames.astype(np.int32), CIRCLE, 3, "frames of torch.int32"),
         (frames, [CIRCLE] * 2, 3, "2 captions for 3 frames"),
         (frames, "a red dog rests", 3, "nearest"),
-        (frames, CIRCLE, 0, "chunk_frames = 0"),
+        (frames, CIRCLE, 0, "chunk_frames=0"),
     ]:
         with pytest.raises(ValueError, match=message):
             metrics.score(bad, caption, chunk)

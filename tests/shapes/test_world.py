@@ -198,5 +198,5 @@ def test_counts_below_one_are_refused():
     for bad in ({"n": 0}, {"n": 1, "chunks": 0}, {"n": 1, "chunk_frames": -1}):
         with pytest.raises(ValueError, match="at least 1"):
             world.pool(rng, **bad)
-    with pytest.raises(ValueError, match="captions = 0"):
+    with pytest.raises(ValueError, match="captions=0"):
         world.roll_clip(rng, [])

@@ -14,8 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from dsa_engine import Pipeline
 from dsa_engine.checkpoints import tensor_io
@@ -30,11 +29,9 @@ from dsa_engine.models.offload import OffloadedCodec
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
 from tests.support.checkpoints import WEB_PAGE, RunsCode, raises_naming, write, write_sparse
+from tests.support.umt5 import save_tokenizer
 
 SMALL = ModelConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=1, text_dim=24, freq_dim=32)  # heads of 128
-
-
-WORDS = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "red": 4, "panda": 5}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +54,7 @@ def wan(tmp_path_factory):
         for parameter in module.requires_grad_(False).parameters():
             parameter.normal_(std=0.1)
         module.save_pretrained(root / place)
-    words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(root / "tokenizer")
+    save_tokenizer(["a", "red", "panda"], root / "tokenizer")
     return root
 
 

@@ -25,7 +25,7 @@ class Call(NamedTuple):
     dtype: torch.dtype | None = None
     head_dim: int | None = None
     stored: torch.dtype | None = None
-    index: int = 0  # type: ignore[assignment]  a field that shadows tuple.index
+    index: int = 0  # type: ignore[assignment]
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch.")] if self.dtype else []

@@ -25,7 +25,7 @@ class Step(NamedTuple):
     """
 
     chunk: int
-    index: int  # type: ignore[assignment]  a field that shadows tuple.index
+    index: int  # type: ignore[assignment]
     sigma: float
     rows: list[int]
     x: Tensor

@@ -55,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
             continue
         name = f"--{(meta['name'] or f.name).replace('_', '-')}"
         if isinstance(f.default, bool):
-            options = {"action": "store_true", "default": None}
+            options: dict[str, Any] = {"action": "store_true", "default": None}
         else:
             options = {"type": meta["type"], **meta["options"]}
             if isinstance(f.default, tuple):
@@ -63,7 +63,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
         default = "" if f.default in (None, (), False) else f" (default {f.default})"
         parser.add_argument(name, dest=f.name, help=meta["help"] + default, **options)
         for old in meta["old"]:
-            renamed = {"action": _Renamed, "new": name, "many": isinstance(f.default, tuple)}
+            renamed: dict[str, Any] = {"action": _Renamed, "new": name, "many": isinstance(f.default, tuple)}
             parser.add_argument(old, dest=f.name, type=meta["type"], default=argparse.SUPPRESS, **renamed)
 
 
@@ -71,7 +71,7 @@ class _Renamed(argparse.Action):
     """An old name of a flag: works like the new one, and says so."""
 
     def __init__(self, *args: Any, new: str, many: bool, **options: Any):
-        super().__init__(*args, help=argparse.SUPPRESS, **options)
+        super().__init__(*args, **{"help": argparse.SUPPRESS, **options})
         self.new, self.many = new, many
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:

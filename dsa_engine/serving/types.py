@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 
 from dsa_engine.engine.session import Chunk, Snapshot
 
+CloseReason = Literal["done", "closed", "idle", "lifetime", "shutdown", "busy", "refused", "failed"]
+
 
 @dataclass(frozen=True)
 class StreamRequest:
@@ -97,7 +99,7 @@ class Closed:
     the engine.
     """
 
-    reason: Literal["done", "closed", "idle", "lifetime", "shutdown", "busy", "refused", "failed"]
+    reason: CloseReason
     error: str | None = None
 
 

@@ -10,19 +10,21 @@ import sys
 from collections.abc import Callable
 
 from dsa_engine.engine.batch_runner import Runner
-from dsa_engine.engine.session import Chunk
+from dsa_engine.engine.session import Chunk, Session
 from dsa_engine.pipeline import Pipeline
 
 END = (None, None)
 
 
-def work(pipe: Pipeline, requests: queue.Queue, give: Callable[[str, Chunk | ValueError], None]) -> None:
+def work(pipe: Pipeline, requests: queue.Queue, give: Callable[[str, Chunk | ValueError], object]) -> None:
     """Make what `requests` ask for until END has come and all is made.
 
     A request is (name, prompt): a new name begins a stream of the model's own length, one that runs goes on under the
     prompt from its next chunk on. give(name, chunk) is called for each chunk, give(name, error) for what cannot be.
     """
-    runner, sessions, told, more = Runner(capacity=8), {}, {}, True
+    runner, more = Runner(capacity=8), True
+    sessions: dict[str, Session] = {}
+    told: dict[str, str] = {}
     while more or sessions:
         while more and not (sessions and requests.empty()):  # with nothing to make: wait
             name, prompt = requests.get()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,7 +129,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 
 
 def _check_token(request: Request, given: Credentials) -> None:
-    if not auth.token_matches(request.app.state.settings.token, given and given.credentials):
+    if not auth.token_matches(request.app.state.settings.token, given.credentials if given else None):
         words = "a bearer token is needed, as in Authorization: Bearer TOKEN"
         raise HTTPException(401, words, {"WWW-Authenticate": "Bearer"})
 
@@ -144,7 +144,9 @@ async def models(request: Request) -> schemas.ModelList:
     return schemas.ModelList(data=[schemas.Model.of(state.service.backend.card, state.started)])
 
 
-METRICS = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}}
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
+}
 
 
 @routes.get("/metrics", responses={**METRICS, **videos.errors()}, response_class=Response)
@@ -233,7 +235,9 @@ def allowed(request: Request) -> list[str]:
     return [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
 
 
-def failure(status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> JSONResponse:
+def failure(
+    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     detail = schemas.ErrorDetail(message=message, type=kind, code=CODES.get(status, "error"), param=param)
     return JSONResponse(schemas.Error(error=detail).model_dump(), status, headers)

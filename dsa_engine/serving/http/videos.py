@@ -32,7 +32,7 @@ BODY = {
         },
     }
 }
-CONTENT = {
+CONTENT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}, "description": "the MP4 file"}
 }
 

@@ -24,7 +24,7 @@ from sqlalchemy import JSON, Engine, create_engine, event, func
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import registry
 from sqlalchemy.pool import StaticPool
-from sqlmodel import Field, Session, SQLModel, select
+from sqlmodel import Field, Session, SQLModel, col, select
 
 from dsa_engine.files import atomic_write
 
@@ -162,7 +162,7 @@ class Store:
 
     def page(self, limit: int, after: str | None = None, newest: bool = True) -> tuple[list[Job], bool] | None:
         """At most `limit` jobs after job `after`, and whether there are more; None if there is no such job."""
-        order = Job.number.desc() if newest else Job.number.asc()
+        order = col(Job.number).desc() if newest else col(Job.number).asc()
         query = select(Job).order_by(order).limit(limit + 1)
         with self._transaction() as session:
             if after is not None:
@@ -182,7 +182,7 @@ class Store:
     def claim(self) -> Job | None:
         """The oldest queued job, now in progress."""
         with self._transaction() as session:
-            job = session.exec(select(Job).where(Job.status == "queued").order_by(Job.number).limit(1)).first()
+            job = session.exec(select(Job).where(Job.status == "queued").order_by(col(Job.number)).limit(1)).first()
             if job is not None:
                 job.status = "in_progress"
         return job

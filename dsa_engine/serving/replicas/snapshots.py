@@ -45,7 +45,7 @@ class SnapshotStore(Protocol):
 
 class StoredSnapshot(NamedTuple):
     run: str
-    index: int
+    index: int  # type: ignore[assignment]
     data: bytes | None
     touched: float
 

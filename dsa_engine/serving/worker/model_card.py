@@ -17,6 +17,7 @@ def model_card(pipe: Pipeline) -> ModelCard:
         raise ValueError(
             f"model {pipe.name!r} has no {', no '.join(missing)}: it cannot be served; load it with vae=, text="
         )
+    frames_of, chunk = engine.decoder.frames_of, pipe.config.chunk_frames
     return ModelCard(
         name=pipe.name,
         height=pipe.height,
@@ -27,5 +28,5 @@ def model_card(pipe: Pipeline) -> ModelCard:
         threshold=engine.config.threshold,
         presets=dict(engine.config.presets),
         prompts=GRAMMAR if isinstance(engine.text, SlotTextEncoder) else None,
-        chunks=tuple(engine.decoder.frames_of(pipe.config.chunk_frames, first) for first in (True, False)),
+        chunks=(frames_of(chunk, True), frames_of(chunk, False)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 from dsa_engine import pipeline_inputs
 from dsa_engine.pipeline import Pipeline
@@ -42,6 +43,6 @@ def with_threshold(policy: Policy, threshold: float, max_steps: int) -> Policy:
             f"threshold={threshold}: this stream's steps are {policy}, which do not depend on confidence; "
             "only streams started with 'dsa', 'budget' or a preset can change it"
         )
-    policy = replace(policy, **{THRESHOLD_FIELD[type(policy)]: threshold})
-    policy.check(max_steps)
-    return policy
+    changed: Any = replace(cast(Any, policy), **{THRESHOLD_FIELD[type(policy)]: threshold})
+    changed.check(max_steps)
+    return changed

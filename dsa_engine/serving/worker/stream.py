@@ -13,7 +13,7 @@ from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.engine.session import Chunk, Session
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import Budget, Policy
-from dsa_engine.serving.types import Event, Opened, StreamRequest, UpdateApplied, UpdateRejected
+from dsa_engine.serving.types import CloseReason, Event, Opened, StreamRequest, UpdateApplied, UpdateRejected
 from dsa_engine.serving.worker.pacing import LoadController, PlaybackPacer
 from dsa_engine.serving.worker.step_policy import THRESHOLD_FIELD, resolve_policy, with_threshold
 
@@ -94,7 +94,7 @@ class ActiveStream:
     def keepalive(self) -> None:
         self.last_activity = self._clock()  # a single float: no need to wake the worker
 
-    def close(self, reason: str = "closed") -> None:
+    def close(self, reason: CloseReason = "closed") -> None:
         """Free its slot at once, also in the middle of a chunk."""
         self._post(CloseStream(self, reason))
 
@@ -206,7 +206,7 @@ class AckChunk:
 @dataclass(frozen=True)
 class CloseStream:
     stream: ActiveStream
-    reason: str
+    reason: CloseReason
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,8 @@ class Worker:
         return self._stopping and not self._streams
 
     def _emit(self, stream: ActiveStream, event: Event) -> None:
-        for listener in (stream.listener, *(partial(observer, stream) for observer in self.observers)):
+        listeners: list[Callable[[Event], object]] = [stream.listener]
+        for listener in listeners + [partial(observer, stream) for observer in self.observers]:
             try:
                 listener(event)
             except Exception:  # a fault of one consumer does not stop the others

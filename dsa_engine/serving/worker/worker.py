@@ -24,14 +24,7 @@ from dsa_engine.engine.session import Chunk
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.noise import check_seed
 from dsa_engine.serving.settings import WorkerLimits
-from dsa_engine.serving.types import (
-    ChunkReady,
-    Closed,
-    Event,
-    Overloaded,
-    Queued,
-    StreamRequest,
-)
+from dsa_engine.serving.types import ChunkReady, Closed, Event, Queued, StreamRequest
 from dsa_engine.serving.worker.model_card import model_card
 from dsa_engine.serving.worker.pacing import LoadController
 from dsa_engine.serving.worker.step_policy import resolve_policy
@@ -254,12 +247,12 @@ class Worker:
 
     def _enqueue(self, stream: ActiveStream) -> None:
         limits, live, queued = self.limits, stream.request.live, len(self._queued)
+        if self._stopping:
+            return self.end(stream, Closed("shutdown", "the server is stopping"))
         try:
-            if self._stopping:
-                raise Overloaded("the server is stopping")
             self._check(stream.request)
-        except (ValueError, Overloaded) as error:
-            return self.end(stream, Closed("shutdown" if self._stopping else "refused", str(error)))
+        except ValueError as error:
+            return self.end(stream, Closed("refused", str(error)))
         if live and len(self._live) + queued >= limits.max_sessions + limits.max_queue:
             words = f"all {limits.max_sessions} places are taken and {queued} streams wait; try again later"
             return self.end(stream, Closed("busy", words))

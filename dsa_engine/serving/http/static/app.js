@@ -1,11 +1,11 @@
-// The page: one live stream over `WS /v1/realtime/video`, its controls, and what it says of itself.
+// The page: one live stream over `WS /v1/realtime/video`, its controls and its statistics.
 
 import { Chart, words } from "./chart.js";
 import { CanvasPlayer, MsePlayer, Source } from "./player.js";
+import { Recording } from "./recording.js";
 
-const PING = 10_000; // milliseconds between signs of life
-const RECENT = 24; // chunks that the numbers are about
-const MOST_RECORDED = 256 * 2 ** 20; // bytes of video that are kept for the download
+const PING_MS = 10_000; // between keepalives
+const RECENT = 24; // chunks that the statistics cover
 
 const $ = (id) => document.getElementById(id);
 const here = new URL(location.href);
@@ -13,12 +13,12 @@ const show = (node, visible) => (node.hidden = !visible);
 
 let token = here.searchParams.get("token");
 let model = null;
-let stream = null; // the one that runs, or ran last
-let recorded = null;
+let stream = null; // the current one, or the last
+let recording = null;
 
 const chart = new Chart($("chart"), (chunk) => readout(chunk ?? stream?.last));
 
-// The server's model.
+// The model.
 
 async function askModel() {
   try {
@@ -77,7 +77,7 @@ function chip(text, onClick) {
   return button;
 }
 
-const said = (word) => ` ${$("prompt").value.trim().replace(/\s+/g, " ")} `.includes(` ${word} `);
+const inPrompt = (word) => ` ${$("prompt").value.trim().replace(/\s+/g, " ")} `.includes(` ${word} `);
 
 function compose(chosen) {
   let g = 0;
@@ -85,14 +85,14 @@ function compose(chosen) {
 }
 
 function choose(g, word) {
-  const chosen = grammar.groups.map((group, i) => (i === g ? word : (group.find(said) ?? group[0])));
+  const chosen = grammar.groups.map((group, i) => (i === g ? word : (group.find(inPrompt) ?? group[0])));
   $("prompt").value = compose(chosen);
   pressWords();
 }
 
 function pressWords() {
   for (const button of $("words").querySelectorAll("button"))
-    button.setAttribute("aria-pressed", said(button.textContent));
+    button.setAttribute("aria-pressed", inPrompt(button.textContent));
 }
 
 // Quality and speed.
@@ -133,11 +133,11 @@ class Stream {
     this.began = performance.now();
     this.chunks = []; // metadata of the most recent
     this.count = this.lates = this.asked = 0;
-    this.changes = new Map(); // id of an interaction -> what it changes
-    this.next = null; // metadata whose bytes come next
-    this.over = false;
+    this.changes = new Map(); // by id of the interaction
+    this.next = null; // metadata of the next binary message
+    this.closed = false;
     this.samples = []; // [milliseconds, frames shown]
-    const seconds = 1 / model.fps; // the real length of a chunk is known with the first
+    const seconds = 1 / model.fps; // until the first chunk tells its length
     const events = {
       onFrame: () => {
         $("first").textContent = milliseconds(performance.now() - this.began);
@@ -162,33 +162,33 @@ class Stream {
     this.socket.onopen = () => {
       const threshold = model.confidence_threshold === null ? {} : { confidence_threshold: Number($("threshold").value) };
       const seed = Number.isSafeInteger(Number($("seed").value)) ? Number($("seed").value) : 0;
-      this.say("session.start", { model: model.id, prompt: $("prompt").value, format: this.format, seed, ...threshold });
+      this.send("session.start", { model: model.id, prompt: $("prompt").value, format: this.format, seed, ...threshold });
     };
-    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.hear(JSON.parse(data)) : this.take(data));
-    this.socket.onclose = ({ code }) => this.closed(code);
-    this.pinging = setInterval(() => this.say("session.ping"), PING);
+    this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.receive(JSON.parse(data)) : this.receiveChunk(data));
+    this.socket.onclose = ({ code }) => this.onClose(code);
+    this.pinging = setInterval(() => this.send("session.ping"), PING_MS);
   }
 
-  say(type, fields = {}) {
+  send(type, fields = {}) {
     if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ type, ...fields }));
   }
 
   change(event) {
-    if (this.over || this.socket.readyState !== WebSocket.OPEN) return;
+    if (this.closed || this.socket.readyState !== WebSocket.OPEN) return;
     const event_id = `change-${++this.asked}`;
     this.changes.set(event_id, event);
-    this.say("session.interaction", { interaction: { event_id, event } });
+    this.send("session.interaction", { interaction: { event_id, event } });
   }
 
   stop() {
     this.ending = { type: "session.done", reason: "stopped" };
     state("stopping");
-    if (this.socket.readyState === WebSocket.OPEN) this.say("session.stop");
+    if (this.socket.readyState === WebSocket.OPEN) this.send("session.stop");
     else this.socket.close();
   }
 
-  hear(message) {
-    const heard = {
+  receive(message) {
+    const handler = {
       "session.queued": () => {
         state("queued");
         veil(`All places are taken. You are number ${message.position} in the queue.`);
@@ -198,39 +198,40 @@ class Stream {
         veil("The first chunk is being made …");
       },
       "video.chunk_metadata": () => (this.next = message),
-      "session.interaction.queued": () => this.told(message.event_id, "queued …"),
+      "session.interaction.queued": () => this.showChange(message.event_id, "queued …"),
       "session.interaction.applied": () => {
-        this.told(message.event_id, `in force from chunk ${message.chunk_index}`);
+        this.showChange(message.event_id, `in force from chunk ${message.chunk_index}`);
         this.changes.delete(message.event_id);
       },
       "session.done": () => (this.ending = message),
-      error: () => this.refused(message),
+      error: () => this.reject(message),
     }[message.type];
-    heard?.();
+    handler?.();
   }
 
-  told(id, words) {
+  showChange(id, words) {
     const event = this.changes.get(id);
     if (event?.prompt) $("change").textContent = `New prompt ${words}`;
     else if (event) $("lowered").textContent = `New threshold ${words}`;
   }
 
-  refused(error) {
+  reject(error) {
     problem(error.message);
     if (this.changes.has(error.event_id)) {
-      this.told(error.event_id, "refused");
+      this.showChange(error.event_id, "refused");
       this.changes.delete(error.event_id);
     } else {
       this.ending = error;
-      if (document.body.dataset.state === "connecting") this.socket.close(); // a start that cannot be had
+      if (document.body.dataset.state === "connecting") this.socket.close(); // the start was not possible
     }
   }
 
-  take(data) {
+  receiveChunk(data) {
     const [chunk, bytes] = [this.next, new Uint8Array(data)];
     this.player.chunkSeconds = chunk.num_frames / model.fps;
     Promise.resolve(this.player.append(bytes, chunk)).catch((error) => this.fail(`${error.message}.`));
-    if (this.format === "m4s") recorded.add(bytes, chunk.num_frames);
+    if (this.format === "m4s") recording.add(bytes, chunk.num_frames);
+    showRecording();
     this.last = chunk;
     this.chunks.push(chunk);
     if (this.chunks.length > RECENT) this.chunks.shift();
@@ -238,10 +239,10 @@ class Stream {
     this.lates += chunk.late;
     chart.add(chunk);
     readout(chunk);
-    this.numbers(chunk);
+    this.showStatistics(chunk);
   }
 
-  numbers(chunk) {
+  showStatistics(chunk) {
     const mean = this.chunks.reduce((sum, { steps }) => sum + steps, 0) / this.chunks.length;
     const latencies = this.chunks.map((c) => c.latency_ms).sort((a, b) => a - b);
     $("count").textContent = this.count;
@@ -266,9 +267,9 @@ class Stream {
     this.socket.close();
   }
 
-  closed(code) {
+  onClose(code) {
     clearInterval(this.pinging);
-    this.over = true;
+    this.closed = true;
     this.player.end();
     state("idle");
     const { type, reason, message, retryable = true } = this.ending ?? {};
@@ -279,7 +280,7 @@ class Stream {
   }
 
   close() {
-    this.over = true;
+    this.closed = true;
     this.socket.onclose = this.socket.onmessage = null;
     clearInterval(this.pinging);
     this.socket.close();
@@ -300,42 +301,7 @@ function wantsCanvas() {
   return canvas || here.searchParams.get("format") === "jpeg";
 }
 
-// What was seen, for the download.
-
-class Recorded {
-  constructor() {
-    Object.assign(this, { parts: [], bytes: 0, frames: 0, full: false });
-    this.show();
-  }
-
-  add(bytes, frames) {
-    this.full ||= this.bytes + bytes.length > MOST_RECORDED;
-    if (!this.full) {
-      this.parts.push(bytes);
-      this.bytes += bytes.length;
-      this.frames += frames;
-    }
-    this.show();
-  }
-
-  show() {
-    $("download").disabled = !this.parts.length;
-    const none = wantsCanvas() ? "Not of JPEG pictures." : "What you have seen, as a file.";
-    if (!this.parts.length) return ($("recorded").textContent = none);
-    const size = this.bytes < 2 ** 20 ? `${Math.ceil(this.bytes / 1024)} kB` : `${(this.bytes / 2 ** 20).toFixed(1)} MB`;
-    const most = this.full ? " (full: the beginning, as much as is kept)" : "";
-    $("recorded").textContent = `${(this.frames / model.fps).toFixed(1)} s, ${size}${most}`;
-  }
-
-  save() {
-    const url = URL.createObjectURL(new Blob(this.parts, { type: "video/mp4" }));
-    const name = $("prompt").value.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60).replace(/^-|-$/g, "");
-    Object.assign(document.createElement("a"), { href: url, download: `${name || "video"}.mp4` }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 10_000);
-  }
-}
-
-// What is to be seen.
+// What the page shows.
 
 function state(name) {
   document.body.dataset.state = name;
@@ -362,6 +328,13 @@ function readout(chunk) {
   $("readout").textContent = chunk ? words(chunk) : "Bars appear here as chunks arrive.";
 }
 
+function showRecording() {
+  const empty = !recording.parts.length;
+  $("download").disabled = empty;
+  const none = wantsCanvas() ? "Not of JPEG pictures." : "What you have seen, as a file.";
+  $("recorded").textContent = empty ? none : recording.describe(model.fps);
+}
+
 const milliseconds = (value) => (value < 1000 ? `${Math.round(value)} ms` : `${(value / 1000).toFixed(1)} s`);
 
 function begin() {
@@ -374,7 +347,8 @@ function begin() {
   readout(null);
   state("connecting");
   veil("Connecting …");
-  recorded = new Recorded();
+  recording = new Recording();
+  showRecording();
   stream = new Stream();
 }
 
@@ -403,7 +377,7 @@ $("surprise").addEventListener("click", () => {
 $("threshold").addEventListener("input", showThreshold);
 $("threshold").addEventListener("change", changeThreshold);
 $("reconnect").addEventListener("click", () => (model ? begin() : askModel()));
-$("download").addEventListener("click", () => recorded.save());
+$("download").addEventListener("click", () => recording.save($("prompt").value));
 $("token-form").addEventListener("submit", (event) => {
   event.preventDefault();
   token = $("token").value;

@@ -1,4 +1,4 @@
-"""One public function an op: formula, shapes, checks, and dispatch to the best implementation of the machine."""
+"""One public function per op: formula, shapes, checks, and dispatch to the best implementation on this machine."""
 
 from dsa_engine.kernel_types import CacheScales, Epilogue, FinalLayer, HeadWeights, RowwiseFP8, StopRule
 from dsa_engine.ops.attention import attention, cross_attention

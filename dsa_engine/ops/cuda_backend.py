@@ -1,9 +1,9 @@
-"""The ops as CUDA kernels (`csrc/`): functions of the names and arguments of `reference.py`.
+"""The ops as CUDA kernels (`csrc/`), with the names and arguments of `reference.py`.
 
-They check what the kernels take for granted, allocate results, and pass addresses, strides and the current stream on.
-The kernels read and write 16 bytes at a time: rows are contiguous and start at multiples of 16 bytes, C is a multiple
-of 8 and at most 16384. Wrong tensors raise ValueError; an error of CUDA raises RuntimeError with the op and its shape.
-Contracts stand in the public functions of `ops/`.
+They check what the kernels assume, allocate results, and pass addresses, strides and the current stream. The kernels
+read and write 16 bytes at a time: rows are contiguous and start at multiples of 16 bytes, C is a multiple of 8 and at
+most 16384. Wrong tensors raise ValueError; a CUDA error raises RuntimeError with the op and its shape. Contracts: the
+public functions of `ops/`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0, F
 NO_HEAD = (0, 0, 0, 0, 0, 0, launch_args.NO_FRAMES)
 
 
-# The condition of a loop on the device (engine/device_loop.py) is a kernel too, though no op.
+# The condition of a loop on the device (engine/device_loop.py): a kernel, not an op.
 SET_WHILE = "set_while"
 ATTENTION_HEAD_DIMS = {torch.bfloat16: (64, 128), E4M3: (128,)}  # by the dtype of the cache
 
@@ -56,7 +56,7 @@ LIMITS = dict.fromkeys(OPS, ROWS) | {
 
 
 def supports(call: Call) -> Reason | None:
-    """Why a call cannot run here; None if it can, as far as the choice knows it."""
+    """Why a call cannot run here; None if nothing known speaks against it."""
     if call.op not in OPS:
         return Reason(Kind.NO_OP, f"cuda has no {call.op}")
     if csrc is None:
@@ -70,7 +70,7 @@ def supports(call: Call) -> Reason | None:
 
 
 def why_unavailable(op: str, capability: tuple[int, int] | None = None) -> str | None:
-    """Why the kernel of one op, or SET_WHILE, cannot run on a device of that capability, None for the current one; None
+    """Why the kernel of an op or SET_WHILE cannot run on a device of that capability (None: the current device); None
     if it can."""
     if op not in (*OPS, SET_WHILE):
         return f"{op} has no CUDA kernel"
@@ -80,7 +80,7 @@ def why_unavailable(op: str, capability: tuple[int, int] | None = None) -> str |
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
         major, minor = capability or torch.cuda.get_device_capability()
-        if (major, minor) != (9, 0) if op == "attention" else major < 8:  # the others have PTX for what is later
+        if (major, minor) != (9, 0) if op == "attention" else major < 8:  # the others have PTX for later devices
             needs = "9.0 alone" if op == "attention" else "8.0 and later"
             return f"compute capability {major}.{minor}: {op} was compiled for {needs}"
     return None
@@ -154,7 +154,7 @@ def _norm_rope(op: str, x: Tensor, head_dim: int, eps: float, operands, angles, 
 
 
 def _to_dense(op: str, x: Tensor, weight: Tensor, like: Tensor):
-    """The normed and rotated rows of x as a new tensor: what the launcher takes, and that tensor."""
+    """The launcher's operand that writes x, normed and rotated, to a new tensor; and that tensor."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     vector = launch_args.vector(op, "weight", weight, like)
     return (launch_args.rows(op, "x", x), vector, True, launch_args.rows(op, "out", out), NO_CACHE), out
@@ -165,7 +165,7 @@ def _angles(op: str, cos: Tensor, sin: Tensor, x: Tensor):
     if head_dim % 8 or x.shape[-1] % head_dim:
         raise ValueError(f"{op}: head dim {head_dim} must be a multiple of 8 that divides C = {x.shape[-1]}")
     if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.stride() != sin.stride():
-        raise ValueError(f"{op}: cos of {cos.dtype} and sin of {sin.dtype} must be float32 and lie alike")
+        raise ValueError(f"{op}: cos of {cos.dtype} and sin of {sin.dtype} must be float32 with equal strides")
     launch_args.rows(op, "sin", sin)
     address, batch, row = launch_args.rows(op, "cos", cos)
     return address, sin.data_ptr(), batch, row
@@ -267,7 +267,7 @@ def epilogue(
     op, (batch, frames, channels, height, width) = "epilogue", x.shape
     tokens, outputs = hidden.shape[1] // frames, final.weight.shape[0]
     launch_args.check_contiguous(op, "weight", final.weight, hidden.dtype, step=16)
-    sigma, next_sigma = sigma.contiguous(), next_sigma.contiguous()  # the engine gives one number a row, expanded
+    sigma, next_sigma = sigma.contiguous(), next_sigma.contiguous()  # the engine gives one value per row, expanded
     for name, s in (("sigma", sigma), ("next_sigma", next_sigma)):
         launch_args.check_contiguous(op, name, s, torch.float32)
     for name, r in zip(rule._fields, rule):
@@ -383,7 +383,7 @@ def _stream(op: str, x: Tensor) -> int:
     """The current stream of x's device, which must be the current device."""
     if x.device.type != csrc.DEVICE:
         raise ValueError(f"{op}: tensors on {x.device} must be on {csrc.DEVICE}")
-    if x.device.type == "cpu":  # the kernels run on the host, in tests
+    if x.device.type == "cpu":  # the emulator in tests
         return 0
     if x.device.index != torch.cuda.current_device():
         raise ValueError(f"{op}: tensors on {x.device}, the current device is cuda:{torch.cuda.current_device()}")
@@ -395,6 +395,6 @@ def _sm_count(x: Tensor) -> int:
 
 
 def _check_e4m3(op: str, x: Tensor) -> None:
-    """The conversion is in the code for 9.0 alone; what other devices run is compiled for 8.0 and would stop there."""
+    """The conversion exists in the code for 9.0 only; other devices run code for 8.0, which would trap."""
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) != (9, 0):
         raise ValueError(f"{op}: e4m3 on {torch.cuda.get_device_name(x.device)}: needs compute capability 9.0")

@@ -1,4 +1,4 @@
-"""What follows the last block: the estimate of the clean chunk, its confidence, the decision, and the re-noising."""
+"""After the last block: the estimate of the clean chunk, its confidence, the stop flag, and the re-noising."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from dsa_engine.ops.dispatch import resolve
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     """x0 = x - sigma * v (flow matching: x = (1 - sigma) x0 + sigma noise, v = noise - x0).
 
-    x, velocity [B, F, C, H, W]; sigma [B, F].
+    Args:
+        x: Noisy latents [B, F, C, H, W].
+        velocity: v, like x.
+        sigma: Noise level of each frame [B, F].
     """
     return resolve("velocity_to_x0", velocity)(x, velocity, sigma)
 
 
 def renoise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """(1 - sigma) x0 + sigma noise: the input of the next step. x0, noise [B, F, C, H, W]; sigma [B, F]."""
+    """(1 - sigma) x0 + sigma noise: the input of the next step.
+
+    Args:
+        x0: Clean latents [B, F, C, H, W].
+        noise: Standard normal, like x0.
+        sigma: Noise level of each frame [B, F].
+    """
     return resolve("renoise", x0)(x0, noise, sigma)
 
 
@@ -39,13 +48,29 @@ def epilogue(
 
         v = unpatchify(modulate(hidden, final.shift, final.scale) final.weight^T + final.bias)
         x0 = x - sigma v                                            rounded to x's dtype
-        c = sigmoid(MLP([mean_s h, std_s h, time])), h = LayerNorm(hidden)            per frame
-        stop = step >= max_steps or (step >= min_steps and reduce_f(c) >= threshold)             per row
+        c = sigmoid(MLP([mean_s h, std_s h, time])), h = LayerNorm(hidden)                      per frame
+        stop = step >= max_steps or (step >= min_steps and reduce_f(c) >= threshold)     per row
         next x = (1 - next_sigma) x0 + next_sigma noise
 
-    hidden [B, T, C]: tokens of the last block, T = F * S; time [B, F, C]: timestep embedding; x, noise [B, F, c, H, W];
-    sigma, next_sigma [B, F] float32; head None: no confidence, rows stop by count alone. Everything stays on the
-    device: noise must be there before it is known whether it is needed. Nothing is written in place.
+    Nothing leaves the device, so noise is drawn before it is known to be needed. Nothing is written in place.
+
+    Args:
+        hidden: Tokens of the last block [B, T, C], T = F * S.
+        time: Timestep embedding [B, F, C].
+        x: Noisy latents [B, F, c, H, W].
+        noise: Noise of the next step, like x.
+        sigma: Current noise level [B, F] float32.
+        next_sigma: Next noise level [B, F] float32.
+        final: The DiT's last layer.
+        head: Confidence head; None: confidences are NaN and rows stop by their step count alone.
+        rule: Stop rule of each row.
+        eps: Of the LayerNorm.
+
+    Returns:
+        x0, next x and the state [B, F + 1]: confidences and stop flag.
+
+    Raises:
+        ValueError: Shapes disagree.
     """
     batch, frames, channels, height, width = x.shape
     patch = final.weight.shape[0] / channels

@@ -1,12 +1,12 @@
-"""Attention over the cache through libraries that may be installed, behind the signature of `ops.attention`.
+"""Attention over the cache by optional libraries, with the signature of `ops.attention`.
 
     cudnn      torch's scaled_dot_product_attention with cuDNN's kernel forced
     flash2     flash-attn 2, `flash_attn.flash_attn_with_kvcache`
     flash3     flash-attn 3 for Hopper, `flash_attn_interface.flash_attn_with_kvcache`
     flash4     flash-attn 4, `flash_attn.cute.flash_attn_varlen_func`
 
-None of them knows runs of frames. To flash3 a frame of the ring is a page of its paged cache, so nothing is copied; the
-others get the frames that count gathered in front, and how many there are: the ring is copied once a call.
+None supports runs of frames. For flash3 a frame of the ring is a page of a paged cache, so nothing is copied; for the
+others the valid frames are gathered to the front, which copies the ring once per call.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def supports(name: str, call: Call) -> Reason | None:
 
 
 def order_frames(keys: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """keys [B, R, 2] -> frame indices [B, W], those that count in front, and how many they are [B] int32."""
+    """keys [B, R, 2] -> frame indices [B, W], valid ones first, and the number of valid ones [B] int32."""
     frame = torch.arange(window, device=keys.device)[:, None]
     valid = ((keys[:, None, :, 0] <= frame) & (frame < keys[:, None, :, 1])).any(-1)
     return (~valid).to(torch.uint8).argsort(dim=1, stable=True), valid.sum(1, dtype=torch.int32)
 
 
 def _gather(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: Tensor, keys: Tensor, scales) -> tuple[Tensor, ...]:
-    """k and v [B, W * S, H, D] with what counts in front, and how many keys that are [B] int32."""
+    """k and v [B, W * S, H, D], valid keys first, and the number of valid keys [B] int32."""
     _no_scales(scales)
     order, count = order_frames(keys, k_cache.shape[1])
     k, v = (cache[slot[:, None], order].flatten(1, 2) for cache in (k_cache, v_cache))

@@ -1,4 +1,4 @@
-"""Matrix products in FP8 (e4m3): one scale a token of the input, one an output channel of the weight."""
+"""FP8 (e4m3) GEMM: one scale per token of the input, one per output channel of the weight."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ from dsa_engine.ops.support import E4M3
 
 
 def quantize(x: Tensor) -> RowwiseFP8:
-    """x [..., C] -> `RowwiseFP8`: scale = max|row| / 448 (1 where that is 0), values = x / scale to nearest even."""
+    """Row-wise FP8: scale = max|row| / 448 (1 where that is 0), values = x / scale rounded to nearest even.
+
+    Args:
+        x: [..., C].
+    """
     return resolve("quantize", x, stored=E4M3)(x)
 
 
 def fp8_linear(x: Tensor | RowwiseFP8, weight: RowwiseFP8, bias: Tensor | None = None, dtype=torch.bfloat16) -> Tensor:
-    """x weight^T + bias, products in e4m3 and sums in float32.
+    """x weight^T + bias with e4m3 operands and float32 accumulation.
 
-    x: [..., K], or as a producer has quantized it (`modulate`, `residual_modulate`, `gelu_bias` with fp8=True);
-    weight: [N, K], one scale an output channel, quantized at load; bias [N]. Returns [..., N] in `dtype`.
+    Args:
+        x: [..., K], or already quantized (`modulate`, `residual_modulate`, `gelu_bias` with fp8=True).
+        weight: [N, K], one scale per output channel.
+        bias: [N].
+        dtype: Of the result.
+
+    Returns:
+        [..., N] in `dtype`.
+
+    Raises:
+        ValueError: Shapes disagree.
     """
     x = x if isinstance(x, RowwiseFP8) else quantize(x)
     if weight.values.ndim != 2 or x.values.shape[-1] != weight.values.shape[1]:

@@ -1,6 +1,6 @@
-"""Tensors as the launchers of csrc/ take them (csrc/tensor_args.h): addresses and strides, checked.
+"""Checked arguments of csrc's launchers (csrc/tensor_args.h): addresses and strides of tensors.
 
-Wrong ones raise ValueError with the op, the tensor's name, what it is and what it must be.
+Wrong tensors raise ValueError with the op, the tensor's name, what it is and what it must be.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shape(op: str, x: Tensor) -> tuple[int, int, int]:
 
 
 def strides(x: Tensor) -> tuple[int, int]:
-    """Of the first two dims; 0 for a dim of one, whatever torch says, so that it broadcasts."""
+    """Of the first two dims; 0 for a dim of size one, so that it broadcasts."""
     first, second = (x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
     return first, second
 

@@ -10,17 +10,32 @@ from dsa_engine.ops.dispatch import resolve
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32. x [..., C], weight [C]."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in float32.
+
+    Args:
+        x: [..., C].
+        weight: [C].
+        eps: Added to the mean square.
+    """
     return resolve("rms_norm", x)(x, weight, eps)
 
 
 def norm_rope(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm over the full width (before the head split, as Wan does), then RoPE of each neighbouring pair.
+    """RMSNorm over the full width (before the head split, as in Wan), then RoPE of each neighbouring pair.
 
-    q, k: [B, T, C]; weight_q, weight_k: [C]; cos, sin: [B, T, D/2] float32 (`models.rope.rope_table`).
-    Returns q, k: [B, T, H, D] in their dtype, H = C / D.
+    Args:
+        q: Queries [B, T, C].
+        k: Keys, like q.
+        weight_q: [C].
+        weight_k: [C].
+        cos: [B, T, D/2] float32 (`models.rope.rope_table`).
+        sin: Like cos.
+        eps: Of the norm.
+
+    Returns:
+        q and k as [B, T, H, D] in their dtype, H = C / D.
     """
     return resolve("norm_rope", q, 2 * cos.shape[-1])(q, k, weight_q, weight_k, cos, sin, eps)
 
@@ -40,16 +55,33 @@ def norm_rope_append(
     write: Tensor,
     scales: CacheScales | None = None,
 ) -> Tensor:
-    """`norm_rope`, and K and V written to frames `write` of each row's cache slot; returns the rotated queries.
+    """`norm_rope`, and K and V written to frames `write` of each row's cache slot.
 
-    q, k, v: [B, T, C] with T = F * S, their last dim contiguous (views of one [B, T, 3 C] product are welcome);
-    k_cache, v_cache: [N, W, S, H, D] of one layer, written in place; slot [B] and write [B, F]: integers on the device.
-    scales: with an e4m3 cache (`CacheScales`): it holds key / k and value / v, clamped to +-448, rounded to
-    nearest even. Returns [B, T, H, D].
+    Args:
+        q: [B, T, C], T = F * S, last dim contiguous; views of one [B, T, 3 C] are fine.
+        k: Like q.
+        v: Like q.
+        weight_q: [C].
+        weight_k: [C].
+        cos: [B, T, D/2] float32.
+        sin: Like cos.
+        eps: Of the norm.
+        k_cache: Keys of one layer [N, W, S, H, D], written in place.
+        v_cache: Values, like k_cache.
+        slot: Cache slot of each row [B], integers on the device.
+        write: Frames to write [B, F], integers on the device.
+        scales: Scales of an e4m3 cache, which stores key / k and value / v, clamped to +-448, rounded to nearest even;
+            None for any other dtype.
+
+    Returns:
+        The rotated queries [B, T, H, D].
+
+    Raises:
+        ValueError: Shapes disagree, or scales and cache dtype do not match.
     """
     if q.shape != k.shape or q.shape != v.shape or q.shape[1] != write.shape[1] * k_cache.shape[2]:
         raise ValueError(
-            f"norm_rope_append: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} must be [B, F * S, C] alike, "
+            f"norm_rope_append: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} must all be [B, F * S, C], "
             f"with F = {write.shape[1]} frames of S = {k_cache.shape[2]} tokens"
         )
     check_scales("norm_rope_append", k_cache, scales)

@@ -1,7 +1,7 @@
-"""What lies between two convolutions of the Wan VAE: bias, RMSNorm over the channels, SiLU; and bias with residual.
+"""Between two convolutions of the Wan VAE: bias, RMSNorm over the channels, SiLU; and bias with residual.
 
-Channels come last, as they do in memory (`channels_last_3d`), and everything is float32 inside. The biases are those of
-the convolutions before: cuDNN's own would be added in a pass over memory of their own.
+Channels come last, as in memory (`channels_last_3d`); everything is float32 inside. The biases are those of the
+previous convolution, for which cuDNN would need another pass over memory. Wrong shapes raise ValueError.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from dsa_engine.ops.dispatch import resolve
 def norm_silu(
     x: Tensor, weight: Tensor, silu: bool = True, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """`z = (x + bias) * sqrt(C) / max(||x + bias||, 1e-12) * weight` over the last dim; z * sigmoid(z), or z if not silu.
+    """SiLU(z) with z = (x + bias) * sqrt(C) / max(||x + bias||, 1e-12) * weight, the norm over the last dim.
 
-    x [B, ..., C], weight and bias [C] -> x's shape and dtype. out: where to write it, returned: a tensor like x whose
-    rows of the batch may lie apart, as they do in a part of longer clips.
+    Args:
+        x: [B, ..., C].
+        weight: [C].
+        silu: False: return z itself.
+        bias: [C] or None.
+        out: Written and returned: a tensor like x whose rows of the batch may lie apart, as in a part of longer clips.
+
+    Returns:
+        A tensor of x's shape and dtype.
     """
     _check("norm_silu", x, weight, *([] if bias is None else [bias]))
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
@@ -26,7 +33,13 @@ def norm_silu(
 
 
 def bias_residual(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-    """x + (y + bias), rounded once. x, y [B, ..., C], bias [C] -> x's shape and dtype."""
+    """x + (y + bias), rounded once.
+
+    Args:
+        x: [B, ..., C].
+        y: Like x.
+        bias: [C].
+    """
     _check("bias_residual", x, bias)
     if x.shape != y.shape:
         raise ValueError(f"bias_residual: x {list(x.shape)} and y {list(y.shape)} must be alike")

@@ -1,4 +1,4 @@
-"""Per-frame statistics of the last hidden states, which the confidence head reads."""
+"""Per-frame statistics of the last hidden states, the input of the confidence head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from dsa_engine.ops.dispatch import resolve
 def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     """Mean and standard deviation over a frame's tokens of LayerNorm(hidden).
 
-    hidden [B, F * S, C] -> [B, F, 2 C] float32.
+    Args:
+        hidden: [B, F * S, C].
+        frames: F.
+        eps: Of the LayerNorm, and added to the variance.
+
+    Returns:
+        [B, F, 2 C] float32.
+
+    Raises:
+        ValueError: The tokens do not divide into frames.
     """
     if hidden.ndim != 3 or frames < 1 or hidden.shape[1] % frames:
         raise ValueError(f"pool_frames: hidden {list(hidden.shape)} must be [B, F * S, C] with F = {frames}")

@@ -1,4 +1,4 @@
-"""What a call is to the choice of a backend, and what each backend says of it, as data."""
+"""Backend selection as data: what a call is, and what each backend supports."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ E4M3 = torch.float8_e4m3fn
 
 
 class Call(NamedTuple):
-    """What can decide whether a backend has a kernel for a call. None: not known yet, and so nothing against it.
-
-    dtype: of the first tensor; stored: of the KV cache, or e4m3 where the result is (`RowwiseFP8`); capability and index:
-    of the CUDA device; capability None: a CPU.
-    """
+    """The properties of a call that decide whether a backend has a kernel for it. None: unknown, no objection."""
 
     op: str
-    capability: tuple[int, int] | None
-    dtype: torch.dtype | None = None
+    capability: tuple[int, int] | None  # of the CUDA device; None: CPU
+    dtype: torch.dtype | None = None  # of the first tensor
     head_dim: int | None = None
     stored: torch.dtype | None = None
     index: int = 0  # type: ignore[assignment]
@@ -35,8 +31,8 @@ class Call(NamedTuple):
 
 
 class Kind(Enum):
-    """Why a backend does not run a call. NO_OP and CALL: it is fine, it has nothing for this op or these tensors;
-    NOT_INSTALLED and DEVICE: it runs nothing of this op here."""
+    """Why a backend does not run a call. NO_OP and CALL: it works here, but has no kernel for this op or these tensors;
+    NOT_INSTALLED and DEVICE: it cannot run this op here at all."""
 
     NO_OP = "no such op"
     NOT_INSTALLED = "not installed"
@@ -55,12 +51,11 @@ class Reason(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The calls that a kernel takes: tensors of `dtypes`, `stored` ones too where there are any, and head dims by what
-    is stored (None there: whatever is). A head dim that is not known, or not limited, passes."""
+    """The calls that a kernel supports. An unknown dtype or head dim passes."""
 
     dtypes: tuple[torch.dtype, ...] = FLOATS
     stored: tuple[torch.dtype, ...] = (*FLOATS, E4M3)
-    head_dim: Callable[[int, torch.dtype | None], bool] = lambda dim, stored: True
+    head_dim: Callable[[int, torch.dtype | None], bool] = lambda dim, stored: True  # (head dim, stored dtype)
     head_dims: str = "any"  # in words
 
     def refuse(self, backend: str, call: Call) -> Reason | None:

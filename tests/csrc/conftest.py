@@ -1,4 +1,4 @@
-"""`cuda`: the module `dsa_engine.ops.cuda_backend` with its kernels on the host, and NaN in memory that nobody has written."""
+"""`cuda`: `dsa_engine.ops.cuda_backend` with its kernels on the host, and NaN in memory not yet written."""
 
 from __future__ import annotations
 

@@ -57,12 +57,12 @@ def through(monkeypatch):
     def route(module, ops):
         called = []
 
-        def implementation(op, x, *key, **more):
+        def resolve(op, x, *key, **more):
             called.append(op)
             return getattr(module if op in ops else reference, op)
 
-        for stem in dispatch.OP_GROUPS:
-            monkeypatch.setattr(importlib.import_module(f"dsa_engine.ops.{stem}"), "implementation", implementation)
+        for group in dispatch.OP_GROUPS:
+            monkeypatch.setattr(importlib.import_module(f"dsa_engine.ops.{group}"), "resolve", resolve)
         return called
 
     return route

@@ -2,10 +2,10 @@
 
 Triton 3.6 keeps bfloat16 and FP8 as raw bits in integer arrays of numpy. Its interpreter then multiplies the bits of
 bfloat16 in `tl.dot`, truncates float32 to bfloat16 and rounds ties of FP8 away from zero. `install()` makes casts round
-to nearest even as the hardware does (FP8 goes to its largest number beyond it: `cvt.satfinite`), makes dot multiply the
-numbers, and turns any other arithmetic on raw bits into a TypeError: a kernel upcasts first.
+to nearest even as the hardware does (FP8 saturates: `cvt.satfinite`), makes dot multiply the values, and turns any
+other arithmetic on raw bits into a TypeError: a kernel upcasts first.
 
-`install()` has no effect where TRITON_INTERPRET is not set, and none the second time. `tests/support/kernels.py` calls it.
+`install()` has no effect without TRITON_INTERPRET, nor the second time. `tests/support/kernels.py` calls it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BITS = {1: (np.uint8, torch.uint8), 2: (np.int16, torch.int16)}  # integers of t
 
 
 def decode(x: TensorHandle) -> np.ndarray:
-    """The numbers of a handle: float32 for those kept as raw bits, the array as it is for all others."""
+    """The values of a handle: float32 for those kept as raw bits, the array itself for all others."""
     kind = RAW.get(x.dtype.scalar)
     if kind is None:
         return x.data
@@ -30,12 +30,12 @@ def decode(x: TensorHandle) -> np.ndarray:
     return torch.from_numpy(bits).view(kind).float().numpy()
 
 
-def encode(numbers: np.ndarray, dtype: tl.dtype) -> TensorHandle:
-    """Numbers to a handle of dtype, to nearest even."""
+def encode(values: np.ndarray, dtype: tl.dtype) -> TensorHandle:
+    """Values to a handle of dtype, rounded to nearest even."""
     array, kind = _get_np_dtype(dtype), RAW.get(dtype)
     if kind is None:
-        return TensorHandle(numbers.astype(array), dtype)
-    wide = torch.from_numpy(np.array(numbers, dtype=np.float32, order="C"))
+        return TensorHandle(values.astype(array), dtype)
+    wide = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
     if kind.itemsize == 1:
         wide = wide.clamp(-torch.finfo(kind).max, torch.finfo(kind).max)  # NaN stays NaN
     return TensorHandle(wide.to(kind).view(BITS[kind.itemsize][1]).numpy().view(array), dtype)

@@ -315,8 +315,8 @@ def epilogue_cases() -> list[Case]:
     def mix(op):
         return lambda: op(*[meta(1, 3, 16, 60, 104)] * 2, meta(1, 3, dtype=F32))
 
-    tail = {"join_kernel": "LDG.E", "judge_kernel": "ASYNC.128", "decide_kernel": "STG.E"}
-    alone = {"tokens_kernel": "HMMA ASYNC.128", "decide_kernel": "STG.E"}
+    tail = {"join_kernel": "LDG.E", "confidence_kernel": "ASYNC.128", "stop_kernel": "STG.E"}
+    alone = {"tokens_kernel": "HMMA ASYNC.128", "stop_kernel": "STG.E"}
     wide = {"mix_kernel": "LDG.E.128 STG.E.128"}
     return [
         Case("epilogue wan 1.3B", step(WAN, 60, 104), {"tokens_kernel": "HMMA ASYNC.128", **tail}),

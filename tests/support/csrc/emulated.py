@@ -1,4 +1,4 @@
-"""The CUDA extension with its kernels on the host: compiled once, called through `dsa_engine.ops.cuda_backend` like it."""
+"""The CUDA extension with its kernels on the host, compiled once, for `dsa_engine.ops.cuda_backend`."""
 
 from __future__ import annotations
 

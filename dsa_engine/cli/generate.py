@@ -55,16 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--image", metavar="FILE", help="an image to begin with, scaled and cut to the clip's size")
     add("--video", metavar="FILE", help="a video to go on from; with --strength, to make anew")
-    add("--strength", type=float, help="with --video, in (0, 1]: how much of it is made anew")
+    add("--strength", type=float, help="with --video, in (0, 1]: how much of it is generated anew")
     add("--scale", type=int, help=f"enlarge the file's pixels, whole number (default: to {MIN_SIDE} px or more)")
     add("--height", type=int)
     add("--width", type=int)
     add("--window", type=int, help="latent frames of the KV cache, the chunk included; -1 holds the whole clip")
     add("--sink", type=int, help="latent frames that stay in the cache for ever")
-    add("--rope", choices=ROPE_MODES, help="where a sink is seen: where it was made, or always next to the window")
+    add(
+        "--rope", choices=ROPE_MODES, help="positions of the sink: where it was generated, or always next to the window"
+    )
     add("--commit", choices=COMMIT_MODES, help="what a chunk leaves in the cache")
     add("--no-graphs", action="store_true", help="capture no CUDA graphs: the first frame comes earlier, others later")
-    add("--no-recache", action="store_true", help="after --at, keep the cache made under the old prompt")
+    add("--no-recache", action="store_true", help="after --at, keep the cache of the old prompt")
     add_flags(parser, ModelOptions)
     parser.set_defaults(model=ModelOptions.model)
 

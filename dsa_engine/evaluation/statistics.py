@@ -38,7 +38,7 @@ def mean_interval(values: np.ndarray, weights: np.ndarray | None = None, seed: i
         import_scipy()
         .stats.bootstrap(
             (values * weights, weights),
-            lambda products, weights, axis: products.sum(axis) / weights.sum(axis),
+            lambda weighted, weights, axis: weighted.sum(axis) / weights.sum(axis),
             paired=True,
             n_resamples=RESAMPLES,
             confidence_level=LEVEL,

@@ -1,9 +1,10 @@
-"""What an evaluation says: a policy's figures, its differences to others paired by clip, and how good the head is."""
+"""Figures of an evaluation: of each policy, of its paired differences to others, and of the head."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,8 @@ def per_clip(table: Table) -> np.ndarray:
 def figures(table: Table, limit: int, teacher: Table | None = None) -> dict:
     """All figures of one policy, see `mean_scores`; NaN where there is nothing to measure.
 
-    passes: forwards a chunk, the steps and the commit, which only the last chunk of a clip does not need; ratio: steps
-    of hard over those of easy chunks; steps_histogram: chunks that took 1 .. limit steps; ci: 95 % interval of valid
+    passes: forwards per chunk, the steps and the commit, which the last chunk of a clip does not need; ratio: steps of
+    hard over those of easy chunks; steps_histogram: chunks that took 1 .. limit steps; ci: 95 % interval of valid
     over clips; quarters: valid by quarter of the clip, none below 4 chunks; distance: to the teacher's chunks.
     """
     values = mean_scores(table)
@@ -47,19 +48,16 @@ def figures(table: Table, limit: int, teacher: Table | None = None) -> dict:
 
 
 def distance(table: Table, other: Table) -> dict[str, float]:
-    """Energy distances of two sets of chunks, in px: of their mean place, and of their displacements frame by frame."""
-
-    def place(xy: np.ndarray) -> np.ndarray:
-        return xy.mean(axis=2).reshape(-1, 2)
-
-    def move(xy: np.ndarray) -> np.ndarray:
-        return np.diff(xy, axis=2).reshape(xy.shape[0] * xy.shape[1], -1)
-
-    return {f.__name__: statistics.energy_distance(f(table.xy), f(other.xy)) for f in (place, move)}
+    """Energy distances of two sets of chunks, in px: of their mean positions, and of their displacements per frame."""
+    positions, moves = [], []
+    for xy in (table.xy, other.xy):
+        positions.append(xy.mean(axis=2).reshape(-1, 2))
+        moves.append(np.diff(xy, axis=2).reshape(len(positions[-1]), -1))
+    return {"place": statistics.energy_distance(*positions), "move": statistics.energy_distance(*moves)}
 
 
 def difference(values: np.ndarray, weights: np.ndarray | None = None) -> dict:
-    """Mean of paired differences, a value a clip, and its 95 % interval."""
+    """Mean of paired differences, one per clip, and its 95 % interval."""
     mean, low, high = statistics.mean_interval(values, weights)
     return {"difference": mean, "ci": [low, high]}
 
@@ -79,25 +77,25 @@ def versus(table: Table, others: Mapping[str, Table], curves: Mapping[str, Seque
 def compare(one: Table, other: Table) -> dict:
     """valid and valid_hard of `other` minus those of `one` on the same clips, and the mean steps of both."""
     hard = np.broadcast_to(one.hard[..., None], one.valid.shape)
-    gain, count = other.valid.astype(float) - one.valid, hard.sum(axis=(1, 2))
+    change, count = other.valid.astype(float) - one.valid, hard.sum(axis=(1, 2))
     return {
         "mean_steps": [float(one.steps.mean()), float(other.steps.mean())],
-        "valid": difference(gain.mean(axis=(1, 2))),
-        "valid_hard": difference((gain * hard).sum(axis=(1, 2)) / np.maximum(count, 1), count),
+        "valid": difference(change.mean(axis=(1, 2))),
+        "valid_hard": difference((change * hard).sum(axis=(1, 2)) / np.maximum(count, 1), count),
     }
 
 
 def head_figures(seen: Trace, exits: Sequence[tuple[np.ndarray, Table]], default: Table) -> dict:
     """Does the head know which chunks are hard and which estimates are done? Ranks only, so its scale does not matter.
 
-    auc_hard: of 1 - the chunk's confidence (its least sure frame's) after step 1, hard chunks against the others;
+    auc_hard: of 1 - the chunk's confidence (the minimum over its frames) after step 1, hard chunks against the others;
     spearman: of -confidence with the distance to the last estimate, frames of all steps but the last, also by step;
     correlation: of -confidence with the template error of the same frame, over `exits`: (confidence [B, N, F], table)
     of fixed counts, also by count. default: a table at the default threshold, for the steps by kind of chunk;
     steps_event: mean of first, cut and jumping chunks; steps_quiet: of those that just go on.
     """
-    sure, far, limit = seen.confidence[:, :, :-1], seen.distance, seen.confidence.shape[2]
-    unsure, error = np.stack([-c for c, _ in exits]), np.stack([t.fit for _, t in exits])
+    doubt, distance, limit = -seen.confidence[:, :, :-1], seen.distance, seen.confidence.shape[2]
+    exit_doubt, error = np.stack([-c for c, _ in exits]), np.stack([t.fit for _, t in exits])
     by_kind = {kind: default.steps[default.kind == kind] for kind in KINDS}
 
     def mean(steps: np.ndarray) -> float:
@@ -105,10 +103,10 @@ def head_figures(seen: Trace, exits: Sequence[tuple[np.ndarray, Table]], default
 
     return {
         "auc_hard": statistics.auc(1 - seen.confidence[:, :, 0].min(axis=2), default.hard),
-        "spearman": statistics.spearman(-sure, far),
-        "spearman_by_step": [statistics.spearman(-sure[:, :, k], far[:, :, k]) for k in range(far.shape[2])],
-        "correlation": statistics.spearman(unsure, error),
-        "correlation_by_step": [statistics.spearman(a, b) for a, b in zip(unsure, error)],
+        "spearman": statistics.spearman(doubt, distance),
+        "spearman_by_step": [statistics.spearman(doubt[:, :, k], distance[:, :, k]) for k in range(limit - 1)],
+        "correlation": statistics.spearman(exit_doubt, error),
+        "correlation_by_step": [statistics.spearman(a, b) for a, b in zip(exit_doubt, error)],
         "steps_event": mean(default.steps[np.isin(default.kind, HARD)]),
         "steps_quiet": mean(by_kind["same"]),
         "steps_by_kind": {
@@ -118,14 +116,14 @@ def head_figures(seen: Trace, exits: Sequence[tuple[np.ndarray, Table]], default
     }
 
 
-def rounded(value):
-    """Ready for JSON: floats to 5 significant digits, NaN as null, numpy's numbers as plain ones."""
+def rounded(value: Any, digits: int = 5) -> Any:
+    """Ready for JSON: floats to 5 significant digits, NaN as null, numpy's scalars as plain ones."""
     if isinstance(value, dict):
-        return {str(k): rounded(v) for k, v in value.items()}
+        return {str(k): rounded(v, digits) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [rounded(v) for v in value]
+        return [rounded(v, digits) for v in value]
     if isinstance(value, np.generic):
-        return rounded(value.item())
+        return rounded(value.item(), digits)
     if isinstance(value, float):
-        return None if math.isnan(value) else float(f"{value:.5g}")
+        return None if math.isnan(value) else float(f"{value:.{digits}g}")
     return value

@@ -5,7 +5,7 @@ teacher (`dmd.score_difference`, relative to its noise level) and c the head's c
 
     w * L_dmd + c L - penalty log c,    w = c / mean(c)
 
-over its own rollouts: where the head is sure the generator is pulled harder, and being sure costs where L is large.
+over its own rollouts: a confident head pulls the generator harder there, and confidence costs where L is large.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ CEILING = 10.0
 
 
 def attenuation_loss(logit: Tensor, loss: Tensor, penalty: float = PENALTY) -> Tensor:
-    """mean(c L - penalty log c), c = sigmoid(logit); least at c = min(1, penalty / L): sure where the loss is low.
+    """mean(c L - penalty log c), c = sigmoid(logit); minimal at c = min(1, penalty / L), high where L is low.
 
-    The log keeps the head from the trivial answer c = 0. logit, loss [R, F]; the loss is taken as given.
+    The log keeps the head from the trivial answer c = 0. logit, loss [R, F]; no gradient flows into the loss.
     """
-    certain = logit.float().sigmoid().clamp(1e-4, 1 - 1e-4)
-    return (certain * loss.detach().clamp(max=CEILING) - penalty * certain.log()).mean()
+    confidence = logit.float().sigmoid().clamp(1e-4, 1 - 1e-4)
+    return (confidence * loss.detach().clamp(max=CEILING) - penalty * confidence.log()).mean()
 
 
 def attenuation_weight(logit: Tensor) -> Tensor:
     """c / mean(c): what the generator's per-frame loss is multiplied with. The mean step size stays as it was."""
-    certain = logit.float().sigmoid().detach()
-    return certain / certain.mean()
+    confidence = logit.float().sigmoid().detach()
+    return confidence / confidence.mean()

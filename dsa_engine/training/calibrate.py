@@ -1,7 +1,7 @@
 """Turns a head's confidences into what users ask for: thresholds with names, and the error that a confidence means.
 
-All of it is measured on rollouts that the head was not fitted to. They take every step, so a chunk's past is what all
-steps make of it; with a threshold in force it is what fewer make, and the mean steps come out a little different.
+All of it is measured on rollouts that the head was not fitted to. They take every step, so a chunk's past is that of
+all steps; with a threshold in force fewer are taken, and the mean steps come out a little different.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.training.head_dataset import HeadDataset
 
 SHARES = {"fast": 1 / 6, "balanced": 0.3, "quality": 0.5}  # of the steps after the first: 1.5, 1.9 and 2.5 of 4
-ROWS = 4096  # frames a product
+ROWS = 4096  # frames per GEMM
 
 
 @torch.no_grad()
 def logits(head: ConfidenceHead, rollouts: HeadDataset) -> Tensor:
-    """The head's answer to every frame after every step, computed as the engine does: [C, N, S, F] float32, CPU."""
+    """The head's logit for every frame after every step, computed as the engine does: [C, N, S, F] float32, CPU."""
     weight = head.mlp[0].weight
     rows = rollouts.features.flatten(0, 3).split(ROWS)
-    found = [head.mlp(part.to(weight.device, weight.dtype)).squeeze(-1).float().cpu() for part in rows]
-    return torch.cat(found).view(rollouts.features.shape[:4])
+    parts = [head.mlp(part.to(weight.device, weight.dtype)).squeeze(-1).float().cpu() for part in rows]
+    return torch.cat(parts).view(rollouts.features.shape[:4])
 
 
 def confidence_by_step(head: ConfidenceHead, rollouts: HeadDataset) -> np.ndarray:
-    """The chunk's confidence (its least sure frame's) after each step: [C * N, S], clip by clip."""
+    """The chunk's confidence (the minimum over its frames) after each step: [C * N, S], clip by clip."""
     return logits(head, rollouts).sigmoid().amin(dim=3).flatten(0, 1).numpy()
 
 
@@ -42,14 +42,14 @@ def steps_taken(confidence: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def mean_steps(confidence: np.ndarray, threshold: float) -> float:
-    """`steps_taken`, a chunk. confidence [chunks, S]."""
+    """Mean of `steps_taken`. confidence [chunks, S]."""
     return float(steps_taken(confidence, threshold).mean())
 
 
 def thresholds(confidence: np.ndarray, targets: Mapping[str, float] | None = None) -> dict[str, float]:
     """The threshold whose mean steps come nearest to each target, rounded to three digits.
 
-    confidence [chunks, S]; targets: mean steps a chunk by name, default 1 + share (S - 1) with the shares of SHARES.
+    confidence [chunks, S]; targets: mean steps per chunk by name, default 1 + share (S - 1) with the shares of SHARES.
     """
     if targets is None:
         targets = {name: 1 + share * (confidence.shape[1] - 1) for name, share in SHARES.items()}
@@ -61,7 +61,7 @@ def thresholds(confidence: np.ndarray, targets: Mapping[str, float] | None = Non
 def calibration(confidence: np.ndarray, distance: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
     """What a confidence means: the expected distance to the full-step estimate, never rising with the confidence.
 
-    confidence, distance: arrays of one shape, a value a frame after a step. The frames go into up to `bins` bins of
+    confidence, distance: arrays of one shape, a value per frame and step. The frames go into up to `bins` bins of
     about equal count by their confidence, equal ones into the same bin. Per bin, by rising confidence: `confidence` and
     `distance`, its means; `expected`, the falling isotonic regression of the distances; `count`, its frames.
     """

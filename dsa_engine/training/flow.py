@@ -45,7 +45,7 @@ def weighted_error(error: Tensor, motion_weight: float) -> Tensor:
     """Per chunk mean |e_f|^2 + motion_weight * mean |e_{f+1} - e_f|^2: errors [B, N, F, C, H, W] -> [B, N].
 
     Both are quadratic forms of the same error, so their minimum is the same posterior mean; but how a chunk's frames
-    differ, its motion, is a small part of the first term where their common place is unknown, and all of the second.
+    differ, its motion, is a small part of the first term where their common position is unknown, and all of the second.
     """
     loss = error.square().mean(dim=(2, 3, 4, 5))
     if motion_weight and error.shape[2] > 1:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from dsa_engine.checkpoints.model_folder import save_head
 from dsa_engine.evaluation.statistics import spearman
+from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import atomic_write
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.pipeline import Pipeline
@@ -52,7 +53,7 @@ def refine_loss(logit: Tensor, distance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a fitted head knows its rollouts.
+    """How well a head fits its rollouts.
 
     loss, held_out_loss: `refine_loss` over all frames that it was fitted to, and over those that it was not;
     spearman: rank correlation of confidence and -distance on the held-out ones, over all steps; spearman_by_step: after
@@ -78,9 +79,9 @@ def fit_head(pipe: Pipeline, rollouts: HeadDataset, held_out: HeadDataset, itera
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(iterations), desc="head", mininterval=1):
-        # [C, N, S - 1, F]: places after the last step, where nothing is left to refine, are never drawn
-        places = torch.unravel_index(torch.randint(shape.numel(), (BATCH,), generator=generator), shape)
-        features, distance = rollouts.features[places].to(device), rollouts.distance[places].to(device)
+        # [C, N, S - 1, F]: frames after the last step, where nothing is left to refine, are never drawn
+        index = torch.unravel_index(torch.randint(shape.numel(), (BATCH,), generator=generator), shape)
+        features, distance = rollouts.features[index].to(device), rollouts.distance[index].to(device)
         loss = refine_loss(mlp(features).squeeze(-1), distance)
         optimizer.zero_grad()
         loss.backward()
@@ -101,16 +102,18 @@ def _new_head(pipe: Pipeline, seed: int) -> ConfidenceHead:
 
 
 def measure(head: ConfidenceHead, rollouts: HeadDataset, held_out: HeadDataset) -> Fit:
-    def order(logit: Tensor, distance: Tensor) -> float | None:
-        found = spearman(logit.numpy(), -distance.numpy())
-        return None if np.isnan(found) else found
+    """A head on the rollouts that it was fitted to and on others."""
 
-    own, other = (calibrate.logits(head, made)[:, :, :-1] for made in (rollouts, held_out))
+    def rank_correlation(logit: Tensor, distance: Tensor) -> float | None:
+        value = spearman(logit.numpy(), -distance.numpy())
+        return None if np.isnan(value) else value
+
+    own, other = (calibrate.logits(head, dataset)[:, :, :-1] for dataset in (rollouts, held_out))
     return Fit(
         loss=refine_loss(own, rollouts.distance).item(),
         held_out_loss=refine_loss(other, held_out.distance).item(),
-        spearman=order(other, held_out.distance),
-        spearman_by_step=[order(other[:, :, k], held_out.distance[:, :, k]) for k in range(other.shape[2])],
+        spearman=rank_correlation(other, held_out.distance),
+        spearman_by_step=[rank_correlation(other[:, :, k], held_out.distance[:, :, k]) for k in range(other.shape[2])],
     )
 
 
@@ -129,26 +132,34 @@ def train_head(
 ) -> dict[str, Any]:
     """Give a pipeline a confidence head: roll out, fit, calibrate, and write it all to the folder `out`.
 
-    prompts, chunks, size, batch: as for `collect`; clips: rollouts to make (one a prompt; more go round the prompts
-    again, with other noise); held_out: the share of the prompts that the head is not fitted to, but measured and
-    calibrated on. For Wan's 1.3B a clip of 21 latent frames holds 6 GB of cache on the device while it is made (`batch`
-    is how many fit at once), and afterwards 1.5 MB of features in memory.
+    For Wan's 1.3B a clip of 21 latent frames holds 6 GB of cache on the device during its rollout, and 1.5 MB of
+    features in memory afterwards. The pipeline has the head, its thresholds and its calibration afterwards.
 
-    Writes `head.safetensors` for `Pipeline.from_pretrained(model, head=...)`, `head.json` (the report that is returned)
-    and `head.png`. The rollouts stay in `out/rollouts`: run again, what is there is not made again. The pipeline has
-    the head, its thresholds and its calibration afterwards.
+    Args:
+        pipe: the pipeline; without a head it gets a new one.
+        prompts: as for `collect`.
+        out: folder for `head.safetensors` (for `Pipeline.from_pretrained(model, head=...)`), `head.json` (the report),
+            `head.png`, and the rollouts in `out/rollouts`: run again, those that are there are read.
+        chunks: as for `collect`.
+        size: as for `collect`.
+        clips: rollouts (default: one per prompt; more go round the prompts again, with other noise).
+        held_out: share of the prompts that the head is not fitted to, but measured and calibrated on.
+        batch: clips that are rolled out together.
+        seed: of noise, split and fit.
+        iterations: of the fit.
+
+    Returns:
+        The report.
     """
     out, chunks = Path(out), check_prompts(prompts, chunks, num_chunks(pipe))
     order, held = split(len(prompts), clips, held_out, seed)
-    start = time.perf_counter()
-    made = collect(
-        pipe, prompts, chunks=chunks, size=size, order=order, batch=batch, seed=seed, folder=out / "rollouts"
-    )
+    start, options = time.perf_counter(), {"size": size, "batch": batch, "seed": seed, "folder": out / "rollouts"}
+    dataset = collect(pipe, prompts, chunks=chunks, order=order, **options)
     rolled = time.perf_counter()
-    learned, other = made[~held], made[held]
-    fit = fit_head(pipe, learned, other, iterations, seed)
+    fitted, other = dataset[~held], dataset[held]
+    fit = fit_head(pipe, fitted, other, iterations, seed)
     table, by_step = set_thresholds(pipe, other), calibrate.confidence_by_step(pipe.engine.head, other)
-    report = {
+    facts = {
         "model": pipe.name,
         **asdict(fit),
         "presets": {
@@ -157,14 +168,14 @@ def train_head(
         },
         "calibration": table,
         "prompts": len(prompts),
-        "clips": {"fitted": len(learned), "held_out": len(other)},
+        "clips": {"fitted": len(fitted), "held_out": len(other)},
         "chunks": chunks,
         "iterations": iterations,
         "seed": seed,
         "seconds": {"rollouts": rolled - start, "fit": time.perf_counter() - rolled},
         "machine": machine(pipe.engine.dit.device),
     }
-    report = _short(report)
+    report = rounded(facts, digits=6)
     save_head(out / "head.safetensors", pipe.engine.head, pipe.engine.dit.config, pipe.config, pipe.calibration)
     with atomic_write(out / "head.json") as part:
         part.write_text(json.dumps(report, indent=2) + "\n")
@@ -182,10 +193,10 @@ def split(prompts: int, clips: int | None, share: float, seed: int) -> tuple[lis
         )
     clips = prompts if clips is None else clips
     if clips < prompts:
-        raise ValueError(f"clips={clips}: must be at least one a prompt; nearest is {prompts}")
+        raise ValueError(f"clips={clips}: must be at least one per prompt; nearest is {prompts}")
     mixed = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed)).tolist()  # neighbours may be alike
-    place = torch.arange(clips) % prompts
-    return [mixed[i] for i in place], place < held
+    index = torch.arange(clips) % prompts
+    return [mixed[i] for i in index], index < held
 
 
 def set_thresholds(pipe: Pipeline, held_out: HeadDataset) -> list[dict[str, float]]:
@@ -202,7 +213,7 @@ def set_thresholds(pipe: Pipeline, held_out: HeadDataset) -> list[dict[str, floa
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What computed, for a report."""
+    """Hardware and versions, for a report."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
@@ -212,19 +223,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _short(value: Any) -> Any:
-    """Floats to six digits, wherever they are inside."""
-    if isinstance(value, dict):
-        return {name: _short(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_short(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def draw_head(
     path: Path, table: Sequence[Mapping[str, float]], by_step: np.ndarray, presets: Mapping[str, float]
 ) -> None:
-    """A PNG of what a head knows: true distance over confidence, and the steps that each preset takes.
+    """A PNG of a head: true distance over confidence, and the steps that each preset takes.
 
     table: as `calibrate.calibration` gives it; by_step [chunks, S]: as `calibrate.confidence_by_step`.
     """
@@ -234,9 +236,9 @@ def draw_head(
     figure = Figure((9, 3.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    sure = torch.linspace(0.01, 0.99, 99)
-    told = TOLERANCE * torch.exp(-SOFTNESS * sure.logit())  # the inverse of `target`
-    left.plot(sure, told, color="#9aa5b1", linestyle=":", label="what the head is told")
+    confidence = torch.linspace(0.01, 0.99, 99)
+    distance = TOLERANCE * torch.exp(-SOFTNESS * confidence.logit())  # the inverse of `target`
+    left.plot(confidence, distance, color="#9aa5b1", linestyle=":", label="the head's target")
     points = {name: [row[name] for row in table] for name in ("confidence", "distance", "expected")}
     left.plot(points["confidence"], points["expected"], color="#08519c", label="calibration")
     left.plot(points["confidence"], points["distance"], "o", color="#d9480f", markersize=5, label="held-out frames")
@@ -247,7 +249,7 @@ def draw_head(
     for i, (name, threshold) in enumerate(presets.items()):
         taken = calibrate.steps_taken(by_step, threshold)
         share = [(taken == step).mean() for step in steps]
-        label = f"{name}: {threshold:g}, {taken.mean():.2f} steps a chunk"
+        label = f"{name}: {threshold:g}, {taken.mean():.2f} steps per chunk"
         right.bar(steps + (i - (len(presets) - 1) / 2) * width, share, width, label=label)
     room = 1.35 * right.get_ylim()[1]  # for the legend above the bars
     right.set(xlabel="denoising steps", ylabel="share of the chunks", xticks=steps, ylim=(0, room))

@@ -69,7 +69,7 @@ class Recorder:
     """Stands in for the head during a rollout, and keeps what a head would have read."""
 
     def __init__(self, config: ModelConfig):
-        with torch.device("meta"):  # only its features are wanted, which have no weights
+        with torch.device("meta"):  # only its features are needed, which have no weights
             self.head = ConfidenceHead(config)
         self.features: list[Tensor] = []
 
@@ -98,13 +98,22 @@ def collect(
     seed: int = 0,
     folder: Path | None = None,
 ) -> HeadDataset:
-    """Roll out one clip per prompt, clip i with the noise of seed + i, and keep what the steps show.
+    """Roll out one clip per prompt with all steps, and keep what a head reads and how far each estimate still moves.
 
-    chunks: a clip's (default: the prompts', else the model's own length); size: latent height and width (the model's
-    own); order: which prompt each clip shows (each once); batch: clips rolled out together, which changes the result by
-    rounding at most; folder: where each batch leaves a file `features-*.safetensors`. A run that was killed goes on
-    after the last of these, and ends with the same bits; ValueError for a file that was made otherwise.
-    Raises FloatingPointError where the model gives values that are not finite.
+    Args:
+        pipe: the pipeline, which needs no head.
+        prompts: texts or embeddings, see `Prompts`.
+        chunks: of a clip (default: the prompts', else the model's own length).
+        size: latent height and width (default: the model's own).
+        order: which prompt each clip shows (default: each once).
+        batch: clips rolled out together, which changes the result by rounding at most.
+        seed: clip i has the noise of seed + i.
+        folder: where each batch leaves a file `features-*.safetensors`. A run that was killed goes on after the last
+            of these, and ends with the same bits.
+
+    Raises:
+        ValueError: for prompts and sizes that do not fit, or a file of other rollouts.
+        FloatingPointError: where the model gives values that are not finite.
     """
     if pipe.max_steps < 2:
         raise ValueError(f"steps={list(pipe.config.steps)}: nothing to allocate; a head needs at least 2 steps")
@@ -120,7 +129,7 @@ def collect(
     batches = group_by_prompt_switches([_switches(prompts[row], chunks) for row in order], batch)
     with tqdm(total=len(order), desc="rollouts", unit="clip") as bar:
         for index, clips in enumerate(batches):
-            shown, seeds = _take(prompts, [order[i] for i in clips]), [(seed + i) % 2**64 for i in clips]
+            shown, seeds = _select(prompts, [order[i] for i in clips]), [(seed + i) % 2**64 for i in clips]
             path = Path(folder) / f"features-{index:05d}.safetensors" if folder else None
             about = {"format": FORMAT, "model": model, **_about(pipe, shown, chunks, seeds, size)} if path else {}
             if path and path.exists():
@@ -195,7 +204,7 @@ def check_prompts(prompts: Prompts, chunks: int | None, own: int) -> int:
     return lengths.pop() if lengths else own
 
 
-def _take(prompts: Prompts, rows: list[int]) -> Prompts:
+def _select(prompts: Prompts, rows: list[int]) -> Prompts:
     return prompts[rows] if isinstance(prompts, Tensor) else [prompts[row] for row in rows]
 
 
@@ -214,7 +223,7 @@ def _embeds(engine: Engine, prompts: Tensor | list[list[str]], chunk: int) -> Te
 
 
 def _switches(clip: Tensor | Text | Sequence[Text], chunks: int) -> tuple[bool, ...]:
-    """Of each chunk of one clip: is its prompt another than the one before?"""
+    """Of each chunk of one clip: is its prompt another than the previous one?"""
     if isinstance(clip, (str, Caption)) or (isinstance(clip, Tensor) and clip.ndim == 2):  # one for all chunks
         return (False,) * chunks
     same = torch.equal if isinstance(clip, Tensor) else lambda a, b: str(a) == str(b)
@@ -222,7 +231,7 @@ def _switches(clip: Tensor | Text | Sequence[Text], chunks: int) -> tuple[bool, 
 
 
 def fingerprint(dit: CausalDiT) -> str:
-    """Tells weights apart by the first numbers of every tensor: 1.4 billion need not be read for it."""
+    """Tells weights apart by the first values of every tensor, without reading all of them."""
     digest = hashlib.sha256()
     for name, value in dit.state_dict().items():
         digest.update(name.encode() + value.flatten()[:64].float().cpu().numpy().tobytes())
@@ -232,14 +241,14 @@ def fingerprint(dit: CausalDiT) -> str:
 def _about(pipe: Pipeline, prompts: Prompts, chunks: int, seeds: list[int], size: tuple[int, int]) -> dict[str, str]:
     """Everything else that a batch's features depend on, as the header of its file holds it."""
     if isinstance(prompts, Tensor):
-        said = str(list(prompts.shape)).encode() + prompts.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        content = str(list(prompts.shape)).encode() + prompts.cpu().contiguous().view(torch.uint8).numpy().tobytes()
     else:
-        said = json.dumps(_by_chunk(prompts, chunks)).encode()
+        content = json.dumps(_by_chunk(prompts, chunks)).encode()
     names = ("chunk_frames", "window", "sink", "steps", "shift", "commit")
     return {
         "seeds": json.dumps(seeds),
         "chunks": str(chunks),
-        "prompts": hashlib.sha256(said).hexdigest()[:16],
+        "prompts": hashlib.sha256(content).hexdigest()[:16],
         "size": f"{size[0]}x{size[1]}",
         "dtype": str(pipe.engine.dit.dtype),
         "rollout": json.dumps({name: getattr(pipe.config, name) for name in names}),
@@ -248,11 +257,10 @@ def _about(pipe: Pipeline, prompts: Prompts, chunks: int, seeds: list[int], size
 
 def _read(path: Path, about: dict[str, str]) -> HeadDataset:
     file = open_checkpoint(path)
-    found = file.header
-    for name, wanted in about.items():
-        if found.get(name) != wanted:
+    for name, expected in about.items():
+        if (value := file.header.get(name)) != expected:
             raise ValueError(
-                f"{path}: made with {name} {found.get(name)}, wanted is {wanted}; delete its folder to roll out anew, "
-                "or go on with what it was begun with"
+                f"{path}: made with {name} {value}, expected is {expected}; delete its folder to roll out anew, or "
+                "go on with what it was started with"
             )
     return HeadDataset(file.tensors["features"].read(), file.tensors["distance"].read())

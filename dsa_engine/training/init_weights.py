@@ -14,7 +14,7 @@ PHASES = (-1, 0, -3)  # frames: head 0 looks at the previous frame, head 1 at it
 
 
 def init_weights(model: CausalDiT, generator: torch.Generator | None = None) -> CausalDiT:
-    """Xavier projections, quiet outputs, identity-like modulation, and three heads that start with a place to look.
+    """Xavier projections, quiet outputs, identity-like modulation, three heads that attend to given frames at once.
 
     A biased query and key make a head's first attention a function of relative position alone: with query phase
     dt * rate_j and key phase 0, RoPE peaks dt frames away. It gives small models the use of context early.
@@ -45,7 +45,7 @@ def _aim_heads(attention, config) -> None:
     for axis, pairs in enumerate(axis_pairs(d)):
         rate = config.rope_theta ** (-torch.arange(pairs) / pairs)
         rates.append(rate if axis == 0 else torch.zeros(pairs))
-        turning.append(rate > 0.05)  # slower pairs hardly tell neighbours apart
+        turning.append(rate > 0.05)  # slower pairs hardly distinguish neighbouring frames
     rate, turning = torch.cat(rates), torch.cat(turning).float()
     for head in range(heads):
         rows = slice(head * d, (head + 1) * d)

@@ -20,11 +20,11 @@ BATCH = 32
 RATE, WARM_UP = 6e-3, 50
 EDGE_WEIGHT = 3.0
 LATENT_NOISE = 0.3
-SETTLED = 0.8  # share of the run after which the normaliser's statistics stand still, as they do in use
+SETTLED = 0.8  # share of the run after which the batch norm's statistics are frozen, as they are in use
 
 
 def random_frames(rng: np.random.Generator, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """float32 [n, 1, 3, H, W] in [0, 1]: any look at any place."""
+    """float32 [n, 1, 3, H, W] in [0, 1]: any look at any position."""
     looks = [LOOKS[i] for i in rng.integers(len(LOOKS), size=n)]
     frames = torch.from_numpy(render(looks, *rng.uniform(LOW, HIGH, size=(2, n)))).to(device)
     return (frames.permute(0, 3, 1, 2) / 255).unsqueeze(1).contiguous()
@@ -55,8 +55,8 @@ def held_out_psnr(codec: PixelCodec, n: int = 256, seed: int = 2**31) -> float:
 def rescale_latents(codec: PixelCodec, frames: torch.Tensor) -> None:
     """Gives the latents of frames [B, T, 3, H, W] unit std per channel, in place; frames decode as before.
 
-    The encoder learns on after its normaliser has settled, which leaves a std of about 1.1. What is divided out of the
-    latents goes into the decoder's first convolution, which is linear.
+    The encoder goes on learning after its batch norm is frozen, which leaves a std of about 1.1. What is divided out of
+    the latents goes into the decoder's first convolution, which is linear.
     """
     std = codec.encode(frames).std(dim=(0, 1, 3, 4))
     norm = codec.encoder[-1]

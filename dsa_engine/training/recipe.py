@@ -67,7 +67,7 @@ class HeadStage:
 @dataclass(frozen=True)
 class Recipe:
     """All stages of one model. `rollout` is what the student is distilled for and ships with; pool: clips that a
-    process draws its batches from before it makes new ones."""
+    process draws its batches from before it draws new ones."""
 
     name: str
     seed: int = 0
@@ -115,7 +115,7 @@ def load(config: str | Path) -> Recipe:
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str):
-    """kind(**values), every key known and every number above 0 (weights and seeds may be 0)."""
+    """kind(**values), every key known and every value above 0 (weights and seeds may be 0)."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in fields:
@@ -123,11 +123,11 @@ def _build(kind: type, values: Mapping[str, Any], where: str):
             hint = f"; the nearest is {near[0]}" if near else ""
             raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(fields)}{hint}")
         if fields[key].type in ("int", "float"):
-            least = 0 if key in ("seed", "motion_weight") else 1 if fields[key].type == "int" else None
+            low = 0 if key in ("seed", "motion_weight") else 1 if fields[key].type == "int" else None
             whole = fields[key].type == "int"
             wrong = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
-            if wrong or (value < least if least is not None else value <= 0):
-                rule = f"a whole number of at least {least}" if whole else f"a number {'>= 0' if least == 0 else '> 0'}"
+            if wrong or (value < low if low is not None else value <= 0):
+                rule = f"a whole number of at least {low}" if whole else f"a number {'>= 0' if low == 0 else '> 0'}"
                 raise ValueError(f"{where}: {key}={value!r}: must be {rule}; nearest is {fields[key].default}")
     if kind is HeadStage and values.get("kind", "fitted") not in HEADS:
         raise ValueError(f"{where}: kind={values['kind']!r}: must be one of {', '.join(HEADS)}; nearest is fitted")

@@ -97,7 +97,7 @@ def self_rollout(
 
 
 class StudentLosses:
-    """What the student's and the critic's optimisers step on, for one batch of prompts at a time.
+    """What the student's and the critic's optimizers step on, for one batch of prompts at a time.
 
     The real score is the frozen teacher with guidance, the fake score a critic that follows the student; both are
     causal and conditioned on the student's own past, so the loss is known per frame: what the head learns from.

@@ -14,7 +14,7 @@ class TeacherForced:
     """A `KVMemory` whose rows are (clip, copy, chunk): copy 0 is clean and supplies the keys, copy 1 is noisy.
 
     The query of chunk i, in either copy, sees the clean chunks i - context .. i - 1 and its own chunk. Keys are
-    gathered per chunk, not masked out of the full product, so the cost stays linear in the clip's length.
+    gathered per chunk, not masked out of the full score matrix, so the cost stays linear in the clip's length.
     """
 
     def __init__(self, clips: int, chunks: int, tokens: int, context: int, device=None):

@@ -162,7 +162,7 @@ def test_rollouts_of_another_run_are_refused(pipe, untrained, tmp_path):
         ("rollout", Pipeline.from_pretrained(untrained, device="cpu", shift=5.0), [RED], {}),
         ("model", other, [RED], {}),
     ):
-        with pytest.raises(ValueError, match=f"features-00000.safetensors: made with {wrong} .*, wanted is"):
+        with pytest.raises(ValueError, match=f"features-00000.safetensors: made with {wrong} .*, expected is"):
             collect(who, prompts, **{**made, **options})
 
 
@@ -246,7 +246,7 @@ def test_held_out_prompts_are_never_fitted_to():
     [
         ({"held_out": 0.0}, "held_out=0.0 of 4 prompts is 0: .*; nearest is 0.25"),
         ({"held_out": 1.0}, "nearest is 0.75"),
-        ({"clips": 3}, "clips=3: must be at least one a prompt; nearest is 4"),
+        ({"clips": 3}, "clips=3: must be at least one per prompt; nearest is 4"),
     ],
 )
 def test_a_split_that_leaves_nothing_is_refused(checkpoint, tmp_path, tiny_config, options, words):

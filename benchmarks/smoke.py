@@ -133,9 +133,10 @@ def compare_loop(args: argparse.Namespace, device: str) -> dict:
 
 def generate(rollout, by_host: bool):
     """A chunk, which counts only when it is accepted: generated again it is the same."""
-    plan, graphs = rollout.prepare_chunk(), rollout.inputs.graphs
-    for node, live in graphs.run(plan, rollout.slots, rollout.poll_stop_flags if by_host else None):
-        rollout.on_forward_done(node, live)
+    inputs = rollout.inputs
+    launches = inputs.lower(rollout.prepare_chunk(), len(rollout.slots), host_decides=by_host)
+    for launch, live in rollout.run(launches):
+        inputs.launch(launch, live)
     return rollout.result()
 
 

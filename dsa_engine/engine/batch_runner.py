@@ -1,12 +1,13 @@
-"""The runner: the next chunks of several sessions, made together, a forward at a time."""
+"""Runs the next chunks of several sessions together, a forward at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 
-from dsa_engine.engine.chunk_plan import Forward, RowSpec
+from dsa_engine.engine.chunk_plan import Forward, RowSpec, lower, split_commits
 from dsa_engine.engine.device import on_device
 from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.engine.scheduler import StepScheduler
@@ -15,62 +16,82 @@ from dsa_engine.engine.session import Session
 
 @dataclass
 class ActiveChunk:
-    """A session whose chunk is being made, and what is left of the chunk's plan."""
+    """A session whose chunk is in the making: the rest of its plan, and the forward that comes next."""
 
     session: Session
-    plan: list[Forward]
+    launches: Generator  # of `run_plan`, each of one forward
+    forward: Forward
+
+    def advance(self, state: list | None) -> bool:
+        """The forward has run; returns whether another follows. state: `ModelRunner.read_state`, if it decides."""
+        try:
+            launch, _ = self.launches.send(state)
+        except StopIteration:
+            return False
+        (self.forward,) = launch.forwards
+        return True
 
 
 class BatchRunner:
-    """Batches at the level of steps: sessions at different steps and positions share a forward.
+    """Step-level batching: sessions at different steps and positions share a forward.
 
-        runner.add(session)               wants its next chunk
+        runner.add(session)               requests its next chunk
         for session in runner.forward():  one forward; these are done denoising
             chunk = session.finish()
 
-    A session that stops early leaves at once, one that is added comes into the very next forward with room (`StepScheduler`
-    says how fair that is). All sessions of a runner are of one pool: one engine, size and window. capacity: rows of a
-    forward; a session takes one a step, and two where its chunk before is committed along with the first.
+    A session that stops early leaves at once; one that is added joins the very next forward with room (for fairness see
+    `StepScheduler`). All sessions of a runner share a pool: one engine, size and window.
     """
 
     def __init__(self, capacity: int = 8):
+        """A runner without sessions.
+
+        Args:
+            capacity: rows of a forward. A session takes one per step, and two where its previous chunk is committed
+                along with the first step.
+        """
         self.scheduler = StepScheduler(capacity)
         self._active: dict[int, ActiveChunk] = {}  # by cache slot
 
     @property
     def inputs(self) -> ModelRunner | None:
-        return next((chunk.session.rollout.inputs for chunk in self._active.values()), None)
+        return next((chunk.session.pool for chunk in self._active.values()), None)
 
     @property
     def device(self) -> torch.device:
-        """That of its sessions; with nobody there is nothing to do on any."""
+        """Of its sessions; the CPU without any."""
         return torch.device("cpu") if self.inputs is None else self.inputs.x.device
 
     def __len__(self) -> int:
         return len(self._active)
 
     def add(self, session: Session, deadline: float | None = None) -> None:
-        """Begin the session's next chunk. deadline: any number, only compared with those of other sessions.
+        """Start the session's next chunk.
 
-        Raises ValueError for a session of another pool or one that is here already, RuntimeError for one that is closed
-        or complete.
+        Args:
+            session: of this runner's pool, not in it yet.
+            deadline: any number, only compared with those of other sessions.
+
+        Raises:
+            ValueError: a session of another pool, or one that is in the runner already.
+            RuntimeError: a session that is closed or complete.
         """
-        rollout = session.rollout
-        if self.inputs is not None and rollout.inputs is not self.inputs:
+        if self.inputs is not None and session.pool is not self.inputs:
             raise ValueError("a session of another engine, size or window: give each such pool a runner of its own")
-        if session.closed or rollout.slots[0] not in self._active:
-            self._active[rollout.slots[0]] = ActiveChunk(session, list(session.begin()))
-            self._wait(rollout.slots[0], deadline)
-        else:
-            raise ValueError(f"the session in slot {rollout.slots[0]} already waits or runs: finish its chunk first")
-
-    def _wait(self, slot: int, deadline: float | None = None) -> None:
-        plan = self._active[slot].plan
-        replays = sum(not node.step for node in plan)
-        self.scheduler.add(slot, plan[replays].commit, deadline, replays)
+        slot = session.rollout.slots[0]
+        if not session.closed and slot in self._active:
+            raise ValueError(f"the session in slot {slot} already waits or runs: finish its chunk first")
+        plan = session.prepare_chunk()
+        if self.scheduler.capacity == 1:
+            plan = split_commits(plan)
+        recaches = sum(not forward.step for forward in plan)
+        self.scheduler.add(slot, plan[recaches].commit, deadline, recaches)
+        launches = session.rollout.run(lower(plan))
+        next(launches)
+        self._active[slot] = ActiveChunk(session, launches, plan[0])
 
     def remove(self, session: Session) -> None:
-        """Forget a session, before it is closed or when its chunk is not wanted any more."""
+        """Forget a session, before it is closed or when its chunk is no longer needed."""
         slot = session.rollout.slots[0]
         if self._active.pop(slot, None) is not None:
             self.scheduler.remove(slot)
@@ -80,45 +101,24 @@ class BatchRunner:
     def forward(self) -> list[Session]:
         """One forward over as many rows as fit; returns the sessions whose chunk is denoised, to be finished.
 
-        After an exception everything is as before, and the next call tries the same forward again.
+        After an exception everything is as before, and the next call retries the same forward.
         """
         rows = self.scheduler.next()
         if not rows:
             return []
-        alone = {row.key for row in rows if row.commit} - {row.key for row in rows if not row.commit}
-        together = {row.key for row in rows if row.commit} - alone
         inputs = self.inputs
+        chunks = {row.key: self._active[row.key] for row in sorted(rows, key=lambda row: row.commit)}  # by service
         try:
-            ahead = {row: not row.commit and row.key in together for row in rows}
-            inputs.forward([RowSpec(row.key, row.commit, ahead[row]) for row in rows])
+            ahead = [not row.commit and chunks[row.key].forward.commit for row in rows]
+            inputs.forward([RowSpec(row.key, row.commit, after) for row, after in zip(rows, ahead)])
         except BaseException:
-            self.scheduler.complete(())
-            for key in dict.fromkeys(row.key for row in rows):
-                self.scheduler.remove(key)
-                self._wait(key)
+            self.scheduler.abort()
             raise
-        stepped, done, state = [], [], None
-        for row in rows:
-            chunk = self._active[row.key]
-            rollout = chunk.session.rollout
-            if row.key in alone:
-                rollout.on_forward_done(Forward(commit=True, step=False), rollout.slots)
-                if chunk.plan[0].step:  # there was no room for both
-                    chunk.plan[0] = chunk.plan[0]._replace(commit=False)
-                else:
-                    chunk.plan.pop(0)
-            elif not row.commit:
-                node = chunk.plan.pop(0)
-                rollout.on_forward_done(node, rollout.slots)
-                stepped.append((row.key, node.decide))
-        if any(decide and self._active[key].plan for key, decide in stepped):
-            state = inputs.read_state()  # of all of them at once, for every read waits for the device
-        for key, decide in stepped:
-            chunk = self._active[key]
-            if not chunk.plan or (decide and chunk.session.rollout.poll_stop_flags([key], state)[0]):
-                done.append(key)
+        # One read for all, since every read waits for the device.
+        state = inputs.read_state() if any(chunk.forward.decide for chunk in chunks.values()) else None
+        done = [slot for slot, chunk in chunks.items() if not chunk.advance(state)]
         self.scheduler.complete(done)
-        return [self._active.pop(key).session for key in done]
+        return [self._active.pop(slot).session for slot in done]
 
 
 Runner = BatchRunner  # the earlier public name

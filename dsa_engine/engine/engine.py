@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsa_engine.checks import check_min
 from dsa_engine.config import RolloutConfig
@@ -24,7 +24,7 @@ from dsa_engine.engine.session import Session, to_uint8
 from dsa_engine.kernel_types import CacheScales
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
-from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.dit import CausalDiT, DiTOutput
 from dsa_engine.models.fp8 import E4M3, cache_scales
 from dsa_engine.models.interfaces import TextEncoder, TextKV, VideoCodec
 from dsa_engine.models.offload import OffloadedCodec
@@ -284,7 +284,7 @@ class Engine:
         height: int,
         width: int,
         frames: int,
-        policy: Policy,
+        policy: Policy | Sequence[Policy],
         seeds: Sequence[int],
         config: RolloutConfig,
         initial_noise: Tensor | None = None,
@@ -292,22 +292,39 @@ class Engine:
         given: Tensor | None = None,
         init_latents: Tensor | None = None,
         strength: float = 1.0,
+        dit: Callable[..., DiTOutput] | None = None,
+        head: nn.Module | None = None,
     ) -> Rollout:
-        """A batch of B = len(seeds) clips of `frames` latent frames, to be closed: in the sessions' pool where graphs
-        of it are captured and B slots are free, else in one of its own.
+        """A batch of B = len(seeds) clips, to be closed: in the sessions' pool if its graphs are captured and B slots
+        are free, else in a pool of its own.
 
-        given: clean latents [B, G, C, H, W] that the clips begin with, G <= frames; init_latents: latents [B, F, C, H, W] of a
-        video that is noised to `strength` (Schedule) and made anew.
+        Args:
+            embeds: [B, L, text_dim].
+            height, width: latent size.
+            frames: latent frames.
+            policy: for all clips, or one per clip.
+            seeds: one per clip.
+            config: chunk length, window, schedule, commit.
+            initial_noise, renoise: as `ExternalNoise` takes them.
+            given: clean latents [B, G, C, H, W] that the clips begin with, G <= frames.
+            init_latents: latents [B, F, C, H, W] of a video that is noised to `strength` (Schedule) and denoised again.
+            strength: in (0, 1].
+            dit, head: to be called instead of the model's, by the plain loop.
         """
         shape = self._pool_shape(height, width, frames, config)
-        inputs = self._pools.get(shape)
-        if inputs is None or inputs.graphs is None or inputs.cache.slots - inputs.cache.in_use < len(seeds):
-            inputs = self._pool(shape, len(seeds))
-        self._check_graphs(inputs)
+        if dit is None and head is None:
+            inputs = self._pools.get(shape)
+            if inputs is None or inputs.graphs is None or inputs.cache.slots - inputs.cache.in_use < len(seeds):
+                inputs = self._pool(shape, len(seeds))
+            self._check_graphs(inputs)
+            cache = inputs.cache
+        else:
+            inputs, cache = None, self._cache(shape, len(seeds))
         noise = ExternalNoise(self._noise(seeds, height, width, config), initial_noise, renoise)
         noise = with_init_latents(noise, init_latents, strength, config)
-        policies, text_kv = [policy] * len(seeds), self.text_kv(embeds)
-        return Rollout(self.dit, self.head, inputs.cache, config, noise, policies, text_kv, given, strength, inputs)
+        policies = [policy] * len(seeds) if isinstance(policy, Policy) else policy
+        dit, head, text_kv = dit or self.dit, head or self.head, self.text_kv(embeds)
+        return Rollout(dit, head, cache, config, noise, policies, text_kv, given, strength, inputs)
 
     def _noise(self, seeds: Sequence[int], height: int, width: int, config: RolloutConfig) -> SeededNoise:
         shape = (config.chunk_frames, self.dit.config.in_dim, height, width)
@@ -325,9 +342,14 @@ class Engine:
         return PoolShape(config.window, config.sink, config.rope, config.chunk_frames, *size)
 
     def _pool(self, shape: PoolShape, slots: int) -> ModelRunner:
-        """A cache of `slots` slots and the step inputs of its sessions."""
+        """A cache of `slots` slots and the model runner of its sessions."""
+        size, levels = (shape.height, shape.width), len(self.config.steps)
+        cache = self._cache(shape, slots)
+        return ModelRunner(self.dit, self.head, cache, shape.frames, size, levels, self.deterministic)
+
+    def _cache(self, shape: PoolShape, slots: int) -> KVCache:
         model = self.dit.config
-        cache = KVCache(
+        return KVCache(
             model.num_layers,
             model.num_heads,
             model.head_dim,
@@ -342,8 +364,6 @@ class Engine:
             shape.headroom,
             self._cache_scales() if self.fp8_cache else None,
         )
-        size, levels = (shape.height, shape.width), len(self.config.steps)
-        return ModelRunner(self.dit, self.head, cache, shape.frames, size, levels, self.deterministic)
 
     def _cache_scales(self) -> CacheScales:
         """Of every pool alike: for all levels that a rollout of this engine can have, and the commit's."""

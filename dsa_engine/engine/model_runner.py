@@ -1,8 +1,8 @@
-"""The state of every session between two forwards, on the device, one entry a cache slot; and the forward itself.
+"""The model's forward, and the state of every session between two forwards, on the device, one entry per cache slot.
 
-A forward is a function of nothing but which slots take part and how (`plan.RowSpec`): noise level, positions, ring places,
-prompt, noise and stop rule are read on the device at the slot. So one captured graph serves every step of every chunk
-of every session, and sessions at different steps and positions share a forward.
+A forward is a function only of which slots take part and how (`RowSpec`): noise level, positions, ring indices, prompt,
+noise and stop rule are read on the device at the slot. So one captured graph serves every step of every chunk of every
+session, and sessions at different steps and positions share a forward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsa_engine import ops
-from dsa_engine.engine.chunk_plan import RowSpec
+from dsa_engine.engine.chunk_plan import Forward, LaunchSpec, RowSpec, lower
 from dsa_engine.engine.device import read
 from dsa_engine.kernel_types import REDUCE, StopRule
 from dsa_engine.models.confidence import ConfidenceHead
@@ -26,12 +26,12 @@ from dsa_engine.sampling.schedule import TIMESTEPS
 
 
 class ModelRunner:
-    """Static buffers for the N slots of a cache, and a scratch entry N that rows write to which have nothing to say.
+    """Static buffers for the N slots of a cache; entry N is scratch space, to which padding rows and commits write.
 
     x [N + 1, F, C, h, w]: what the next step denoises; x0: the last estimate, and so the chunk to commit next;
     noise [N + 1, S, F, C, h, w]: entry k follows step k, entry 0 starts the chunk; sigmas [N + 1, S + 1]: the levels,
     then zeros; step [N + 1]: steps taken; state [N + 1, F + 1]: confidences and stop flag (`ops.epilogue`).
-    deterministic: rows go through the model one by one, so that a session's bits do not depend on who else is there.
+    deterministic: rows run through the model one by one, so that a session's bits do not depend on the others.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ModelRunner:
         self.x = torch.zeros(slots + 1, *latents, **options)
         self.x0 = torch.zeros_like(self.x)
         self.noise = torch.zeros(slots + 1, levels, *latents, **options)
-        # What the host tells of a chunk, one row a slot, so that it takes one copy. Its floats lie there as their bits.
+        # The host's parameters of a chunk, one row per slot, in one copy. Floats are stored as their bits.
         self.chunk_params = torch.zeros(slots + 1, levels + 5, dtype=torch.int32, device=dit.device)
         self.sigmas, self.threshold, self.min_steps, self.max_steps, self.reduce = unpack_chunk_params(
             self.chunk_params
@@ -99,22 +99,40 @@ class ModelRunner:
     def rows(self, rows: Sequence[RowSpec], size: int = 0) -> Tensor:
         """Rows as the device reads them: [4, R] slot, commit, frames ahead, counts.
 
-        size: R at min_steps, where a batch is to be filled up. What fills it repeats the first row and does not count: it
-        leaves nothing behind but the keys and values that the first row writes too. It comes before that row, for after
-        it, in deterministic mode, the slot has moved on.
+        size: R, if a batch is to be padded. Padding repeats the first row and does not count: it writes nothing but the
+        keys and values that the first row writes too. It comes before that row, since after it, in deterministic mode,
+        the slot has moved on.
         """
         columns = [(row.slot, row.commit, self.frames * row.ahead, True) for row in rows]
         columns = [(*columns[0][:3], False)] * (size - len(rows)) + columns
         return self._to_device(torch.tensor(list(zip(*columns))))
 
     def _to_device(self, host: Tensor) -> Tensor:
-        """On the device, without a wait: torch keeps the page-locked memory until the copy is done, then reuses it."""
+        """Copy without a wait: torch keeps the page-locked memory until the copy is done, then reuses it."""
         return (host.pin_memory() if self.x.is_cuda else host).to(self.x.device, non_blocking=True)
 
     def read_state(self) -> list[list[float]]:
-        """`state` of every slot on the host, [N + 1][F + 1], as soon as what was launched until now is done: one read,
-        whoever of them is asked about."""
+        """`state` of every slot on the host, [N + 1][F + 1], once everything launched so far is done."""
         return read(self.state).tolist()
+
+    def steps_taken(self, slots: Sequence[int]) -> list[int]:
+        """Steps of their chunk that the slots have taken, as `read_state`."""
+        step = read(self.step).tolist()
+        return [step[slot] for slot in slots]
+
+    def lower(
+        self, plan: Sequence[Forward], rows: int, host_decides: bool = False, each_step: bool = False
+    ) -> tuple[LaunchSpec, ...]:
+        """A plan for so many slots as launches. host_decides: a policy has to be asked after each step; each_step: so
+        has a callback, and steps are launched one by one."""
+        return lower(plan) if self.graphs is None else self.graphs.lower(plan, rows, host_decides, each_step)
+
+    def launch(self, launch: LaunchSpec, slots: Sequence[int]) -> None:
+        """Run a launch for some slots whose chunks have been started."""
+        if self.graphs is not None:
+            return self.graphs.launch(launch, slots)
+        for forward in launch.forwards:
+            self.forward(forward.rows(slots))
 
     def forward(self, rows: Sequence[RowSpec]) -> None:
         """One forward over some rows, commits first (a step may see a chunk that is committed in the same forward)."""
@@ -125,7 +143,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, rows: Tensor, lengths: Sequence[int], steps: bool = True) -> None:
-        """`forward` without the host: rows [4, R] as `rows()` makes them; lengths: keys of their prompts, at least;
+        """`forward` without the host: rows [4, R] of `rows()`; lengths: keys of their prompts, at least;
         steps: whether any row is a step. Everything is written at the slots, positions last."""
         slot, commit, ahead, counts = rows
         commit, counts = commit.bool(), counts.bool()
@@ -175,7 +193,7 @@ class ModelRunner:
         kv = self.text.kv[:, :, slot, :longest]
         full = self.text.kv.shape[3]
         if slot.device.type == "cpu" and longest == full and self.text.used[slot].eq(full).all():
-            return TextKV(kv)  # nothing to mask and nothing that counts more than once
+            return TextKV(kv)  # nothing to mask, nothing that counts more than once
         return TextKV(kv, self.text.used[slot], self.text.repeat[slot])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dsa_engine.checks import check_int
@@ -64,6 +64,7 @@ class StepScheduler:
         check_int("capacity", capacity)
         self.capacity = capacity
         self._pending: dict[Hashable, PendingChunk] = {}  # by when they were added or last served
+        self._before: dict[Hashable, PendingChunk] = {}  # the latest forward
         self._in_flight: list[PendingChunk] = []  # whose rows are in the forward that is not yet reported
         self._forwards = 0
 
@@ -90,12 +91,13 @@ class StepScheduler:
         del self._pending[key]
 
     def next(self) -> list[ScheduledRow]:
-        """The rows of the next forward: commits first, then steps, both in order of service; [] if nobody wants one.
+        """The rows of the next forward: commits first, then steps, both in order of service; [] without requests.
 
-        Raises RuntimeError while the forward before has not been reported.
+        Raises RuntimeError while the previous forward is neither completed nor aborted.
         """
         if self._in_flight:
-            raise RuntimeError(f"the forward of sessions {[w.key for w in self._in_flight]!r} must be reported first")
+            raise RuntimeError(f"the forward of sessions {[p.key for p in self._in_flight]!r} must be reported first")
+        self._before = {key: replace(pending) for key, pending in self._pending.items()}
         self._forwards += 1
         forward: list[ScheduledRow] = []
         for pending in sorted(self._pending.values(), key=lambda pending: (pending.last_served, pending.deadline)):
@@ -110,6 +112,11 @@ class StepScheduler:
                 self._pending[pending.key] = self._pending.pop(pending.key)  # to the end
                 self._in_flight.append(pending)
         return sorted(forward, key=lambda row: not row.commit)
+
+    def abort(self) -> None:
+        """The forward has failed: everything is as before `next`."""
+        self._pending, self._in_flight = self._before, []
+        self._forwards -= 1
 
     def complete(self, done: Collection[Hashable]) -> None:
         """After the forward: the sessions whose chunk is done leave. One that was removed in between may be named.

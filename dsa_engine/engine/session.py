@@ -16,37 +16,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsa_engine.checks import check_int
+from dsa_engine.engine.chunk import Chunk, DenoiseTimes
 from dsa_engine.engine.chunk_plan import Forward
 from dsa_engine.engine.device import Moment, copied, follow, on_device, stream_of
+from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.models.interfaces import TextKV, VideoCodec
 from dsa_engine.sampling.denoise import Denoised, Step
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one `next_chunk` gives.
-
-    frames: uint8 [T, H, W, 3]; latents [F, C, h, w]; steps: denoising steps taken; confidence: one value in (0, 1) per
-    latent frame, None without a head; pts: seconds of the first frame from the clip's start;
-    timings: milliseconds of `commit` (the previous chunk's, where it is a forward of its own and does not ride along
-    with the first step), `denoise`, `decode` (to pixels on the device) and `total`, their sum: on a CUDA device by its
-    own events, for the host is ahead of it; prompt: the one in force.
-    """
-
-    index: int
-    frames: np.ndarray
-    latents: Tensor
-    steps: int
-    confidence: list[float] | None
-    pts: float
-    timings: dict[str, float]
-    prompt: str | None
+from dsa_engine.sampling.policy import Policy
 
 
 class Transition(NamedTuple):
-    """On the transition from one prompt's embeddings to another's: from chunk `first` on, the last of so many chunks being all
-    the other's."""
+    """Linear interpolation between two prompts over `chunks` chunks, from chunk `first` on; the last one uses `after`
+    only."""
 
     before: Tensor
     after: Tensor
@@ -55,16 +37,16 @@ class Transition(NamedTuple):
     recache: bool
 
     def embeds(self, index: int) -> Tensor:
-        """Those of a chunk, linear between the two."""
+        """The embeddings of a chunk."""
         share = min(1.0, (index - self.first + 1) / self.chunks)
-        length = max(self.before.shape[1], self.after.shape[1])  # what is behind a prompt's end is zero
+        length = max(self.before.shape[1], self.after.shape[1])  # beyond a prompt's end is zero
         before, after = (pad(e, (0, 0, 0, length - e.shape[1])) for e in (self.before, self.after))
         return self.after if share == 1.0 else before.lerp(after, share)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session's whole state at a chunk boundary, as `Session.snapshot` takes it and `restore` brings it back."""
+    """A session's whole state at a chunk boundary, from `Session.snapshot` for `Session.restore`."""
 
     rollout: dict[str, Any]
     decoder: Any
@@ -75,24 +57,8 @@ class Snapshot:
     shape: tuple[int, ...] = field(repr=False, default=())
 
 
-class Times(NamedTuple):
-    """When a chunk was begun, by the host's clock and on the device, when it was denoised, and the commit in it."""
-
-    start: float
-    begun: Moment
-    denoised: Moment
-    commit: tuple[Moment, Moment] | None
-
-    def timings(self, decoded: Moment) -> dict[str, float]:
-        """`Chunk.timings`, once the host has waited for the frames."""
-        commit = 0.0 if self.commit is None else self.commit[1].since(self.commit[0])
-        denoise, decode = self.denoised.since(self.begun) - commit, decoded.since(self.denoised)
-        parts = {"commit": 1e3 * commit, "denoise": 1e3 * denoise, "decode": 1e3 * decode}
-        return parts | {"total": sum(parts.values())}
-
-
 class PromptEncoder(Protocol):
-    """What makes a prompt the model's: the engine."""
+    """Encodes prompts for the model; the engine is one."""
 
     def encode(self, prompts: Sequence[str]) -> Tensor: ...
 
@@ -100,10 +66,9 @@ class PromptEncoder(Protocol):
 
 
 class Session:
-    """A stream that is asked for its next chunk, and can be told a new prompt in between.
+    """A live stream: yields its next chunk on request and accepts another prompt in between.
 
-    Made by `Pipeline.session`. Not for use from several threads at once. `limit`: latent frames it may make, None for
-    an endless stream (which needs a rolling window).
+    Made by `Pipeline.session`. Not thread-safe.
     """
 
     def __init__(
@@ -117,19 +82,29 @@ class Session:
         limit: int | None,
         stream: Any = None,
     ):
-        """embeds [1, L, text_dim]: of the prompt; stream: on a CUDA device, where chunks are decoded beside others'
-        forwards."""
-        self.rollout, self._decoder, self._encoder = rollout, decoder, encoder
-        self._embeds, self._transition = embeds, None
-        self._limit = limit
-        self._begun: tuple[float, Moment] | None = None  # when the chunk that is being made was, as in Times
-        self._stream = stream
-        self._begin()
-        self.fps, self.prompt = fps, prompt
+        """A session that owns its rollout.
 
-    def _begin(self) -> None:
+        Args:
+            rollout: of one row.
+            decoder: turns latents into pixels.
+            encoder: encodes later prompts.
+            embeds: of the prompt, [1, L, text_dim].
+            fps: frames per second, for `Chunk.pts`.
+            prompt: as text, for `Chunk.prompt`.
+            limit: latent frames of the clip; None: endless, which needs a rolling window.
+            stream: on a CUDA device, the one to decode on beside others' forwards.
+        """
+        self.rollout, self._decoder, self._encoder = rollout, decoder, encoder
+        self._embeds, self._limit, self._stream = embeds, limit, stream
+        self._transition: Transition | None = None
+        self._started: tuple[float, Moment] | None = None  # the chunk in the making, as in DenoiseTimes
+        self.fps, self.prompt = fps, prompt
+        self._start()
+
+    def _start(self) -> None:
+        """Before the first chunk."""
         given = self.rollout.given
-        self._decoder_state: Any = None  # after the frames that were given too: made when the first chunk is decoded
+        self._decoder_state: Any = None  # that of the given frames is made when the first chunk is decoded
         self._frames = 0 if given is None else self._decoder.frames_of(given.shape[1], True)
 
     @property
@@ -150,41 +125,57 @@ class Session:
         """True when the clip has all the frames it was made for."""
         return self._limit is not None and self.rollout.position + self.rollout.config.chunk_frames > self._limit
 
+    @property
+    def policy(self) -> Policy:
+        """The step policy of this stream, its own copy."""
+        return self.rollout.policies[0]
+
+    @property
+    def pool(self) -> ModelRunner | None:
+        """What sessions share that can be batched together: equal for those, and good as a key."""
+        return self.rollout.inputs
+
+    def set_threshold(self, threshold: float) -> None:
+        """Change the step policy's confidence threshold (of a `Budget`: its ceiling) from the next chunk on.
+
+        Raises ValueError, with nothing changed, for another policy and for a threshold outside [0, 1].
+        """
+        self.rollout.policies[0] = self.policy.with_threshold(threshold)
+
     @on_device
     def next_chunk(self, on_step: Callable[[Step], None] | None = None) -> Chunk:
-        """Denoise and decode the next chunk. An exception on the transition leaves the session as it was.
+        """Denoise and decode the next chunk. An exception leaves the session as it was.
 
-        on_step: called after each denoising step, of the plain loop then (`Rollout.denoise`). Raises RuntimeError when
-        the session is closed or has made all its frames.
+        Args:
+            on_step: called after each denoising step, before it is decided whether to go on.
+
+        Raises:
+            RuntimeError: the session is closed or complete.
         """
-        self._ready()
+        self._begin_chunk()
         return self._finish(self.rollout.denoise(on_step))
 
     @on_device
-    def begin(self) -> tuple[Forward, ...]:
-        """The first half of `next_chunk` for a `Runner`: everything is ready for the forwards of the plan returned."""
-        self._ready()
+    def prepare_chunk(self) -> tuple[Forward, ...]:
+        """The first half of `next_chunk` for a `BatchRunner`: prepare the next chunk, return the plan of its forwards.
+        `finish` or `detach_decode` is the second."""
+        self._begin_chunk()
         return self.rollout.prepare_chunk()
 
     @on_device
     def finish(self) -> Chunk:
-        """The second half: decode what the forwards have made."""
+        """Decode what the forwards have generated."""
         return self._finish(self.rollout.result())
 
-    def _ready(self) -> None:
-        """For the next chunk, or for another try at it. Raises RuntimeError where there is none."""
-        self._check_open()
-        if self.exhausted:
-            raise RuntimeError(f"the clip is complete: all {self._limit} latent frames that were asked for are there")
-        transition = self._transition
-        if transition is not None and self.index < transition.first + transition.chunks:
-            self._embeds = transition.embeds(self.index)
-            self.rollout.set_prompt(self._encoder.text_kv(self._embeds), transition.recache)
-        self._begun = time.perf_counter(), Moment(self.device)
+    @on_device
+    def detach_decode(self) -> Callable[[], Chunk]:
+        """`finish` in two: the chunk counts at once, and the function returned decodes it, in any thread and, on a CUDA
+        device, on a stream of its own, beside others' forwards. Call it once, before the next chunk is prepared."""
+        return self._detach(self.rollout.result())
 
     def chunks(self) -> Iterator[Chunk]:
-        """All chunks up to the clip's end, each decoded while the next one is denoised: that in a thread of its own, on
-        the stream that is current now, and the decoding, on a CUDA device, on the engine's stream for it.
+        """All chunks up to the clip's end, each decoded while the next one is denoised: the denoising in a thread of
+        its own, on the stream that is current now; the decoding, on a CUDA device, on the engine's stream for it.
 
         The chunks are those of `next_chunk`, but the session is one ahead of them: it takes no `update`, `snapshot` or
         `reset` in between, and leaving the loop early closes it.
@@ -192,24 +183,50 @@ class Session:
         return self._chunks(stream_of(self.device))
 
     def _chunks(self, stream: Any) -> Iterator[Chunk]:
-        with self, ThreadPoolExecutor(1, initializer=follow, initargs=(stream,)) as ahead:
-            following = ahead.submit(self._denoise)
-            while following is not None:
-                decode = self._hand_over(*following.result())
-                following = None if self.exhausted else ahead.submit(self._denoise)
+        with self, ThreadPoolExecutor(1, initializer=follow, initargs=(stream,)) as thread:
+            denoising = thread.submit(self._denoise_detached)
+            while denoising is not None:
+                decode = denoising.result()
+                denoising = None if self.exhausted else thread.submit(self._denoise_detached)
                 yield decode()
 
     @on_device
-    def _denoise(self) -> tuple[Denoised, Times, AbstractContextManager]:
-        """The next chunk, and the context in which it can be decoded beside what follows."""
-        self._ready()
-        return (result := self.rollout.denoise()), self._times(), self._side_stream(result)
+    def _denoise_detached(self) -> Callable[[], Chunk]:
+        self._begin_chunk()
+        return self._detach(self.rollout.denoise())
 
-    def _times(self) -> Times:
-        """Those of the chunk that is denoised now. Before `_side_stream`, whose stream waits for them too."""
-        return Times(*self._begun, Moment(self.device), self.rollout.commit_span)
+    def _begin_chunk(self) -> None:
+        """Start the next chunk, or another try at it. Raises RuntimeError where there is none."""
+        self._check_open()
+        if self.exhausted:
+            raise RuntimeError(f"the clip is complete: all {self._limit} latent frames that were asked for are there")
+        transition = self._transition
+        if transition is not None and self.index < transition.first + transition.chunks:
+            self._embeds = transition.embeds(self.index)
+            self.rollout.set_prompt(self._encoder.text_kv(self._embeds), transition.recache)
+        self._started = time.perf_counter(), Moment(self.device)
+
+    def _times(self) -> DenoiseTimes:
+        """Of the chunk that is denoised now."""
+        return DenoiseTimes(*self._started, Moment(self.device), self.rollout.commit_span)
+
+    def _finish(self, result: Denoised) -> Chunk:
+        chunk = self._decode(result, self.index, self._times())
+        self.rollout.accept(result.latents)  # cannot fail: the session moves on as a whole or not at all
+        return chunk
+
+    def _detach(self, result: Denoised) -> Callable[[], Chunk]:
+        index, times, side_stream = self.index, self._times(), self._side_stream(result)
+        self.rollout.accept(result.latents)
+
+        def decode() -> Chunk:
+            with side_stream:
+                return self._decode(result, index, times)
+
+        return decode
 
     def _side_stream(self, result: Denoised) -> AbstractContextManager:
+        """The context to decode a result in; its stream waits for what is launched until now."""
         if self.device.type != "cuda":
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -217,41 +234,17 @@ class Session:
         return torch.cuda.stream(self._stream)
 
     @on_device
-    def detach_decode(self) -> Callable[[], Chunk]:
-        """`finish` in two: the chunk counts at once, and the function returned decodes it, in any thread and, on a CUDA
-        device, on a stream of its own, beside what others do meanwhile. It is to be called once, and before the next
-        chunk is begun.
-        """
-        result = self.rollout.result()
-        return self._hand_over(result, self._times(), self._side_stream(result))
-
-    def _hand_over(self, result: Denoised, times: Times, beside: AbstractContextManager) -> Callable[[], Chunk]:
-        index, past = self.index, self._decoder_state
-        self.rollout.accept(result.latents)
-
-        def decode() -> Chunk:
-            with beside:
-                return self._decode(result, index, past, times)
-
-        return decode
-
-    def _finish(self, result: Denoised) -> Chunk:
-        times = self._times()
-        chunk = self._decode(result, self.index, self._decoder_state, times)
-        self.rollout.accept(result.latents)  # cannot fail: the session moves on as a whole or not at all
-        return chunk
-
-    @on_device
-    def _decode(self, result: Denoised, index: int, past: Any, times: Times) -> Chunk:
-        """Frames of a chunk; past: the decoder's state before it. When all is done the session has them behind it."""
+    def _decode(self, result: Denoised, index: int, times: DenoiseTimes) -> Chunk:
+        """The chunk's frames; the decoder's state moves on only when all is done."""
+        state = self._decoder_state
         with torch.inference_mode():
             if index == 0 and self.rollout.given is not None:  # here, on the stream that goes on from it
-                past = self._decoder.decode(self.rollout.given, None)[1]
-            pixels, decoder_state = self._decoder.decode(result.latents, past)
+                state = self._decoder.decode(self.rollout.given, None)[1]
+            pixels, decoder_state = self._decoder.decode(result.latents, state)
             decoded = Moment(self.device)
             confidence = None if result.confidence is None else copied(result.confidence[0])
-            frames = to_uint8(pixels[0])  # waits for all of it
-        took = time.perf_counter() - times.start
+            frames, fetched = fetch_uint8(pixels[0])  # waits for all of it
+        seconds = time.perf_counter() - times.start
         chunk = Chunk(
             index=index,
             frames=frames,
@@ -259,18 +252,17 @@ class Session:
             steps=result.steps[0],
             confidence=None if confidence is None else confidence.tolist(),
             pts=self._frames / self.fps,
-            timings=times.timings(decoded),
+            timings=times.timings(result.steps[0], decoded, fetched),
             prompt=self.prompt,
         )
-        for policy in self.rollout.policies:
-            policy.observe(took, len(frames))
+        self.policy.observe(seconds, len(frames))
         self._decoder_state = decoder_state
         self._frames += len(frames)
         return chunk
 
     @on_device
     def prefix_frames(self) -> np.ndarray | None:
-        """The frames that the clip was given to begin with, as the decoder gives them back: uint8 [T, H, W, 3]."""
+        """The frames that the clip was given to begin with, as decoded again: uint8 [T, H, W, 3]."""
         if self.rollout.given is None:
             return None
         with torch.inference_mode():
@@ -280,10 +272,14 @@ class Session:
     def update(self, prompt: str, recache: bool = True, transition_chunks: int = 0) -> None:
         """Another prompt from the next chunk on.
 
-        recache: make the window's keys and values anew under it, so that the past does not hold on to the old prompt.
-        transition_chunks: chunks that the change takes, the last of them all the new prompt's; the embeddings between
-        are linear between the two. 0 and 1: at once. Raises ValueError for a prompt that cannot be encoded and a number
-        below 0; the session then goes on as before.
+        Args:
+            prompt: the new text.
+            recache: recompute the window's keys and values under it, so that the past does not hold on to the old one.
+            transition_chunks: chunks over which the embeddings are interpolated linearly, the last one all new; 0 and
+                1: at once.
+
+        Raises:
+            ValueError: a prompt that cannot be encoded, or a negative count; the session then goes on as before.
         """
         self._check_open()
         check_int("transition_chunks", transition_chunks, 0)
@@ -331,12 +327,12 @@ class Session:
             self._embeds, self._transition = self._transition.after, None
             self.rollout.set_prompt(self._encoder.text_kv(self._embeds))
         self.rollout.restart()
-        self._begin()
+        self._start()
 
     @on_device
     def close(self) -> None:
         """Give the cache slot back; harmless when done twice."""
-        self._decoder_state = None  # so that a decoder need not keep it for nobody
+        self._decoder_state = None  # so that the decoder can drop it
         self.rollout.close()
 
     def __enter__(self) -> Session:
@@ -356,9 +352,13 @@ class Session:
 
 def to_uint8(pixels: Tensor) -> np.ndarray:
     """[..., T, 3, H, W] in [0, 1] -> uint8 [..., T, H, W, 3], rounded to nearest."""
+    return fetch_uint8(pixels)[0]
+
+
+def fetch_uint8(pixels: Tensor) -> tuple[np.ndarray, Moment]:
+    """`to_uint8`, and when the frames were on the host."""
     pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    host = copied(pixels.movedim(-3, -1).contiguous())
-    if not pixels.is_cuda:
-        return host.numpy()
-    Moment(pixels.device).wait()
-    return host.numpy().copy()  # who keeps the frames of a long clip must not keep so much page-locked memory
+    host, fetched = copied(pixels.movedim(-3, -1).contiguous()), Moment(pixels.device)
+    fetched.wait()
+    # A copy, for a caller that keeps a long clip's frames must not keep as much page-locked memory.
+    return host.numpy().copy() if pixels.is_cuda else host.numpy(), fetched

@@ -87,9 +87,8 @@ def roll_out(
         order = group_by_prompt_switches(map(prompt_switches, captions), batch)
     parts = []
     for clips in order:
-        rollout = _rollout(pipe, [captions[i] for i in clips], [seed + i for i in clips])
-        # the engine gives all rows one policy; here each may have its own
-        rollout.policies = [policies[i].start(len(rollout.schedule)) for i in clips]
+        own = [policies[i] for i in clips]
+        rollout = _rollout(pipe, [captions[i] for i in clips], [seed + i for i in clips], policy=own)
 
         def report(step: Step, clips=clips) -> None:
             on_step(step._replace(rows=[clips[row] for row in step.rows]))
@@ -127,9 +126,8 @@ def roll_out_teacher(
             return (last[0].x - (1 - last[0].sigma) * last[0].x0) / last[0].sigma
 
         rows = seeds if guidance == 1.0 else seeds * 2  # the second half: the same clips under the null prompt
-        rollout = _rollout(pipe, batch_captions, rows, config=config, policy=Fixed(steps), renoise=same_noise)
-        if guidance != 1.0:
-            rollout.dit = GuidedDiT(rollout.dit, guidance)
+        dit = pipe.engine.dit if guidance == 1.0 else GuidedDiT(pipe.engine.dit, guidance)
+        rollout = _rollout(pipe, batch_captions, rows, config=config, policy=Fixed(steps), renoise=same_noise, dit=dit)
 
         def keep(step: Step, last=last) -> None:
             last[:] = [step]
@@ -169,14 +167,14 @@ def _through_codec(pipe: Pipeline, pixels: Tensor) -> np.ndarray:
     return to_uint8(codec.decode(codec.encode(pixels.to(dit.device, dit.dtype)), None)[0])
 
 
-def _rollout(pipe: Pipeline, captions: Captions, seeds: Sequence[int], policy: Policy | None = None, **options):
+def _rollout(pipe: Pipeline, captions: Captions, seeds: Sequence[int], policy: Policy | Sequence[Policy], **options):
     """A rollout of these clips under their first prompts; rows beyond one per clip are under the null prompt."""
     return pipe.engine.rollout(
         _embeds(pipe, [clip[0] for clip in captions], len(seeds)),
         height=LATENT_SIZE,
         width=LATENT_SIZE,
         frames=len(captions[0]) * pipe.config.chunk_frames,
-        policy=policy or Fixed(1),
+        policy=policy,
         seeds=seeds,
         **{"config": pipe.config, **options},
     )

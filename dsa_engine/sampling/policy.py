@@ -33,6 +33,7 @@ class Policy(ABC):
     """
 
     signal: Literal["confidence", "change"] | None = None
+    threshold_field: str | None = None  # what `with_threshold` sets
 
     def __init_subclass__(cls, **kwargs):
         """Policies written for the earlier names `done` and `reads` keep working."""
@@ -45,6 +46,18 @@ class Policy(ABC):
         """A checked copy for one stream."""
         self.check(limit)
         return copy.deepcopy(self)
+
+    def with_threshold(self, threshold: float) -> Policy:
+        """A copy with another confidence threshold.
+
+        Raises ValueError for a policy that confidence does not steer and for a threshold outside [0, 1].
+        """
+        if self.threshold_field is None:
+            raise ValueError(f"threshold={threshold}: confidence does not steer {self}")
+        check_unit(self.threshold_field, threshold)
+        policy = copy.copy(self)
+        setattr(policy, self.threshold_field, threshold)
+        return policy
 
     @abstractmethod
     def check(self, limit: int) -> None:
@@ -143,6 +156,7 @@ class Confidence(Policy):
     frame_reduce: str = "min"
 
     signal = "confidence"
+    threshold_field = "threshold"
 
     def check(self, limit: int) -> None:
         check_unit("threshold", self.threshold)
@@ -212,6 +226,7 @@ class Budget(Policy):
     threshold: float = field(init=False)
 
     signal = "confidence"
+    threshold_field = "ceiling"
 
     def __post_init__(self):
         self.threshold = self.ceiling

@@ -156,6 +156,7 @@ def record_batch(
     prompts: embeddings [B, N, L, text_dim], or texts by clip and chunk; size: latent height and width.
     """
     engine, config, chunks = pipe.engine, pipe.config, len(prompts[0])
+    recorder = Recorder(engine.dit.config)
     rollout = engine.rollout(
         _embeds(engine, prompts, 0),
         height=size[0],
@@ -164,8 +165,8 @@ def record_batch(
         policy=Fixed(pipe.max_steps),
         seeds=seeds,
         config=config,
+        head=recorder,
     )
-    rollout.head = recorder = Recorder(engine.dit.config)
     distance, switches = [], _switches(prompts[0], chunks)
     for i in range(chunks):
         if switches[i]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsa_engine import Confidence, Fixed, PerChunk, Pipeline
 from dsa_engine.engine import model_runner as inputs_module
-from dsa_engine.engine.batch_runner import Runner
+from dsa_engine.engine.batch_runner import BatchRunner
 
 PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
 POLICIES = [PerChunk([4, 1, 2, 3]), Confidence(0.5), PerChunk([1, 3, 1, 2])]
@@ -23,6 +23,13 @@ def pipe(request, untrained) -> Pipeline:
 
 def opened(pipe, which=range(3)):
     return [pipe.session(PROMPTS[i], seed=i, step_policy=POLICIES[i], num_frames=12) for i in which]
+
+
+def in_plain_loops(sessions):
+    """Sessions whose chunks `denoise_chunk` makes."""
+    for session in sessions:
+        session.rollout.inputs = None
+    return sessions
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def check(pipe, made, expected):
 @given(data=st.data(), capacity=st.sampled_from([1, 2, 3, 8]))
 def test_together_they_make_what_each_makes_alone(pipe, alone, data, capacity):
     """Sessions ask for their chunks at random times; any capacity, down to one row, where commits go alone."""
-    sessions, runner = opened(pipe), Runner(capacity)
+    sessions, runner = opened(pipe), BatchRunner(capacity)
     made = {id(session): [] for session in sessions}
     waiting = list(sessions)
     while waiting or len(runner):
@@ -71,8 +78,8 @@ def test_together_they_make_what_each_makes_alone(pipe, alone, data, capacity):
 def test_a_past_that_is_made_anew_shares_the_forwards(pipe, capacity):
     """All switch their prompt before their third chunk and again before their fourth; against the plain loop, which
     replays each past by itself. Two chunks are replayed, then three (the window), the last with the first step."""
-    sessions, plain = opened(pipe), opened(pipe)
-    runner, forwards = Runner(capacity), 0
+    sessions, plain = opened(pipe), in_plain_loops(opened(pipe))
+    runner, forwards = BatchRunner(capacity), 0
     made = {id(session): [] for session in sessions}
     for index in range(4):
         for i, session in enumerate(sessions):
@@ -88,7 +95,7 @@ def test_a_past_that_is_made_anew_shares_the_forwards(pipe, capacity):
         for index in range(4):
             if index >= 2:
                 other.update(PROMPTS[(i + index) % 3])
-            expected.append(other.next_chunk(on_step=lambda step: None))
+            expected.append(other.next_chunk())
         check(pipe, made[id(session)], expected)
         session.close()
         other.close()
@@ -99,12 +106,12 @@ def test_a_past_that_is_made_anew_shares_the_forwards(pipe, capacity):
 @pytest.mark.parametrize("fault", [0, 1, 2])
 def test_a_replay_that_is_given_up_in_the_middle_is_begun_again(pipe, fault):
     """After `fault` forwards of a chunk whose past is replayed the session is taken away and comes back."""
-    (session,), (plain,) = opened(pipe, [0]), opened(pipe, [0])
+    (session,), (plain,) = opened(pipe, [0]), in_plain_loops(opened(pipe, [0]))
     for one in (session, plain):
         for _ in range(3):
             one.next_chunk()
         one.update(PROMPTS[1])
-    runner = Runner()
+    runner = BatchRunner()
     runner.add(session)
     for _ in range(fault):
         runner.forward()
@@ -112,7 +119,7 @@ def test_a_replay_that_is_given_up_in_the_middle_is_begun_again(pipe, fault):
     runner.add(session)
     while not (done := runner.forward()):
         pass
-    check(pipe, [done[0].finish()], [plain.next_chunk(on_step=lambda step: None)])
+    check(pipe, [done[0].finish()], [plain.next_chunk()])
     session.close()
     plain.close()
 
@@ -120,7 +127,7 @@ def test_a_replay_that_is_given_up_in_the_middle_is_begun_again(pipe, fault):
 def test_one_that_stops_early_makes_room_at_once(pipe):
     """Capacity 2, three first chunks of 1, 2 and 2 steps: the third starts in the forward after the first is done."""
     sessions = [pipe.session(PROMPTS[i], seed=i, step_policy=Fixed(n)) for i, n in enumerate((1, 2, 2))]
-    runner, done = Runner(capacity=2), []
+    runner, done = BatchRunner(capacity=2), []
     for session in sessions:
         runner.add(session)
     while len(runner):
@@ -135,14 +142,14 @@ def test_a_forward_asks_the_device_once_whoever_is_in_it(pipe, monkeypatch, poli
     """Six sessions: one read of all stop flags after each forward that decides, none after others, and no session is
     asked by itself."""
     sessions = [pipe.session(PROMPTS[i % 3], seed=i, step_policy=policy, num_frames=12) for i in range(6)]
-    runner, reads, numbers, deciding = Runner(12), [], [], 0
+    runner, reads, numbers, deciding = BatchRunner(12), [], [], 0
     read, tolist = inputs_module.read, torch.Tensor.tolist
     monkeypatch.setattr(inputs_module, "read", lambda x: reads.append(x.shape) or read(x))
     for _ in range(4):
         for session in sessions:
             runner.add(session)
         while len(runner):
-            deciding += any(chunk.plan[0].decide for chunk in runner._active.values())
+            deciding += any(chunk.forward.decide for chunk in runner._active.values())
             with monkeypatch.context() as patch:
                 patch.setattr(
                     torch.Tensor, "tolist", lambda x: tolist(x.is_floating_point() and numbers.append(x) or x)
@@ -159,7 +166,7 @@ def test_a_forward_asks_the_device_once_whoever_is_in_it(pipe, monkeypatch, poli
 
 def test_a_session_that_leaves_in_the_middle_disturbs_nobody(pipe, alone):
     stays, leaves = opened(pipe, [0, 1])
-    runner = Runner()
+    runner = BatchRunner()
     for session in (stays, leaves):
         runner.add(session)
     runner.forward()
@@ -178,7 +185,7 @@ def test_a_session_that_leaves_in_the_middle_disturbs_nobody(pipe, alone):
 def test_a_failed_forward_can_be_tried_again(pipe, alone, monkeypatch):
     [session] = opened(pipe, [0])
     made = [session.next_chunk()]
-    runner = Runner()
+    runner = BatchRunner()
     runner.add(session)
     with monkeypatch.context() as patch:
         patch.setattr(pipe.engine.dit.blocks[1], "forward", lambda *_: 1 / 0)
@@ -194,7 +201,7 @@ def test_a_failed_forward_can_be_tried_again(pipe, alone, monkeypatch):
 
 
 def test_what_cannot_be_added_says_why(pipe):
-    runner, first, other = Runner(), *opened(pipe, [0, 1])
+    runner, first, other = BatchRunner(), *opened(pipe, [0, 1])
     wide = pipe.session(PROMPTS[2], window=12)
     runner.add(first)
     with pytest.raises(ValueError, match="already waits or runs"):
@@ -210,4 +217,4 @@ def test_what_cannot_be_added_says_why(pipe):
 
 
 def test_an_empty_runner_has_nothing_to_do():
-    assert Runner().forward() == []
+    assert BatchRunner().forward() == []

@@ -71,8 +71,19 @@ def rollouts(dit, head, policies, seeds, deterministic=False, **options):
     return made
 
 
-def plain(roll):
-    return roll.denoise(on_step=lambda step: None)
+def together(dit, head, policies, **options):
+    """The clips of some policies as one rollout."""
+    config = RolloutConfig(chunk_frames=FRAMES, shift=3.0, **{"commit": "exit_step", **options})
+    engine = Engine(dit, head, None, None, config, len(policies), deterministic=True)
+    embeds = torch.randn(len(policies), 12, 40, generator=torch.Generator().manual_seed(1))
+    sizes = dict(height=SIZE, width=SIZE, frames=CHUNKS * FRAMES)
+    return engine.rollout(embeds, policy=policies, seeds=range(len(policies)), config=config, **sizes)
+
+
+def plain(roll, on_step=None):
+    """The next chunk by `denoise_chunk`."""
+    roll.inputs = None
+    return roll.denoise(on_step)
 
 
 def same(a, b):
@@ -95,6 +106,34 @@ def test_row_by_row_the_bits_are_those_of_the_plain_loop(tiny_dit, head, name, w
             a.accept(made.latents)
             b.accept(expected.latents)
     assert name in ("one count", "change") or len(taken) > 1  # else nothing was decided
+
+
+@pytest.mark.parametrize("name", ["every count", "confidence", "change"])
+def test_a_callback_sees_the_steps_of_the_plain_loop_and_changes_nothing(tiny_dit, head, close, name):
+    """Three clips in step: each step's rows, level, input, estimate and confidence."""
+    ours, theirs, silent = (together(tiny_dit, head, POLICIES[name]) for _ in range(3))
+    for _ in range(CHUNKS):
+        seen, expected = [], []
+        made, other = ours.denoise(seen.append), plain(theirs, expected.append)
+        assert made.steps == other.steps and same(made, silent.denoise())
+        for a, b in zip(seen, expected, strict=True):
+            assert (a.chunk, a.index, a.sigma, a.rows) == (b.chunk, b.index, b.sigma, b.rows)
+            for name in ("x", "x0", "confidence"):
+                close(getattr(a, name), getattr(b, name), 1e-4)
+        for roll in (ours, theirs, silent):
+            roll.accept(made.latents)
+
+
+def test_a_callback_that_fails_can_be_tried_again(tiny_dit, head):
+    """Also after the forward that has committed the previous chunk."""
+    ours, theirs = (together(tiny_dit, head, [Fixed(2)] * 3, window=6, commit="clean") for _ in range(2))
+    for index in range(CHUNKS):
+        with pytest.raises(ZeroDivisionError):
+            ours.denoise(lambda step: 1 / 0 if step.index == 1 + index % 2 else None)
+        made, other = ours.denoise(), theirs.denoise()
+        assert same(made, other)
+        ours.accept(made.latents)
+        theirs.accept(other.latents)
 
 
 @pytest.mark.parametrize("window", [None, 5, 6])
@@ -124,11 +163,11 @@ def test_sessions_at_different_steps_and_positions_share_a_forward(tiny_dit, hea
             a.accept(made.latents)
     inputs, plans = together[0].inputs, [list(roll.prepare_chunk()) for roll in together]
     while any(plans):
-        nodes = [(roll, plan.pop(0)) for roll, plan in zip(together, plans) if plan]
-        commits = [RowSpec(roll.slots[0], commit=True) for roll, node in nodes if node.commit]
-        inputs.forward(commits + [RowSpec(roll.slots[0], ahead=node.commit) for roll, node in nodes])
-        for roll, node in nodes:
-            roll.on_forward_done(node, roll.slots)
+        forwards = [(roll, plan.pop(0)) for roll, plan in zip(together, plans) if plan]
+        commits = [RowSpec(roll.slots[0], commit=True) for roll, forward in forwards if forward.commit]
+        inputs.forward(commits + [RowSpec(roll.slots[0], ahead=forward.commit) for roll, forward in forwards])
+        for roll, forward in forwards:
+            roll.on_forward_done(forward, roll.slots)
     for a, b in zip(together, alone):
         made, expected = a.result(), b.denoise()
         assert made.steps == expected.steps

@@ -15,7 +15,6 @@ from dsa_engine.engine import rollout as rollout_module
 from dsa_engine.engine import session as session_module
 from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.engine.device import Moment
-from dsa_engine.engine.session import to_uint8
 
 RED, BLUE = "a red circle moves sideways", "a blue square jumps on navy"
 POLICY = Confidence(0.1)
@@ -248,7 +247,7 @@ def test_chunks_carry_their_time_and_timings(pipe):
         chunks = take(session, 3)
     assert [c.pts for c in chunks] == pytest.approx([0, 3 / 12, 6 / 12])
     for chunk in chunks:
-        parts = sum(chunk.timings[k] for k in ("commit", "denoise", "decode"))
+        parts = sum(chunk.timings[k] for k in ("commit", "denoise", "decode", "copy"))
         assert parts == pytest.approx(chunk.timings["total"], rel=1e-6)
         assert chunk.frames.shape == (3, 64, 64, 3) and chunk.frames.dtype == np.uint8
         assert len(chunk.confidence) == 3 and all(0 < c < 1 for c in chunk.confidence)
@@ -275,6 +274,9 @@ class Queue:
                 assert queue.waited >= at >= earlier.at, "read before the device was there"
                 return at - earlier.at
 
+            def wait(self):
+                queue.waited = max(queue.waited, at)
+
         Moment.at = at
         return Moment()
 
@@ -289,12 +291,7 @@ def test_timings_are_the_devices(pipe, monkeypatch, make):
     monkeypatch.setattr(pipe.engine.dit, "forward_features", queue.launch(pipe.engine.dit.forward_features, 10))
     monkeypatch.setattr(rollout_module, "commit_chunk", queue.launch(rollout_module.commit_chunk, 4))
     monkeypatch.setattr(pipe.engine.decoder, "decode", queue.launch(pipe.engine.decoder.decode, 7))
-
-    def fetched(pixels):
-        queue.waited = queue.now
-        return to_uint8(pixels)
-
-    monkeypatch.setattr(session_module, "to_uint8", fetched)
+    monkeypatch.setattr(session_module, "copied", queue.launch(session_module.copied, 1))
     with pipe.session(RED, step_policy=Fixed(steps), num_frames=9, rope="relative", sink=1) as session:
         runner = Runner()
 
@@ -311,8 +308,8 @@ def test_timings_are_the_devices(pipe, monkeypatch, make):
         if make == "chunks" and chunk.index < 2:  # the next one's forwards run beside the decoding
             continue
         commit = 14e3 * (chunk.index > 0)  # a sink that moves: the commit is a forward of its own
-        expected = {"commit": commit, "denoise": steps * 10e3, "decode": 7e3, "total": commit + steps * 10e3 + 7e3}
-        assert chunk.timings == expected
+        expected = {"commit": commit, "denoise": steps * 10e3, "decode": 7e3, "copy": 2e3}  # frames and confidences
+        assert chunk.timings == expected | {"total": sum(expected.values()), "step": 10e3}
 
 
 def test_moments_are_events_of_the_current_stream_and_the_clock_elsewhere(monkeypatch):

@@ -8,7 +8,6 @@ the forward is a function of device tensors. `Runtime` builds and runs the graph
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import weakref
 from types import SimpleNamespace
@@ -17,11 +16,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsa_engine.engine import cuda_graphs, device_loop, model_runner
+from dsa_engine.engine import device_loop, model_runner
 from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.models.interfaces import TextKV
 from dsa_engine.ops import cuda_backend as kernels
 from dsa_engine.ops import reference
+from tests.support.loop_graph import run_graph
 
 PATCHED = ("Stream", "current_stream", "stream", "device", "CUDAGraph", "graph", "graph_pool_handle", "synchronize")
 
@@ -203,7 +203,8 @@ class Runtime:
 
     def cudaGraphLaunch(self, executable, stream):
         self.cuda.launches += 1
-        self.run(executable - 1000, {})
+        nodes = {number: [node for _, node in added] for number, added in self.alive.items()}
+        run_graph(nodes, executable - 1000, lambda child: child().recorder.replay())
         return self.made(("cudaGraphLaunch", executable, stream))[:1]
 
     def cudaGraphDestroy(self, graph):
@@ -211,22 +212,6 @@ class Runtime:
 
     def cudaGraphExecDestroy(self, executable):
         return self.made(("cudaGraphExecDestroy", executable))[:1]
-
-    def run(self, graph, conditions):
-        for _, (kind, *node) in self.alive[graph]:
-            if kind == "child":
-                node[0]().recorder.replay()
-            elif kind == "while":
-                for _ in range(10):
-                    if not conditions[node[0]]:
-                        break
-                    self.run(node[1], conditions)
-                assert not conditions[node[0]], "a loop without end"
-            else:
-                handle, slots, rows, flags, stride = node
-                slots = (ctypes.c_int64 * rows).from_address(slots)
-                read = [ctypes.c_float.from_address(flags + 4 * stride * slot).value for slot in slots]
-                conditions[handle] = any(flag == 0 for flag in read)
 
 
 def masked_attention(q, k_cache, v_cache, slot, keys, scales=None):
@@ -253,7 +238,7 @@ def patch(cuda, monkeypatch):
     cuda.runtime.fails = None
     for name in PATCHED:
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-    for module in (cuda_graphs, model_runner):
+    for module in (model_runner,):
         monkeypatch.setattr(module, "read", cuda.read)
     monkeypatch.setattr(device_loop, "runtime", lambda: cuda.runtime)
     monkeypatch.setattr(kernels, "csrc", cuda.runtime)

@@ -16,7 +16,8 @@ from prometheus_client.registry import Collector
 from dsa_engine.serving.types import ChunkReady, Closed, Event
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0)
-PHASES = {"commit": "kv", "denoise": "denoise", "decode": "vae", "total": "total"}  # by the engine's `Chunk.timings`
+# The label of each of the engine's `Chunk.timings`.
+PHASES = {"commit": "kv", "denoise": "denoise", "step": "step", "decode": "vae", "copy": "copy", "total": "total"}
 FPS_WINDOW_S = 10.0  # that `dsa_fps` averages over
 
 

@@ -15,7 +15,7 @@ from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import Budget, Policy
 from dsa_engine.serving.types import CloseReason, Event, Opened, StreamRequest, UpdateApplied, UpdateRejected
 from dsa_engine.serving.worker.pacing import LoadController, PlaybackPacer
-from dsa_engine.serving.worker.step_policy import THRESHOLD_FIELD, resolve_policy, with_threshold
+from dsa_engine.serving.worker.step_policy import resolve_policy, with_threshold
 
 Listener = Callable[[Event], None]
 
@@ -142,15 +142,13 @@ class ActiveStream:
             return UpdateRejected(update.event_id, str(error))
         if policy is not self.policy:
             self.policy = policy
-            for own in session.rollout.policies:  # the session's copy of it
-                setattr(own, THRESHOLD_FIELD[type(policy)], update.threshold)
+            session.set_threshold(update.threshold)
         return UpdateApplied(update.event_id, session.prompt, session.index)
 
     def start_chunk(self, runner: Runner, load: LoadController) -> None:
         """Add the next chunk to the runner."""
         if isinstance(self.policy, Budget):
-            for policy in self.session.rollout.policies:  # the session's copy of it
-                policy.threshold = load.threshold(self.policy.ceiling)
+            self.session.policy.threshold = load.threshold(self.policy.ceiling)
         runner.add(self.session, None if self.pacer is None else self.pacer.runs_out)
         self.state, self.runner = StreamState.DENOISING, runner
         self.consumer_ready, self.chunk_started = False, self._clock()
@@ -158,7 +156,7 @@ class ActiveStream:
     def start_decoding(self, max_steps: int) -> Callable[[], ChunkDecoded]:
         """The chunk is denoised. Returns what decodes it, for any thread."""
         session, self.runner, self.state = self.session, None, StreamState.DECODING
-        rule = session.rollout.policies[0].rule(session.index, max_steps)
+        rule = session.policy.rule(session.index, max_steps)
         threshold = rule.threshold if rule is not None and rule.threshold <= 1 else None
         decode = session.detach_decode()
 

@@ -319,7 +319,7 @@ class Worker:
         try:
             while stream.pending_updates:
                 self._emit(stream, stream.apply(stream.pending_updates.popleft(), self.pipe.max_steps))
-            pool = id(session.rollout.inputs)
+            pool = id(session.pool)
             runner = self._runners.setdefault(pool, Runner(self.limits.max_batch_rows))
             stream.start_chunk(runner, self.controller)
         except Exception as error:

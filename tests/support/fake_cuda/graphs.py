@@ -8,7 +8,6 @@ without data are not kept, and a replay leaves them out.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import threading
 import time
@@ -17,6 +16,8 @@ from types import SimpleNamespace
 
 import torch
 from torch.utils._pytree import tree_flatten
+
+from tests.support.loop_graph import run_graph
 
 from .device import WAIT, device
 from .tensor import storage
@@ -250,24 +251,8 @@ class Runtime:
         return None
 
     def _cudaGraphLaunch(self, executable, stream_):
-        self._run(executable, {})
+        run_graph(self._graphs, executable, CUDAGraph.replay)
         return None
 
     def set_while(self, *, graph, after, handle, slots, rows, flags, stride):
         return self._add(graph, "condition", handle, slots, rows, flags, stride)
-
-    def _run(self, number: int, conditions: dict) -> None:
-        for kind, *node in self._graphs[number]:
-            if kind == "child":
-                node[0].replay()
-            elif kind == "while":
-                for _ in range(100):
-                    if not conditions[node[0]]:
-                        break
-                    self._run(node[1], conditions)
-                assert not conditions[node[0]], "a loop without end"
-            else:
-                handle, slots, rows, flags, stride = node
-                slots = (ctypes.c_int64 * rows).from_address(slots)
-                read = [ctypes.c_float.from_address(flags + 4 * stride * slot).value for slot in slots]
-                conditions[handle] = any(flag == 0 for flag in read)

@@ -28,8 +28,8 @@ REDUCE = ("min", "mean", "max")  # `StopRule.reduce` holds the index
 
 
 class FinalLayer(NamedTuple):
-    """The DiT's last layer: LayerNorm, modulation and a linear layer. Its P = p * p * c outputs per token are a patch of
-    p x p latent pixels with c channels each, channels innermost."""
+    """The DiT's last layer: LayerNorm, modulation and a linear layer. Its P = p * p * c outputs per token are a patch
+    of p x p latent pixels with c channels each, channels innermost."""
 
     shift: Tensor  # [B, F, C]
     scale: Tensor  # [B, F, C]

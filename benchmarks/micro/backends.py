@@ -56,7 +56,9 @@ def resolve(name: str, row: Row, device: torch.device) -> Callable:
     if name == "torch":
         return plain_torch(row)
     if name in DECODERS:
-        return last_chunk(lambda vae, chunk: vae.lay_out().decode if name == "channels_last" else graphed(vae, chunk))
+        return last_chunk(
+            lambda vae, chunk: vae.to_channels_last().decode if name == "channels_last" else graphed(vae, chunk)
+        )
     if name == "compile":
         torch.compiler.reset()  # an op's many shapes would run into the limit of recompilations
         return torch.compile(plain_torch(row), dynamic=False)

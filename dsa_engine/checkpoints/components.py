@@ -60,9 +60,9 @@ def apply_offload(
 
     "text": umT5, a layer at a time for a new prompt (any other text encoder is small, or its maker's business);
     "vae": the decoder's weights and the states of its streams, a latent frame at a time. "auto": the first of
-    `memory_estimate.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's own video
-    size, whose keys and values are of dtype `cache` (None: the DiT's own), which is logged; nothing where the device is
-    not CUDA. None: nothing. The DiT and its cache always stay.
+    `memory_estimate.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's
+    own video size, whose keys and values are of dtype `cache` (None: the DiT's own), which is logged; nothing where the
+    device is not CUDA. None: nothing. The DiT and its cache always stay.
     """
     device = model.dit.device
     chosen = (

@@ -51,7 +51,7 @@ def load_vae(
             vae = WanVAE(dim=tensors["decoder.upsamples.0.residual.0.gamma"].numel() // 4)
     load_strict(vae, tensors, path)
     vae = vae.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return vae.lay_out() if isinstance(vae, WanVAE) else vae
+    return vae.to_channels_last() if isinstance(vae, WanVAE) else vae
 
 
 def find_vae(model: Path, kind: str) -> Path:

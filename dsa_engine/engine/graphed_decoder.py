@@ -52,7 +52,7 @@ class GraphedDecoder:
         self.spatial_stride, self.temporal_stride = codec.spatial_stride, codec.temporal_stride
         self.latent_channels = codec.latent_channels
         if isinstance(codec, WanVAE):
-            codec.lay_out()
+            codec.to_channels_last()
         weight = next(codec.parameters())
         self._device, self._lock = weight.device, threading.RLock()
         self._done = torch.cuda.Event() if weight.is_cuda else None  # of the last work on the buffers

@@ -22,17 +22,16 @@ from dsa_engine.models.rope import rope_table
 
 
 class BlockModulation(NamedTuple):
-    """What modulates one block, float32 [B, F, dim] each: shift, scale and gate of the self-attention, then of the
-    feed-forward; shift3 and scale3 [1, 1, dim], norm3's bias and its weight minus one, for the cross-attention."""
+    """One block's modulation, float32 [B, F, dim] each."""
 
-    shift1: Tensor
+    shift1: Tensor  # of the self-attention
     scale1: Tensor
     gate1: Tensor
-    shift2: Tensor
+    shift2: Tensor  # of the feed-forward
     scale2: Tensor
     gate2: Tensor
-    shift3: Tensor
-    scale3: Tensor
+    shift3: Tensor  # of the cross-attention, [1, 1, dim]: norm3's bias
+    scale3: Tensor  # [1, 1, dim]: norm3's weight minus one
 
 
 class DiTOutput(NamedTuple):
@@ -74,9 +73,9 @@ class Attention(nn.Module):
 
 class SelfAttention(Attention):
     def forward(self, x: Tensor | RowwiseFP8, layer: int, memory: KVMemory, rope: tuple[Tensor, Tensor]) -> Tensor:
-        gains = (self.norm_q.weight, self.norm_k.weight)
+        norm_weights = (self.norm_q.weight, self.norm_k.weight)
         q, k, v = fused_linear(x, (self.q, self.k, self.v))
-        return self.o(memory.attend(layer, q, k, v, gains, rope, self.norm_q.eps))
+        return self.o(memory.attend(layer, q, k, v, norm_weights, rope, self.norm_q.eps))
 
 
 class CrossAttention(Attention):
@@ -95,7 +94,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim, self.eps = config.dim, config.eps
-        self.fp8 = False  # whether its products are, and their inputs come so (`models.fp8.quantize_linears`)
+        self.fp8 = False  # whether its GEMMs and their inputs are (`models.fp8.quantize_linears`)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
@@ -104,6 +103,12 @@ class Block(nn.Module):
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
 
+    # x --+----------------------------------(+)-+-----------------------(+)-+----------------------------(+)--> x
+    #     |                                   |  |                        |  |                             |
+    #     +-> norm, mod1 -> self-attn, gate1 -+  +-> norm3 -> cross-attn -+  +-> norm, mod2 -> FFN, gate2 -+
+    # norm is LayerNorm without weights, mod is norm * (1 + scale) + shift. The end of a sub-layer and the norm of the
+    # next are one op (`ops.residual_modulate`), which reads and writes x once: so y comes in normed and modulated for
+    # this block, and leaves so for the next one.
     def forward(
         self,
         x: Tensor,
@@ -115,10 +120,9 @@ class Block(nn.Module):
         text: TextKV,
         memory: KVMemory,
     ) -> tuple[Tensor, Tensor | RowwiseFP8 | None]:
-        """x [B, T, dim], the stream, and y, its norm modulated for this block -> the same for the next block.
+        """x [B, T, dim], the residual stream, and y, its norm modulated by `mod` -> x and y, modulated by `next_mod`.
 
-        The end of each sub-layer and the norm of the next are one op, which reads and writes the stream once; so are
-        this block's end and the norm of the next, modulated by `next_mod`. After the last block there is no y.
+        After the last block next_mod is None, and so is y.
         """
         y = self.self_attn(y, layer, memory, rope)
         x, y = ops.residual_modulate(x, y, mod.gate1, mod.shift3, mod.scale3, self.eps, self.fp8)
@@ -139,7 +143,7 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, config.patch_size[1] * config.patch_size[2] * config.out_dim)
 
     def final_layer(self, time: Tensor) -> FinalLayer:
-        """Everything `ops.epilogue` needs of this layer, for the timestep embeddings [B, F, dim]."""
+        """This layer as `ops.epilogue` takes it, for the timestep embeddings [B, F, dim]."""
         shift, scale = (self.modulation.float() + time.float()[:, :, None]).unbind(2)
         return FinalLayer(shift, scale, self.head.weight, self.head.bias)
 
@@ -201,7 +205,7 @@ class CausalDiT(nn.Module):
         """One forward over a chunk.
 
         x [B, F, C, H, W] noisy latents; t [B, F] timesteps in [0, 1000] (1000 sigma); frames [B, F] absolute positions;
-        text_kv as `text_kv()` returns it; memory supplies the past and takes this chunk's keys and values.
+        text_kv: of `text_kv()`; memory supplies the past and takes this chunk's keys and values.
         """
         batch, count, _, height, width = x.shape
         p = self.config.patch_size[1]
@@ -214,7 +218,7 @@ class CausalDiT(nn.Module):
     def forward_features(
         self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: KVMemory
     ) -> tuple[Tensor, Tensor]:
-        """`forward` without its last layer: tokens [B, T, dim] of the last block and the time embedding [B, F, dim]."""
+        """`forward` without the head: tokens [B, T, dim] of the last block and the time embedding [B, F, dim]."""
         _, _, _, height, width = x.shape
         self.config.tokens_per_frame(height, width)  # raises for a size off the patch grid
         p = self.config.patch_size[1]
@@ -222,21 +226,21 @@ class CausalDiT(nn.Module):
         time = self.time_embedding(timestep_features(t, self.config.freq_dim).to(self.dtype))
         mod = self.time_projection(time).unflatten(-1, (6, -1)).float()
         rope = rope_table(frames, height // p, width // p, self.config.head_dim, self.config.rope_theta)
-        vectors = [*self._vectors(mod), None]
-        y = ops.modulate(tokens, vectors[0].shift1, vectors[0].scale1, self.config.eps, self.blocks[0].fp8)
+        mods = [*self._modulations(mod), None]
+        y = ops.modulate(tokens, mods[0].shift1, mods[0].scale1, self.config.eps, self.blocks[0].fp8)
         for layer, block in enumerate(self.blocks):
-            tokens, y = block(tokens, y, *vectors[layer : layer + 2], layer, rope, text_kv, memory)
+            tokens, y = block(tokens, y, *mods[layer : layer + 2], layer, rope, text_kv, memory)
         return tokens, time
 
-    def _vectors(self, mod: Tensor) -> list[BlockModulation]:
-        """Every block's, from the projected timesteps [B, F, 6, dim]: made at once, not in small ops block by block."""
+    def _modulations(self, mod: Tensor) -> list[BlockModulation]:
+        """Every block's, from the projected timesteps [B, F, 6, dim], at once: not in small ops block by block."""
         levels = torch.stack([block.modulation for block in self.blocks]).float()[:, :, None] + mod
         norms = ([getattr(block.norm3, name) for block in self.blocks] for name in ("bias", "weight"))
         shift3, scale3 = (torch.stack(vectors).float()[:, None, None] for vectors in norms)
         return [BlockModulation(*own.unbind(2), *plain) for own, *plain in zip(levels, shift3, scale3 - 1)]
 
     def _patchify(self, x: Tensor) -> Tensor:
-        """The strided convolution as one matrix product: [B, F, C, H, W] -> [B, F * H/p * W/p, dim]."""
+        """The strided convolution as one GEMM: [B, F, C, H, W] -> [B, F * H/p * W/p, dim]."""
         p = self.config.patch_size[1]
         patches = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 3, 5, 2, 4, 6)
         patches = patches.reshape(x.shape[0], -1, x.shape[2] * p * p).to(self.dtype)

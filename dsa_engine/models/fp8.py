@@ -1,8 +1,8 @@
-"""FP8 on a whole model: what is asked for by name, whether a device can, what the numbers of an FP8 cache stand for.
+"""FP8 for a whole model: the named modes, what a device supports, FP8 weights, and the scales of an FP8 cache.
 
-"fp8-linear" stores the weights of the blocks' products in e4m3, one scale an output channel, and quantises their inputs
-a token at a time; "fp8-cache" stores keys and values in e4m3, one scale a layer and head; "fp8" does both. Embeddings,
-the prompt's keys and values, norms, modulation and the last layer stay as they are.
+"fp8-linear" stores the weights of the blocks' GEMMs in e4m3 with one scale per output channel, and quantizes their
+inputs per token; "fp8-cache" stores keys and values in e4m3 with one scale per layer and head; "fp8" does both.
+Embeddings, the prompt's keys and values, norms, modulation and the last layer stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsa_engine.kernel_types import CacheScales
 from dsa_engine.models.dit import Attention, Block, CausalDiT, timestep_features
-from dsa_engine.models.linear import Fp8Linear
+from dsa_engine.models.linear import FP8Linear
 from dsa_engine.ops.reference import E4M3_MAX
 
 E4M3 = torch.float8_e4m3fn
@@ -38,7 +38,7 @@ QUANTIZATIONS = {
 
 
 def quantization(name: str | None, device: torch.device | str) -> Quantization:
-    """What a name asks for, None nothing. Raises ValueError for an unknown name, and where the device cannot do it."""
+    """The mode of a name, None for neither. Raises ValueError for an unknown name, or a device without support."""
     if name is None:
         return Quantization(False, False)
     if name not in QUANTIZATIONS:
@@ -50,8 +50,8 @@ def quantization(name: str | None, device: torch.device | str) -> Quantization:
 
 
 def unavailable(device: torch.device | str) -> str | None:
-    """Why a device cannot run in FP8; None if it can. On a CPU the products are taken in float32 of numbers that are
-    rounded to e4m3: slower than without, but the numbers are those of FP8."""
+    """Why a device cannot run in FP8; None if it can. A CPU computes in float32 on values rounded to e4m3: slower than
+    without, but with FP8's results."""
     device = torch.device(device)
     if device.type != "cuda":
         return None
@@ -61,24 +61,24 @@ def unavailable(device: torch.device | str) -> str | None:
 
 
 def quantize_linears(dit: CausalDiT) -> None:
-    """Replace the products of every block by FP8 ones, in place: q, k, v and o of the self-attention, q and o of the
-    cross-attention, both of the feed-forward. The prompt's k and v run once a prompt and stay as they are.
+    """Replace the linear layers of every block by FP8 ones, in place: q, k, v and o of the self-attention, q and o of
+    the cross-attention, both of the feed-forward. The prompt's k and v run once per prompt and stay as they are.
 
-    Raises ValueError, with nothing replaced, for sizes that FP8's tensor cores do not take, and on a GPU for another
-    dtype than bfloat16, which is what a product with one scale a row gives there.
+    Raises ValueError, with nothing replaced, for sizes that FP8's tensor cores do not support, and on a GPU for another
+    dtype than bfloat16, the only one that a GEMM with row-wise scales returns there.
     """
     for name in ("dim", "ffn_dim"):
         size = getattr(dit.config, name)
         if size % 16:
             near = max(16, round(size / 16) * 16)
-            raise ValueError(f"{name}={size}: FP8 products need a multiple of 16; nearest is {near}")
+            raise ValueError(f"{name}={size}: FP8 GEMMs need a multiple of 16; nearest is {near}")
     if dit.device.type == "cuda" and dit.dtype != torch.bfloat16:
-        raise ValueError(f"dtype={dit.dtype}: FP8 products on a GPU give torch.bfloat16; load the model in that dtype")
+        raise ValueError(f"dtype={dit.dtype}: FP8 GEMMs on a GPU give torch.bfloat16; load the model in that dtype")
     for block in dit.blocks:
         own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
-        own.q, own.k, own.v = Fp8Linear.of((own.q, own.k, own.v))
+        own.q, own.k, own.v = FP8Linear.of((own.q, own.k, own.v))
         for owner, name in ((own, "o"), (cross, "q"), (cross, "o"), (ffn, "0"), (ffn, "2")):
-            setattr(owner, name, *Fp8Linear.of((getattr(owner, name),)))
+            setattr(owner, name, *FP8Linear.of((getattr(owner, name),)))
         block.fp8 = True
 
 
@@ -87,8 +87,8 @@ def cache_scales(dit: CausalDiT, timesteps: Sequence[float]) -> CacheScales:
     """Scales of an FP8 cache, from the weights alone: k, v [layers, H].
 
     They are bounds that no key or value exceeds at these timesteps (rounding aside), so nothing is ever clamped and no
-    calibration clip has to be like those to come. With n = C:
-        a key has RMS 1 over its C channels before the gain g, and RoPE keeps the length of a pair:
+    calibration data is needed. With C channels:
+        a key has RMS 1 over its C channels before the norm's weight g, and RoPE keeps the length of a pair:
             |k_j| <= sqrt(C) max|g|                                           max over the head's channels
         a value is W y + b with y = LayerNorm(x) (1 + scale) + shift, and |LayerNorm(x)| <= sqrt(C):
             |v_j| <= sqrt(C) |W_j (1 + scale)| + |W_j shift + b_j|            max over channels and timesteps
@@ -106,8 +106,8 @@ def cache_scales(dit: CausalDiT, timesteps: Sequence[float]) -> CacheScales:
 
 def key_bounds(block: Block, heads: int) -> Tensor:
     """[H]"""
-    gain = block.self_attn.norm_k.weight.float()
-    return sqrt(len(gain)) * gain.abs().unflatten(0, (heads, -1)).amax(1)
+    weight = block.self_attn.norm_k.weight.float()
+    return sqrt(len(weight)) * weight.abs().unflatten(0, (heads, -1)).amax(1)
 
 
 def value_bounds(block: Block, mod: Tensor, heads: int) -> Tensor:
@@ -120,7 +120,7 @@ def value_bounds(block: Block, mod: Tensor, heads: int) -> Tensor:
 
 
 def value_weight(attention: Attention) -> tuple[Tensor, Tensor]:
-    """Of the values' projection, in float32: of an FP8 one what its numbers stand for."""
+    """Weight and bias of the V projection in float32, dequantized if the layer is FP8."""
     layer = attention.v
-    scale = layer.scale if isinstance(layer, Fp8Linear) else 1.0
+    scale = layer.scale if isinstance(layer, FP8Linear) else 1.0
     return layer.weight.float() * scale, layer.bias.float()

@@ -50,7 +50,7 @@ class KVMemory(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gains: tuple[Tensor, Tensor],
+        norm_weights: tuple[Tensor, Tensor],
         rope: tuple[Tensor, Tensor],
         eps: float,
     ) -> Tensor:

@@ -12,8 +12,8 @@ from dsa_engine import ops
 from dsa_engine.kernel_types import RowwiseFP8
 
 
-class Fp8Linear(nn.Module):
-    """weight [N, K] e4m3, scale [N, 1] float32, one an output channel, bias [N]; the output has the bias's dtype."""
+class FP8Linear(nn.Module):
+    """weight [N, K] e4m3, scale [N, 1] float32 per output channel, bias [N]; the output has the bias's dtype."""
 
     def __init__(self, weight: RowwiseFP8, bias: Tensor):
         super().__init__()
@@ -23,8 +23,8 @@ class Fp8Linear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layers: Sequence[nn.Linear]) -> list[Fp8Linear]:
-        """Layers of one input, quantized; their numbers lie side by side, so that one product can serve all of them."""
+    def of(cls, layers: Sequence[nn.Linear]) -> list[FP8Linear]:
+        """Quantized layers of one input; their weights are packed, so that one GEMM can serve all of them."""
         whole = ops.quantize(torch.cat([layer.weight for layer in layers]))
         bias = torch.cat([layer.bias for layer in layers])
         parts = [x.split([layer.out_features for layer in layers]) for x in (*whole, bias)]
@@ -38,15 +38,15 @@ class Fp8Linear(nn.Module):
         return ops.fp8_linear(x, self.rowwise, self.bias, self.bias.dtype)
 
     def gelu(self, x: Tensor | RowwiseFP8) -> RowwiseFP8:
-        """gelu of the output, as the next FP8 layer takes it: the bias is added with the activation, not before."""
+        """gelu of the output, in FP8 for the next layer: the bias is added with the activation, not before."""
         return ops.gelu_bias(ops.fp8_linear(x, self.rowwise, None, self.bias.dtype), self.bias, fp8=True)
 
 
-def fused_linear(x: Tensor | RowwiseFP8, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
-    """Every layer's output for one x [..., in], on a GPU by a single product.
+def fused_linear(x: Tensor | RowwiseFP8, layers: Sequence[nn.Linear | FP8Linear]) -> Sequence[Tensor]:
+    """Every layer's output for one x [..., in], on a GPU by a single GEMM.
 
-    On a CPU that is no faster. Where the weights are to be trained, and under torch.compile, which knows no addresses,
-    each layer is a product of its own as well.
+    On a CPU that is no faster. Weights that are trained, and torch.compile, which knows no addresses, take one GEMM per
+    layer too.
     """
     trained = torch.is_grad_enabled() and any(p.requires_grad for layer in layers for p in layer.parameters())
     device = x.values.device if isinstance(x, RowwiseFP8) else x.device
@@ -55,7 +55,7 @@ def fused_linear(x: Tensor | RowwiseFP8, layers: Sequence[nn.Linear | Fp8Linear]
     return fused_gemm(x, layers)
 
 
-def fused_gemm(x: Tensor | RowwiseFP8, layers: Sequence[nn.Linear | Fp8Linear]) -> Sequence[Tensor]:
+def fused_gemm(x: Tensor | RowwiseFP8, layers: Sequence[nn.Linear | FP8Linear]) -> Sequence[Tensor]:
     """Every layer's output for one x [..., in]: views of one tensor [..., sum of their widths]."""
     weight, bias = (pack_parameters([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     if isinstance(x, RowwiseFP8):
@@ -67,10 +67,10 @@ def fused_gemm(x: Tensor | RowwiseFP8, layers: Sequence[nn.Linear | Fp8Linear]) 
 
 
 def pack_parameters(parts: Sequence[nn.Parameter]) -> Tensor:
-    """Parameters [n, ...] as one tensor [sum of n, ...], whose memory is theirs.
+    """Parameters [n, ...] as one tensor [sum of n, ...] that shares their memory.
 
-    They are moved together when they are first asked for, and again after whatever parts them: `Module.to`, a copy, a
-    checkpoint. So nothing else has to know of it: each stays a parameter of its own, with its name.
+    They are packed into one contiguous tensor on first use and re-packed after anything that reallocates them
+    (`Module.to`, `deepcopy`, `load_state_dict`). Each stays a parameter of its own, with its name.
     """
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
@@ -83,6 +83,6 @@ def pack_parameters(parts: Sequence[nn.Parameter]) -> Tensor:
             return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
     with torch.inference_mode(False), torch.no_grad():  # trained later, they must not be inference tensors
         whole = torch.cat([part.detach() for part in parts])
-        for part, place in zip(parts, whole.split([len(part) for part in parts])):
-            part.data = place
+        for part, view in zip(parts, whole.split([len(part) for part in parts])):
+            part.data = view
     return whole

@@ -45,8 +45,8 @@ PLACEMENTS: tuple[tuple[str, ...], ...] = ((), ("text",), ("text", "vae"))
 class VAEFootprint:
     """A video decoder's size in elements.
 
-    state: what a stream keeps between chunks, per pixel of a frame. work: peak of a decode without states, per pixel of
-    the frames computed at once: those of `StreamingVAE.pass_frames` latent frames if it `streams`, else the whole chunk.
+    state: kept by a stream between chunks, per pixel of a frame. work: peak of a decode without states, per pixel of
+    the frames computed at once: those of `StreamingVAE.pass_frames` latent frames if it `streams`, else of the chunk.
     """
 
     name: str
@@ -114,8 +114,8 @@ def predict(
 ) -> Estimate:
     """What a model takes of its device. weights: bytes of parts, where they are not their parameters in load.dtype.
 
-    Resident: weights; KV cache (`cache_bytes`); prompt K/V: 2 x layers x text_len x dim elements, held twice per session
-    (source and slot copy) plus one scratch row; latents with their noise; decoder states.
+    Resident: weights; KV cache (`cache_bytes`); prompt K/V: 2 x layers x text_len x dim elements, held twice per
+    session (source and slot copy) plus one scratch row; latents with their noise; decoder states.
     Transient, per phase:
         denoise: a forward with the commit riding along, so 2 T tokens per session. Per token the larger of its two
             peaks: the feed-forward's 2 ffn_dim + 5 dim elements, or RoPE's 15 dim; per frame (30 + 12 layers) dim for
@@ -160,8 +160,8 @@ def predict(
 def cache_bytes(model: ModelConfig, rollout: RolloutConfig, load: Workload) -> int:
     """Bytes of the KV cache: 2 x layers x frames x S x dim elements per session.
 
-    frames: the whole clip, or the window and one chunk more, where commits ride along. A sink's keys are there once more
-    where it moves with the window (rope="relative"). In e4m3 the float32 scales per layer and head are added.
+    frames: the whole clip, or the window and one chunk more, where commits ride along. A sink that moves with the window
+    (rope="relative") has its keys once more. In e4m3 the float32 scales per layer and head are added.
     """
     window = rollout.window and rollout.window + rollout.chunk_frames
     frames = window or max(load.frames, rollout.sink + rollout.chunk_frames)
@@ -188,7 +188,7 @@ def _head_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def count_sessions(model: ModelConfig, rollout: RolloutConfig, load: Workload, available: int, **parts: Any) -> int:
-    """How many sessions fit in `available` bytes, with forwards of at most MAX_BATCH_ROWS rows; parts as of `predict`."""
+    """How many sessions fit in `available` bytes, with forwards of up to MAX_BATCH_ROWS rows; parts as of `predict`."""
 
     def peak(count: int) -> int:
         one = replace(load, sessions=count, rows=min(2 * count, MAX_BATCH_ROWS))

@@ -15,8 +15,8 @@ from dsa_engine.models.streaming_vae import FeatureCache, State, StreamingVAE
 class DeviceSwap:
     """A module's weights, kept on the CPU, are on a device between `__enter__` and `__exit__`.
 
-    They are frozen and nothing writes them, so nothing is copied back. pin: page-locked on the CPU, so that a CUDA device
-    copies them asynchronously; torch's allocator rounds each such tensor up to a power of two.
+    They are frozen and nothing writes them, so nothing is copied back. pin: page-locked on the CPU, for asynchronous
+    copies to a CUDA device; torch's allocator rounds each such tensor up to a power of two.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str, pin: bool = False):
@@ -72,7 +72,7 @@ def add_offload_hooks(module: nn.Module, device: torch.device | str, pin: bool =
 
 
 class OffloadedFeatureCache(FeatureCache):
-    """A pass whose state lies on the CPU: each layer's part is copied to the device when it is needed, and back at once."""
+    """A pass with its state on the CPU: each layer's part is copied to the device when needed, and back at once."""
 
     def __init__(self, state: State | None, axis: int, device: torch.device):
         super().__init__(None if state is None else (t.to(device, non_blocking=True) for t in state), axis)
@@ -84,12 +84,11 @@ class OffloadedFeatureCache(FeatureCache):
 
 
 class OffloadedCodec(nn.Module):
-    """A `VideoCodec` that takes no device memory between two calls: its weights and the states of its streams are on the
-    CPU, each on the device only while it is needed.
+    """A `VideoCodec` that takes no device memory between two calls: its weights and its streams' states are on the CPU.
 
-    It decodes one latent frame at a time, which bounds the memory and changes no result; for each the state goes there
-    and back (the Wan VAE's is 1.9 GB at 480 x 832 in bfloat16). A state is a tuple of CPU tensors, and may be used again
-    as always. Calls from several threads wait for each other.
+    It decodes one latent frame at a time, which bounds the memory and changes no result; for each the state is copied
+    to the device and back (the Wan VAE's is 1.9 GB at 480 x 832 in bfloat16). A state is a tuple of CPU tensors. Calls
+    from several threads wait for each other.
     """
 
     def __init__(self, codec: nn.Module, device: torch.device | str):

@@ -14,10 +14,10 @@ State = tuple[Tensor, ...]
 
 
 class FeatureCache:
-    """One pass of a chunk through the layers: hands out the previous chunk's frames layer by layer and collects the new.
+    """One pass of a chunk through the layers: hands out the previous pass's frames per layer, collects the new ones.
 
-    state: what the previous pass left, None at a clip's start (`first`). axis: the axis of time. into: tensors that take
-    the new state, others than those of `state`; None makes new ones. new_state: complete after the pass.
+    state: of the previous pass, None at a clip's start (`first`). axis: the axis of time. into: tensors that take the
+    new state, others than those of `state`; None makes new ones. new_state: complete after the pass.
     """
 
     def __init__(self, state: Iterable[Tensor] | None, axis: int, into: Sequence[Tensor] | None = None):
@@ -38,8 +38,8 @@ class FeatureCache:
         if not self.first and (history is None or list(history.shape) != shape):
             held = "nothing" if history is None else list(history.shape)
             raise ValueError(
-                f"state holds {held} where this chunk needs {shape}: give the state that the previous chunk of the same "
-                "stream returned, or None at a clip's start"
+                f"state holds {held} where this chunk needs {shape}: give the state that the stream's previous chunk "
+                "returned, or None at a clip's start"
             )
         shape[axis] += count
         layout = torch.channels_last_3d if axis == 2 else torch.contiguous_format

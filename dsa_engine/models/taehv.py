@@ -1,7 +1,7 @@
-"""TAEHV, the tiny twin of a video VAE: the same latents, 11.3 M parameters, pictures a little softer.
+"""TAEHV, a tiny substitute for Wan's VAE: the same latents, 11.3 M parameters, slightly softer images.
 
-Every layer works on pictures; time comes in through blocks that also see their own input one frame earlier, through
-1 x 1 convolutions that turn s frames into one (encoder) and through ones that turn one frame into s (decoder).
+Every layer works on single images; time comes in through blocks that also see their own input one frame earlier, and
+through 1 x 1 convolutions that turn s frames into one (encoder) or one frame into s (decoder).
 
 Source: github.com/madebyollin/taehv (MIT), `taew2_1.pth` for Wan 2.1.
 """
@@ -22,14 +22,14 @@ def _conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
 
 
 class SoftClamp(nn.Module):
-    """`3 tanh(x / 3)`: holds stray latents back."""
+    """`3 tanh(x / 3)`: limits outliers."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(x / 3)
 
 
 class MemBlock(nn.Module):
-    """`relu(x + conv(x, past))` on pictures x [N, C, H, W], with their predecessors in `past`."""
+    """`relu(x + conv(x, past))` on images x [N, C, H, W], with their predecessors in `past`."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -65,21 +65,21 @@ class TGrow(nn.Module):
         return self.conv(x).unflatten(1, (self.stride, -1)).flatten(0, 1)
 
 
-def _memory(width: int) -> list[nn.Module]:
+def _mem_blocks(width: int) -> list[nn.Module]:
     return [MemBlock(width) for _ in range(3)]
 
 
 def _encoder(width: int, outputs: int) -> nn.Sequential:
     layers = [_conv(3, width), nn.ReLU()]
     for stride in POOLS:
-        layers += [TPool(width, stride), _conv(width, width, stride=2, bias=False), *_memory(width)]
+        layers += [TPool(width, stride), _conv(width, width, stride=2, bias=False), *_mem_blocks(width)]
     return nn.Sequential(*layers, _conv(width, outputs))
 
 
 def _decoder(widths: tuple[int, ...], inputs: int) -> nn.Sequential:
     layers = [SoftClamp(), _conv(inputs, widths[0]), nn.ReLU()]
     for width, following, stride in zip(widths, widths[1:], GROWS):
-        layers += [*_memory(width), nn.Upsample(scale_factor=2), TGrow(width, stride)]
+        layers += [*_mem_blocks(width), nn.Upsample(scale_factor=2), TGrow(width, stride)]
         layers.append(_conv(width, following, bias=False))
     return nn.Sequential(*layers, nn.ReLU(), _conv(widths[-1], 3))
 
@@ -121,7 +121,7 @@ class TAEHV(StreamingVAE):
 
 
 def _apply(layers: nn.Sequential, x: Tensor, cache: FeatureCache) -> Tensor:
-    """x [B, T, C, H, W] through layers for pictures; the memory blocks get every frame's predecessor too."""
+    """x [B, T, C, H, W] through layers for images; the memory blocks get every frame's predecessor too."""
     batch = len(x)
     x = x.flatten(0, 1)
     for layer in layers:

@@ -33,8 +33,7 @@ _ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 def clean_prompt(text: str) -> str:
     """A prompt as Wan's tokenizer gets it: ftfy's repairs, HTML entities resolved twice, each run of spaces one space.
 
-    Without ftfy only texts that it would not change are taken: printable ASCII without HTML entities.
-    Raises ImportError for any other where ftfy is not installed.
+    Raises ImportError without ftfy, but for texts that it would not change: printable ASCII without HTML entities.
     """
     if not _PLAIN.fullmatch(text) or _ENTITY.search(text) or html.unescape(text) != text:
         try:
@@ -48,13 +47,17 @@ def clean_prompt(text: str) -> str:
 
 
 class UMT5(nn.Module):
-    """A `TextEncoder`: transformers' `UMT5EncoderModel` with Wan's cleaning and padding, and a cache of prompts.
+    """A `TextEncoder`: transformers' `UMT5EncoderModel` with Wan's cleaning and padding, and an LRU cache of prompts.
 
-    model: may be on the meta device, then `load(model, device)` puts its weights in place there when the first prompt
-    is encoded. tokenizer: of transformers. length: tokens of an embedding, the DiT's text_len. cache: prompts kept, the
-    least recently used goes first. device: where prompts are encoded; offload: whether the weights, the largest part of
-    a Wan model (11.4 GB in bfloat16), live on the CPU and a layer is on the device for its turn only (0.4 GB).
-    Raises ValueError for a model whose two token embeddings are not one.
+    Args:
+        model: may be on the meta device; `load(model, device)` then fills it when the first prompt is encoded.
+        tokenizer: of transformers.
+        length: tokens of an embedding, the DiT's text_len.
+        cache: prompts kept.
+        device: where prompts are encoded.
+        offload: keep the weights (11.4 GB in bfloat16) on the CPU, and on the device only the layer that runs (0.4 GB).
+
+    Raises ValueError for a model whose two token embeddings differ.
     """
 
     def __init__(
@@ -74,13 +77,13 @@ class UMT5(nn.Module):
         check_tied(model)
         self.model, self.tokenizer = model, tokenizer
         self.length, self.device, self.offload = length, torch.device(device), offload
-        self._load, self._kept, self._placed = load, cache, False
+        self._load, self._cache_size, self._placed = load, cache, False
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> [B, length, d_model] in the model's dtype on `device`, zero after each prompt's end."""
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable under any mode
-            found = [self._find(clean_prompt(prompt)) for prompt in prompts]
+        with torch.inference_mode(False), torch.no_grad():  # cached tensors must be usable under any mode
+            found = [self._embed(clean_prompt(prompt)) for prompt in prompts]
             result = found[0].new_zeros(len(found), self.length, found[0].shape[1])
             for row, embedding in zip(result, found):
                 row[: len(embedding)] = embedding
@@ -93,12 +96,12 @@ class UMT5(nn.Module):
 
     @property
     def footprint(self) -> TextFootprint:
-        """Parameters of all and of a layer."""
+        """Parameters of the whole and of the largest layer."""
         layers = [sum(p.numel() for p in layer.parameters()) for layer in self._layers()]
         return TextFootprint("umT5", sum(p.numel() for p in self.model.parameters()), max(layers))
 
     def enable_offload(self) -> None:
-        """From the next prompt on as with `offload=True`."""
+        """Work as with `offload=True` from the next prompt on."""
         if not self.offload:
             self.offload, self._placed = True, False
 
@@ -106,26 +109,24 @@ class UMT5(nn.Module):
         return [*self.model.encoder.block, self.model.encoder.final_layer_norm]
 
     def _place(self) -> None:
-        """Weights to where they are to be; the token embedding, a table of 2.1 GB, is looked up there."""
-        home = "cpu" if self.offload else self.device
+        """Load and move the weights; with offload the token embedding, a table of 2.1 GB, stays on the CPU."""
+        device = "cpu" if self.offload else self.device
         if self._load is not None:
-            self._load(self.model, home)
+            self._load(self.model, device)
             self._load = None
-        self.model.to(home)
+        self.model.to(device)
         if self.offload:
-            for layer in self._layers():
-                add_offload_hooks(
-                    layer, self.device, pin=True
-                )  # pageable, a prompt of umT5-XXL waits seconds for its copies
+            for layer in self._layers():  # pinned: from pageable memory a prompt of umT5-XXL waits seconds for copies
+                add_offload_hooks(layer, self.device, pin=True)
         self._placed = True
 
-    def _find(self, prompt: str) -> Tensor:
+    def _embed(self, prompt: str) -> Tensor:
         """The embedding [L, d_model] of a clean prompt."""
         embedding = self._cache.pop(prompt, None)
         if embedding is None:
             embedding = self._encode(prompt)
         self._cache[prompt] = embedding
-        while len(self._cache) > self._kept:
+        while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return embedding
 

@@ -1,16 +1,14 @@
 """Wan 2.1's video VAE, streaming: the frames of a clip are the same whatever chunks it comes in.
 
-Every convolution over time sees only the two frames before, zeros at a clip's start, so a stream has to remember the
-last two frames of each one's input and nothing else. A clip's first frame is a picture of its own: the layers that
-double the frame rate pass it through and start after it, the layers that halve it pass it through too. 1 + n latent
-frames are therefore 1 + 4 n pixel frames. Apart from that rule a chunk of any length is one call a layer.
+Every convolution over time sees only the two previous frames, zeros at a clip's start, so a stream's state is the last
+two frames of each one's input. The layers that double or halve the frame rate pass a clip's first frame through, so that
+1 + n latent frames are 1 + 4 n pixel frames. Apart from that a chunk of any length is one call per layer.
 
-Source: Wan 2.1 (arXiv 2503.20314) and its `wan/modules/vae.py`, which goes frame by frame with the memory on the
-module; here the memory is an argument and a result.
+Source: Wan 2.1 (arXiv 2503.20314) and its `wan/modules/vae.py`, which goes frame by frame with `feat_cache` on
+the module; here the state is an argument and a result.
 
-Activations are [B, C, T, H, W] with the channels last in memory (`channels_last_3d`), where the frames of a clip lie
-one after the other: what precedes a convolution writes right behind the frames that it remembers, frames are taken
-apart and pixels multiplied as views. Nothing is padded or copied for a convolution but those two frames.
+Activations are [B, C, T, H, W] in `channels_last_3d`, where a clip's frames are contiguous: the op before a convolution
+writes right behind the history frames, and frames are split as views. Only those two frames are copied.
 """
 
 from __future__ import annotations
@@ -66,11 +64,11 @@ LATENT_STD = (
 
 
 class Causal(nn.Module):
-    """A layer with a past: it is called with (x, cache), all others with x."""
+    """A layer with history: it is called with (x, cache), all others with x."""
 
 
 class Chain(Causal, nn.Sequential):
-    """Layers one after the other, x [B, C, T, H, W]."""
+    """Layers one after another, x [B, C, T, H, W]."""
 
     def forward(self, x: Tensor, cache: FeatureCache) -> Tensor:
         for layer in self:
@@ -101,21 +99,21 @@ class CausalConv3d(Causal, nn.Conv3d):
         return self.convolve(cache.prepend_history(x, self.kernel_size[0] - 1, write))
 
     def convolve(self, x: Tensor) -> Tensor:
-        """x with its past in front -> the frames that the kernel fits on, which may be none (torch refuses that)."""
+        """x with its history in front -> the frames that the kernel fits on, which may be none (torch refuses that)."""
         if x.shape[2] < self.kernel_size[0]:
             return x.new_empty(len(x), self.out_channels, 0, *x.shape[3:])
         weight, bias = self.weight, None if self.bias_later else self.bias
         missing = -self.out_channels % _unit(x)
         if not missing:
             return self._conv_forward(x, weight, bias)
-        # In each call, since weights are loaded, cast and moved: 41 kB beside frames of a hundred MB.
+        # Padded in each call, since weights are loaded, cast and moved: 41 kB beside frames of a hundred MB.
         weight = F.pad(weight, (0, 0) * 4 + (0, missing))
         bias = None if bias is None else F.pad(bias, (0, missing))
         return self._conv_forward(x, weight, bias)[:, : self.out_channels]
 
 
 class PointwiseConv3d(nn.Conv3d):
-    """A 1 x 1 x 1 convolution as the product it is, over the channels that lie side by side."""
+    """A 1 x 1 x 1 convolution as a GEMM over the contiguous channels."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, 1)
@@ -142,8 +140,8 @@ class RMSNorm(nn.Module):
 class ResidualBlock(Causal, nn.Module):
     """x [B, inputs, T, H, W] -> [B, outputs, T, H, W].
 
-    The norms write where the convolutions read, and each convolution's bias is added by what follows it. The names
-    count two activations and a dropout that nobody calls.
+    The norms write where the convolutions read, and each convolution's bias is added by the op after it. Identity
+    layers keep Wan's parameter names, which count two activations and a dropout.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -261,7 +259,7 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A layer for pictures [N, C, H, W] on every frame of x [B, C, T, H, W]."""
+    """A layer for images [N, C, H, W] on every frame of x [B, C, T, H, W]."""
     return layer(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
@@ -300,7 +298,7 @@ class WanVAE(StreamingVAE):
     194 tensors, 126,892,531 parameters at the default sizes.
 
     dim: channels at full resolution, even; latent_channels: C; multipliers: channels of each level in units of `dim`;
-    blocks: residual blocks a level (one more in the decoder); time_down: for each halving of the picture, whether it
+    blocks: residual blocks a level (one more in the decoder); time_down: for each halving of the image, whether it
     halves the frame rate too; mean, std: C values each.
     Raises ValueError for arguments that do not fit together.
 
@@ -344,8 +342,8 @@ class WanVAE(StreamingVAE):
         self.register_buffer("mean", torch.tensor(mean, device=device)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std, device=device)[:, None, None], persistent=False)
 
-    def lay_out(self) -> WanVAE:
-        """The weights in the order in memory that the convolutions read; else each call would copy them into it."""
+    def to_channels_last(self) -> WanVAE:
+        """Weights in the memory format that the convolutions read, in place; else each call would copy them."""
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
                 layout = torch.channels_last if isinstance(layer, nn.Conv2d) else torch.channels_last_3d

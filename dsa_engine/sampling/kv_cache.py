@@ -234,9 +234,9 @@ class CacheView:
     def __init__(self, cache: KVCache, slot: Tensor, write: Tensor, keys: Tensor, frames: Tensor):
         self.cache, self.slot, self.write, self.keys, self.frames = cache, slot, write, keys, frames
 
-    def attend(self, layer, q, k, v, gains, rope, eps) -> Tensor:
+    def attend(self, layer, q, k, v, norm_weights, rope, eps) -> Tensor:
         k_cache, v_cache, scales = self.cache.layer(layer)
-        q = ops.norm_rope_append(q, k, v, *gains, *rope, eps, k_cache, v_cache, self.slot, self.write, scales)
+        q = ops.norm_rope_append(q, k, v, *norm_weights, *rope, eps, k_cache, v_cache, self.slot, self.write, scales)
         return ops.attention(q, k_cache, v_cache, self.slot, self.keys, scales).flatten(2)
 
     def select(self, rows: Tensor) -> CacheView:

@@ -26,8 +26,8 @@ class TeacherForced:
         bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, float("-inf"))
         self.bias = bias.expand(clips, 2, -1, -1).reshape(-1, 1, 1, seen.shape[1])
 
-    def attend(self, layer, q, k, v, gains, rope, eps) -> Tensor:
-        q, k = ops.norm_rope(q, k, *gains, *rope, eps)
+    def attend(self, layer, q, k, v, norm_weights, rope, eps) -> Tensor:
+        q, k = ops.norm_rope(q, k, *norm_weights, *rope, eps)
         k, v = self._with_past(k), self._with_past(v.unflatten(-1, k.shape[-2:]))
         return sdpa(q, k, v, self.bias).flatten(2)
 

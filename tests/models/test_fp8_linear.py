@@ -20,7 +20,7 @@ from dsa_engine.models import dit as dit_module
 from dsa_engine.models import memory_estimate
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import E4M3, cache_scales, quantize_linears
-from dsa_engine.models.linear import Fp8Linear, fused_gemm
+from dsa_engine.models.linear import FP8Linear, fused_gemm
 
 
 def rounded(x):
@@ -45,7 +45,7 @@ def layer(inputs, outputs):
 def test_a_layer_is_a_product_of_rounded_numbers(inputs, outputs, tokens, seed):
     torch.manual_seed(seed)
     plain, x = layer(inputs, outputs), torch.randn(2, tokens, inputs) * torch.logspace(-4, 3, tokens)[:, None]
-    (fp8,) = Fp8Linear.of((plain,))
+    (fp8,) = FP8Linear.of((plain,))
     expected = rounded(x) @ rounded(plain.weight).T + plain.bias.double()
     scale = (rounded(x).abs() @ rounded(plain.weight).abs().T).max().item()
     torch.testing.assert_close(fp8(x).double(), expected, rtol=1e-5, atol=1e-6 * scale)
@@ -53,7 +53,7 @@ def test_a_layer_is_a_product_of_rounded_numbers(inputs, outputs, tokens, seed):
 
 
 def test_gelu_comes_after_the_bias_and_is_rounded():
-    (fp8,), x = Fp8Linear.of((layer(32, 16),)), torch.randn(3, 5, 32)
+    (fp8,), x = FP8Linear.of((layer(32, 16),)), torch.randn(3, 5, 32)
     expected = rounded(F.gelu(fp8(x), approximate="tanh"))
     out = fp8.gelu(x)
     assert out.values.dtype == E4M3
@@ -64,8 +64,8 @@ def test_gelu_comes_after_the_bias_and_is_rounded():
 def test_layers_of_one_input_are_one_product():
     """Their numbers lie side by side, also after a copy has parted them; each is what it is alone."""
     plains = [layer(48, n) for n in (16, 32, 48)]
-    fp8, x = Fp8Linear.of(plains), ops.quantize(torch.randn(2, 7, 48))
-    alone = [Fp8Linear.of((plain,))[0] for plain in plains]
+    fp8, x = FP8Linear.of(plains), ops.quantize(torch.randn(2, 7, 48))
+    alone = [FP8Linear.of((plain,))[0] for plain in plains]
     for layers in (fp8, copy.deepcopy(fp8)):
         for one, other, out in zip(layers, alone, fused_gemm(x, layers)):
             assert one.weight.view(torch.uint8).equal(other.weight.view(torch.uint8)) and one.scale.equal(other.scale)
@@ -128,7 +128,7 @@ def test_what_is_replaced_and_what_stays(tiny_dit):
     embeds, before, names = torch.randn(1, 5, 40), copy.deepcopy(tiny_dit), set()
     quantize_linears(tiny_dit)
     for name, module in tiny_dit.named_modules():
-        if isinstance(module, Fp8Linear):
+        if isinstance(module, FP8Linear):
             names.add(name)
     parts = (*(f"self_attn.{part}" for part in "qkvo"), "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
     assert names == {f"blocks.{i}.{part}" for i in range(3) for part in parts}
@@ -175,7 +175,7 @@ def test_another_dtype_on_a_gpu_is_an_error_at_load():
 def test_a_pipeline_is_what_it_was_told(untrained, name, linear, cache):
     pipe = Pipeline.from_pretrained(untrained, device="cpu", quantization=name)
     assert [block.fp8 for block in pipe.engine.dit.blocks] == [bool(linear)] * 2
-    assert isinstance(pipe.engine.dit.blocks[1].ffn[2], Fp8Linear) == bool(linear)
+    assert isinstance(pipe.engine.dit.blocks[1].ffn[2], FP8Linear) == bool(linear)
     with pipe.session("a red circle jumps") as session:
         assert (session.rollout.cache.k.dtype == E4M3) == bool(cache)
         chunk = session.next_chunk()

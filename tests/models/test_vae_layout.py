@@ -43,7 +43,7 @@ def latents(frames, rows=1, height=2, width=3):
 def test_any_partition_gives_the_frames_of_plain_torch(vae, parts, rows, laid_out):
     """Each in chunks of its own; the weights in either order in memory."""
     if laid_out:
-        vae.lay_out()
+        vae.to_channels_last()
     clip = latents(sum(parts), rows)
     expected, past = [], None
     for chunk in clip.split(1, dim=1):
@@ -63,7 +63,7 @@ def test_any_partition_gives_the_frames_of_plain_torch(vae, parts, rows, laid_ou
 def test_in_bfloat16_it_is_as_close_to_float32_as_plain_torch(vae):
     half = WanVAE(dim=8).requires_grad_(False)
     half.load_state_dict(vae.state_dict())
-    half = half.to(torch.bfloat16).lay_out()
+    half = half.to(torch.bfloat16).to_channels_last()
     state = past = plain = None
     for seed in range(3):
         chunk = latents(3 + seed)[:, -3:]
@@ -77,7 +77,7 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_plain_torch(vae):
 def test_laying_out_keeps_the_weights(vae):
     model = WanVAE(dim=8).requires_grad_(False)
     model.load_state_dict(vae.state_dict())
-    assert model.lay_out() is model
+    assert model.to_channels_last() is model
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, vae.state_dict()[name])
     for layer in model.modules():
@@ -111,7 +111,7 @@ def test_nothing_is_copied_but_the_past_the_enlarged_and_what_no_norm_precedes(v
     """Each input of a convolution over time is preceded by two frames that are copied there, and leaves two."""
     model = WanVAE(dim=8).requires_grad_(False)
     model.load_state_dict(vae.state_dict())
-    model = model.to(dtype).lay_out()
+    model = model.to(dtype).to_channels_last()
     chunk = latents(3).to(dtype)
     layouts = []
 
@@ -193,7 +193,7 @@ def test_at_full_size_only_the_last_convolution_is_padded(monkeypatch):
         assert vae_module._unit(SimpleNamespace(is_cuda=device, dtype=dtype)) == unit
     monkeypatch.setattr(vae_module, "_unit", lambda x: 8)
     with torch.device("meta"), torch.no_grad():
-        vae = WanVAE().to("meta", torch.bfloat16).lay_out()
+        vae = WanVAE().to("meta", torch.bfloat16).to_channels_last()
         shapes = {name: tensor.shape for name, tensor in vae.state_dict().items()}
         _, state = vae.decode(torch.empty(1, 3, 16, 4, 6))
         with Convolutions() as seen:

@@ -32,7 +32,7 @@ if [ -n "${DSA_FAKE_CUDA:-}" ]; then # sizes that a CPU computes; a sanitizer ha
   SMOKE_PARTS=${SMOKE_PARTS-"torch loop"} # the interpreter takes minutes for a chunk by Triton, and longer to time it
   KERNELS_ARGS=${KERNELS_ARGS-"--quick --inline --model shapes --ops modulate pool_frames --backends torch"}
   FPS_ARGS=${FPS_ARGS-"--model shapes --random-weights --quick --frames 6 --steady-chunks 2 --counts 2"}
-  VAE_ARGS=${VAE_ARGS-"--quick --inline --model shapes --height 16 --width 16"}
+  VAE_ARGS=${VAE_ARGS-"--check --inline --model shapes --height 16 --width 16"}
   TESTS_ARGS=${TESTS_ARGS-"--collect-only tests/ops tests/engine"}
   CHECK_ARGS=${CHECK_ARGS-"--model shapes --ops modulate"}
   SANITIZER=${SANITIZER-}

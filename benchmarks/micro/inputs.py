@@ -134,8 +134,8 @@ def bias_residual(d: TensorFactory, row: Row, s: Sizes) -> tuple:
 
 
 def vae_decode(d: TensorFactory, row: Row, s: Sizes) -> tuple:
-    with torch.random.fork_rng(), torch.device(d.device):
-        torch.manual_seed(0 if d.source is None else d.source.initial_seed())
+    torch.manual_seed(0 if d.source is None else d.source.initial_seed())
+    with torch.device(d.device):
         vae = WanVAE(s.vae_dim).requires_grad_(False).eval().bfloat16()
     return vae, d.normal(3, 1, s.F, 16, *s.latent)
 

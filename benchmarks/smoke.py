@@ -81,7 +81,7 @@ def compare_backend(args: argparse.Namespace, device: str) -> dict:
     except SystemExit as reason:
         raise Absent(str(reason)) from reason
     pipe = pipeline(args.model, device, (args.height, args.width), args.seed)
-    truth, start = args.work / "truth.pt", time.perf_counter()
+    path, start = args.work / "truth.pt", time.perf_counter()
     question = [args.model, args.height, args.width, args.seed]
     found = latents(pipe, args.seed)
     seconds = time.perf_counter() - start
@@ -92,13 +92,13 @@ def compare_backend(args: argparse.Namespace, device: str) -> dict:
         expected = latents(pipe, args.seed)
         plain = inputs.relative_error([found], [expected])
         args.work.mkdir(parents=True, exist_ok=True)
-        torch.save({"latents": expected.cpu(), "error": plain, "of": question}, truth)
-    elif not truth.is_file():
-        raise FileNotFoundError(f"{truth}: run the part torch first, which writes it")
+        torch.save({"latents": expected.cpu(), "error": plain, "of": question}, path)
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path}: run the part torch first, which writes it")
     else:
-        saved = torch.load(truth)
+        saved = torch.load(path)
         if saved["of"] != question:
-            raise ValueError(f"{truth}: of {saved['of']}, must be of {question}: run the part torch again")
+            raise ValueError(f"{path}: of {saved['of']}, must be of {question}: run the part torch again")
         expected, plain = saved["latents"].to(device), saved["error"]
     limit, error = inputs.TWICE * plain + inputs.FLOOR, inputs.relative_error([found], [expected])
     status = "ok" if error <= limit and plain < 1 else "wrong"  # NaN is wrong

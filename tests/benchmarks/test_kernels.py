@@ -103,7 +103,7 @@ def test_the_whole_timing_path(on_cpu, monkeypatch, capsys):
 
 
 def test_plain_torch_is_right_on_every_row(on_cpu, capsys):
-    """Also that no row's hostile inputs reach a right output."""
+    """Also that no row's poisoned inputs reach a right output."""
     assert kernels.main(["--check", "--model", "shapes", "--backends", "torch", "--seed", "3"]) == 0
     found = last_line(capsys)
     assert {r["row"] for r in found["results"]} == {r.name for r in SMALL_ROWS if r.op != "vae_decode"}

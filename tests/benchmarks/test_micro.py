@@ -125,7 +125,7 @@ def test_choices_and_sums():
 
 
 def test_twins_do_the_same_in_both_precisions():
-    """The fastest of each; where bfloat16 has GELU in its product, FP8 has that of its own op added."""
+    """The fastest of each; where bfloat16 has GELU in its GEMM, FP8 has that of its own op added."""
     times = {
         "attention kv 4680": {"cuda": 100, "cudnn": 90},
         "attention kv 4680 fp8": {"triton": 80, "cuda": 60},

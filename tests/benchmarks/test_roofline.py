@@ -37,8 +37,8 @@ class Keys:
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def attend(self, layer, q, k, v, gains, rope, eps):
-        q, _ = ops.norm_rope(q, k, *gains, *rope, eps)
+    def attend(self, layer, q, k, v, weights, rope, eps):
+        q, _ = ops.norm_rope(q, k, *weights, *rope, eps)
         keys = q.new_empty(1, q.shape[2], self.tokens, q.shape[3])
         return F.scaled_dot_product_attention(q.transpose(1, 2), keys, keys).transpose(1, 2).flatten(2)
 
@@ -65,11 +65,11 @@ def counted_forward(tokens: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("frames, attention, all_of_it", [(3, 4.0, 16.2), (12, 16.2, 28.3), (21, 28.3, 40.4)])
 def test_a_forward_does_what_the_model_calls(frames, attention, all_of_it):
-    """The last two numbers are those that this project is planned with; clip mean and full window are 12 and 21."""
+    """The last two values are TFLOP of attention and of all; 12 and 21 frames are the clip mean and a full window."""
     for precision in roofline.PRECISIONS:
         found = roofline.total(roofline.forward(ROWS, precision, frames), precision, roofline.GPUS).flop
         tera = {name: flop / 1e12 for name, flop in found.items()}
-        # the model's products hold the embeddings and the last layer, which the plan leaves out or counts apart
+        # the model's GEMMs hold the embeddings and the last layer, which the plan leaves out or counts apart
         assert tera == pytest.approx(counted_forward(frames * 1560), rel=1e-3)
         assert tera["products"] == pytest.approx(11.7, abs=0.05) and tera["attention"] == pytest.approx(
             attention, abs=0.06
@@ -110,8 +110,8 @@ def test_bytes_of_a_row_are_those_of_its_tensors(row):
 
 
 def test_elementwise_bytes_of_a_forward():
-    """A stream of T x C numbers is 14.4 MB: 20 of them a block by the ops as they stand. GELU takes 83.9 MB twice, but
-    as a part of its product nothing."""
+    """A stream of T x C values is 14.4 MB: 20 of them per block by the ops as they stand. GELU takes 83.9 MB twice, but
+    as a part of its GEMM nothing."""
     stream, wide, rope = 4680 * 1536 * 2, 4680 * 8960 * 2, 4680 * 128 * 4
     some = roofline.forward(ROWS, "bf16", 3)
     expected = 30 * (20 * stream + rope) + stream  # modulate and gate_residual share what one fused op does

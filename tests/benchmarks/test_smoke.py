@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_backend_is_right_within_twice_the_error_of_plain_torch(run, monkeypatch):
-    """In bfloat16, as on a GPU; its truth is float32. Each part leaves what the others have written."""
+    """In bfloat16, as on a GPU; the reference is float32. Each part keeps what the others have written."""
     real, made = smoke.pipeline, []
 
     def rounded(*args):

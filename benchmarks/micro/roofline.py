@@ -25,7 +25,6 @@ from dsa_engine.models.wan_vae import WanVAE
 
 TEXT_KEYS = 60  # of a usual prompt with its padding collapsed into the last
 CHUNK = 3  # latent frames
-PIXEL_FRAMES = 12  # of a chunk after the first
 KEY_FRAMES = (CHUNK, 12, 21)  # the first chunk, the mean of a 5-second clip, a full window
 STEPS = (1, 2, 3, 4)
 BF16, FP32 = 2, 4

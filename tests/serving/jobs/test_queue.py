@@ -1,9 +1,8 @@
-"""The runner of jobs, on a backend without a model and, at the end, on the engine."""
+"""Jobs on a backend without a model and, at the end, on the engine."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import threading
 
@@ -13,70 +12,13 @@ import pytest
 from dsa_engine import Pipeline
 from dsa_engine.media.mp4 import Mp4Writer, read_mp4
 from dsa_engine.serving.jobs import queue as module
-from dsa_engine.serving.jobs.queue import Jobs
 from dsa_engine.serving.jobs.store import Store
 from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.types import Overloaded, StreamRequest
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
-from tests.support.instant import CARD, Instant, frames_of
-
-PROMPT = "a red circle jumps"
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch):
-    monkeypatch.setattr(module, "RETRY_S", 0.01)
-
-
-def order(seed: int, frames: int = 12, **options) -> StreamRequest:
-    size = {"height": CARD.height, "width": CARD.width}
-    return StreamRequest(PROMPT, seed=seed, num_frames=frames, live=False, **size, **options)
-
-
-async def until(condition, seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
-class Bench:
-    """A runner on a store, which a test may leave and take up again."""
-
-    def __init__(self, folder, backend=None, **options):
-        self.backend = backend or Instant(**options)
-        self.store = Store(folder)
-        self.jobs = Jobs(self.backend, self.store)
-
-    async def __aenter__(self):
-        await self.jobs.start()
-        return self
-
-    async def __aexit__(self, *_):
-        self.jobs.stop()
-        await self.backend.close()
-        await self.jobs.close()
-
-    async def add(self, *seeds, **options) -> list[str]:
-        return [(await self.jobs.add(order(seed, **options))).id for seed in seeds]
-
-    def states(self, ids) -> list[str]:
-        return [self.store.get(id).status for id in ids]
-
-    async def done(self, ids) -> None:
-        await until(lambda: set(self.states(ids)) <= {"completed", "failed"})
-
-
-def written(tmp_path, frames: np.ndarray) -> bytes:
-    """The file that these frames make, all at once."""
-    path = tmp_path / "expected.mp4"
-    with Mp4Writer(path, CARD.fps, threads=1) as video:
-        video.write(frames)
-    return path.read_bytes()
-
-
-def left(store: Store) -> list[str]:
-    return sorted(path.name for path in store.videos.iterdir())
+from tests.support.instant import CARD, frames_of
+from tests.support.serving.job_bench import PROMPT, Bench, left, until, written
 
 
 def test_every_frame_of_every_job_is_in_its_file(tmp_path):
@@ -183,19 +125,6 @@ def test_deleting_one_whose_stream_is_being_opened(tmp_path):
     asyncio.run(run())
 
 
-def test_a_fault_fails_its_own_job_alone(tmp_path):
-    async def run():
-        async with Bench(tmp_path) as bench:
-            bench.backend.faults = {(2, 1)}
-            ids = await bench.add(1, 2, 3)
-            await bench.done(ids)
-            assert bench.states(ids) == ["completed", "failed", "completed"]
-            assert bench.store.get(ids[1]).error == "the engine broke"
-            assert left(bench.store) == sorted(f"{ids[i]}.mp4" for i in (0, 2))
-
-    asyncio.run(run())
-
-
 def test_the_next_begins_when_one_is_added_or_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RETRY_S", 1000.0)  # not because time passes
 
@@ -222,101 +151,6 @@ def test_more_are_made_at_once_when_the_backend_grows(tmp_path):
     asyncio.run(run())
 
 
-def test_a_busy_backend_is_asked_again(tmp_path):
-    async def run():
-        async with Bench(tmp_path) as bench:
-            bench.backend.refusals = 3
-            ids = await bench.add(1, 2)
-            await bench.done(ids)
-            assert bench.states(ids) == ["completed"] * 2 and bench.backend.refusals == 0
-
-    asyncio.run(run())
-
-
-def test_a_server_that_stops_leaves_its_jobs_to_the_next(tmp_path):
-    async def run():
-        async with Bench(tmp_path / "data", most=2, go=False) as bench:
-            done, *ids = await bench.add(9, 1, 2, 3)
-            await until(lambda: len(bench.backend.open_streams) == 2)
-            await bench.jobs.delete(done)
-            await until(lambda: len(bench.backend.open_streams) == 2)
-        store = Store(tmp_path / "data")
-        assert [store.get(id).status for id in ids] == ["queued"] * 3 and left(store) == []
-        store.close()
-        async with Bench(tmp_path / "data") as again:
-            await again.done(ids)
-            for seed, id in zip((1, 2, 3), ids):
-                assert again.store.video(id).read_bytes() == written(tmp_path, frames_of(seed, 12))
-
-    asyncio.run(run())
-
-
-def test_one_that_was_being_made_when_the_server_died_is_made_again(tmp_path):
-    async def run():
-        store = Store(tmp_path / "data")
-        fields = {name: getattr(order(7), name) for name in module.STORED}
-        id = store.add(fields, "instant", 12.0).id
-        assert store.claim().id == id
-        (store.videos / f".{id}.mp4.1.part").write_bytes(b"half")
-        store.close()
-        async with Bench(tmp_path / "data") as bench:
-            await bench.done([id])
-            assert bench.store.video(id).read_bytes() == written(tmp_path, frames_of(7, 12))
-            assert left(bench.store) == [f"{id}.mp4"]
-
-    asyncio.run(run())
-
-
-def test_a_job_that_is_begun_while_the_server_stops(tmp_path, monkeypatch):
-    """It has its row and its file, and no stream yet; a backend that is closed would never give it one."""
-    real, there, on = Mp4Writer.__enter__, threading.Event(), threading.Event()
-
-    def enter(self):
-        there.set()
-        on.wait(20)
-        return real(self)
-
-    monkeypatch.setattr(Mp4Writer, "__enter__", enter)
-
-    async def run():
-        bench = Bench(tmp_path)
-        async with bench:
-            (id,) = await bench.add(1)
-            await until(there.is_set)
-            bench.backend.door.clear()
-            bench.jobs.stop()
-            on.set()
-            await until(lambda: bench.states([id]) == ["queued"])
-            assert not bench.backend.knocks and left(bench.store) == []
-
-    asyncio.run(run())
-
-
-def test_a_stream_that_never_ends_does_not_hold_up_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CLOSE_TIMEOUT_S", 0.05)
-
-    async def run():
-        async with Bench(tmp_path) as bench:
-            bench.backend.door.clear()
-            (id,) = await bench.add(1)
-            await until(lambda: bench.backend.knocks)
-        store = Store(tmp_path)
-        assert store.get(id).status == "queued"
-        store.close()
-
-    asyncio.run(run())
-
-
-def test_a_stopping_runner_takes_no_orders(tmp_path):
-    async def run():
-        async with Bench(tmp_path) as bench:
-            bench.jobs.stop()
-            with pytest.raises(Overloaded, match="stopping"):
-                await bench.add(1)
-
-    asyncio.run(run())
-
-
 def test_too_many_that_wait_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_QUEUED_JOBS", 2)
 
@@ -338,68 +172,6 @@ def test_an_impossible_order_is_not_stored(tmp_path):
             with pytest.raises(ValueError, match="cannot be made"):
                 await bench.jobs.add(StreamRequest("impossible", num_frames=12, live=False))
             assert bench.store.page(9) == ([], False)
-
-    asyncio.run(run())
-
-
-def test_a_full_disk_fails_the_job_and_leaves_no_half_file(tmp_path, monkeypatch):
-    whole = Mp4Writer.write
-
-    def write(self, frames):
-        if self.path.stem == broken and self.count == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        self.count += 1
-        whole(self, frames)
-
-    monkeypatch.setattr(Mp4Writer, "write", write)
-    monkeypatch.setattr(Mp4Writer, "count", 0, raising=False)
-
-    async def run():
-        nonlocal broken
-        async with Bench(tmp_path, go=False) as bench:
-            ids = await bench.add(1, 2)
-            broken = ids[0]
-            bench.backend.go.set()
-            await bench.done(ids)
-            assert bench.states(ids) == ["failed", "completed"]
-            assert "No space left on device" in bench.store.get(broken).error
-            assert left(bench.store) == [f"{ids[1]}.mp4"]
-
-    broken = ""
-    asyncio.run(run())
-
-
-def test_a_folder_that_is_gone_fails_the_job(tmp_path):
-    async def run():
-        async with Bench(tmp_path) as bench:
-            bench.store.videos.rmdir()
-            bench.store.videos.write_text("a file where the folder was")
-            ids = await bench.add(1)
-            await bench.done(ids)
-            assert "videos" in bench.store.get(ids[0]).error
-            bench.store.videos.unlink()
-            ids = await bench.add(2)
-            await bench.done(ids)
-            assert bench.states(ids) == ["completed"]
-
-    asyncio.run(run())
-
-
-def test_a_database_that_fails_for_a_while_stops_nothing(tmp_path, monkeypatch):
-    real, failures = Store.claim, [OSError("the disk is away")] * 3
-
-    def claim(self):
-        if failures:
-            raise failures.pop()
-        return real(self)
-
-    monkeypatch.setattr(Store, "claim", claim)
-
-    async def run():
-        async with Bench(tmp_path) as bench:
-            ids = await bench.add(1)
-            await bench.done(ids)
-            assert bench.states(ids) == ["completed"] and not failures
 
     asyncio.run(run())
 

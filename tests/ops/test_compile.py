@@ -1,5 +1,5 @@
-"""The Triton kernels compiled at the models' shapes with no GPU: registers, memory, SASS. For sm_80 and sm_90 all,
-for four more what comes near the limit of the shared memory; `python tests/support/triton_compile.py` holds all for all."""
+"""The Triton kernels compiled at the models' shapes with no GPU: registers, memory, SASS. For sm_80 and sm_90 all, for
+four more those near the shared memory's limit; `python tests/support/triton_compile.py` checks all for all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.triton_compile import ARCHES, STACK, WHOLE, Kernel, all_cases, blocks_per_sm, breaks, missing, table
+from tests.support.triton_cases import ARCHES, all_cases
+from tests.support.triton_compile import STACK, WHOLE, Kernel, blocks_per_sm, breaks, missing, table
 
 CASES = all_cases()
 

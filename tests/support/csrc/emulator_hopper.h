@@ -4,216 +4,16 @@
 // thread waits on its barrier and no thread can go on without it; a wgmma fills its accumulators with NaN at once,
 // reads shared memory and delivers when a thread waits for its group and no other thread can go on. Shared memory
 // exists twice: as threads see it and as TMA and wgmma see it; an ordinary store crosses over at async_proxy_fence().
-// So a forgotten wait, fence or release gives NaN or wrong numbers. Addresses of shared memory start at 1024, like on
+// So a forgotten wait, fence or release gives NaN or wrong values. Addresses of shared memory start at 1024, like on
 // the device, so that an offset is not mistaken for an address.
 //
 // Not modelled: the precision of the tensor cores, which keep fewer bits of e4m3 sums than the float32 used here, and
 // who among several threads executed a proxy fence.
 #pragma once
 
-#include <cuda.h>
-
-#include <deque>
-
-#include "emulator.h"
+#include "emulator_tma.h"
 
 namespace emulate {
-
-constexpr uint32_t shared_base = 1024, shared_size = 256 << 10;
-
-// What cuTensorMapEncodeTiled would hide in the 128 bytes of a CUtensorMap.
-struct TensorMap {
-    const char* data;
-    uint64_t dim[5], stride[5];  // stride in bytes
-    uint16_t box[5];
-    uint8_t rank, element, swizzle;
-    uint8_t magic;
-};
-static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap), "a tensor map is 128 bytes");
-
-// The checks are those of the driver's manual.
-inline CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
-                             const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
-                             const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-    TensorMap m{};
-    m.element = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
-    const bool supported = (m.element != 2 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16) &&
-                           interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE &&
-                           (swizzle == CU_TENSOR_MAP_SWIZZLE_128B || swizzle == CU_TENSOR_MAP_SWIZZLE_NONE);
-    if (!supported || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
-    if (reinterpret_cast<uintptr_t>(data) % 16) return CUDA_ERROR_INVALID_VALUE;
-    m.data = static_cast<const char*>(data);
-    m.rank = rank;
-    m.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
-    m.magic = 0x5a;
-    for (unsigned i = 0; i < rank; ++i) {
-        m.dim[i] = dims[i];
-        m.box[i] = box[i];
-        m.stride[i] = i == 0 ? m.element : strides[i - 1];
-        if (dims[i] == 0 || dims[i] > uint64_t(1) << 32 || box[i] == 0 || box[i] > 256 || steps[i] != 1) {
-            return CUDA_ERROR_INVALID_VALUE;
-        }
-        if (i > 0 && (m.stride[i] % 16 || m.stride[i] >= uint64_t(1) << 40 || m.stride[i] < m.stride[i - 1])) {
-            return CUDA_ERROR_INVALID_VALUE;
-        }
-    }
-    if (box[0] * m.element % 16 || (m.swizzle && box[0] * m.element > 128)) return CUDA_ERROR_INVALID_VALUE;
-    memset(static_cast<void*>(map), 0, sizeof(*map));
-    memcpy(static_cast<void*>(map), &m, sizeof(m));
-    return CUDA_SUCCESS;
-}
-
-struct Load {
-    TensorMap map;
-    uint32_t to;
-    int64_t at[5];
-};
-
-struct Mbarrier {
-    int64_t arrivals = 0, pending = 0, bytes = 0;
-    uint32_t phase = 0;
-    std::vector<Load> loads;
-};
-
-struct Multiply {
-    int n, bytes = 2;  // of an element of A and B: bf16 or e4m3
-    bool a_in_shared, b_mn_major, accumulate;
-    uint64_t a, b;
-    unsigned issued = 0;  // threads so far
-    const uint32_t* a_registers[128];
-    uint32_t a_values[128][4];
-    float* d[128];
-};
-
-struct Warpgroup {
-    std::deque<Multiply> multiplies;  // in order of issue
-    size_t executed = 0;
-    struct Thread {
-        size_t issued = 0, delivered = 0;
-        bool fenced = false;
-        std::deque<size_t> groups;  // number of multiplies issued when each uncompleted group was committed
-        size_t committed = 0;
-        std::map<float*, std::vector<float>> flying;  // accumulators of unfinished multiplies
-    } threads[128];
-};
-
-struct Hopper {
-    std::map<uint32_t, Mbarrier> mbarriers;
-    std::deque<Warpgroup> warpgroups;
-    std::vector<unsigned char> asynchronous = std::vector<unsigned char>(shared_size);
-};
-
-inline Hopper& hopper() {
-    static Hopper* h = [] {
-        auto* fresh = new Hopper;
-        state().at_start.push_back([fresh] {
-            fresh->mbarriers.clear();
-            fresh->warpgroups.clear();
-            fresh->warpgroups.resize((state().threads + 127) / 128);
-            std::fill(fresh->asynchronous.begin(), fresh->asynchronous.end(), 0xff);
-        });
-        state().at_start.back()();
-        state().at_end.push_back([fresh] {
-            for (const auto& [address, barrier] : fresh->mbarriers) {
-                if (!barrier.loads.empty()) state().failure = "a block ended while a TMA load was under way";
-            }
-        });
-        return fresh;
-    }();
-    return *h;
-}
-
-inline uint32_t address_of(const void* pointer) {
-    const int64_t offset = static_cast<const char*>(pointer) - state().shared;
-    if (offset < 0 || offset >= int64_t(state().shared_bytes)) fail("the address is not in the block's shared memory");
-    return uint32_t(offset) + shared_base;
-}
-
-inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
-inline void check_range(uint32_t address, uint32_t bytes, const char* who) {
-    if (address < shared_base || address - shared_base + bytes > state().shared_bytes) {
-        fail(std::string(who) + ": outside of the block's shared memory");
-    }
-}
-
-inline uint32_t box_bytes(const TensorMap& map) {
-    uint32_t bytes = map.element;
-    for (int i = 0; i < map.rank; ++i) bytes *= map.box[i];
-    return bytes;
-}
-
-inline void end_phase_if_complete(Mbarrier& barrier) {
-    if (barrier.pending != 0 || barrier.bytes != 0) return;
-    barrier.pending = barrier.arrivals;
-    barrier.phase ^= 1;
-    progress();
-}
-
-inline Mbarrier& barrier_at(const uint64_t* pointer) {
-    auto found = hopper().mbarriers.find(address_of(pointer));
-    if (found == hopper().mbarriers.end()) fail("an mbarrier is used before its initialisation");
-    return found->second;
-}
-
-inline void arrive(Mbarrier& barrier, int64_t bytes) {
-    if (barrier.pending == 0) fail("more arrivals at an mbarrier than it was initialised for");
-    barrier.bytes += bytes;
-    --barrier.pending;
-    progress();
-    end_phase_if_complete(barrier);
-    give_way();
-}
-
-// Copies the box, element after element, zero beyond the tensor's edge.
-inline void land(const Load& load) {
-    const TensorMap& m = load.map;
-    const uint32_t bytes = box_bytes(m);
-    for (uint32_t byte = 0; byte < bytes; byte += m.element) {
-        uint32_t rest = byte / m.element;
-        const char* from = m.data;
-        bool inside = true;
-        for (int i = 0; i < m.rank; ++i) {
-            const int64_t at = load.at[i] + rest % m.box[i];
-            rest /= m.box[i];
-            inside = inside && at >= 0 && uint64_t(at) < m.dim[i];
-            if (inside) from += at * m.stride[i];
-        }
-        uint32_t to = load.to + byte;
-        if (m.swizzle) to = swizzled(to);
-        static const char zero[8] = {};
-        memcpy(state().shared + (to - shared_base), inside ? from : zero, m.element);
-        memcpy(&hopper().asynchronous[to - shared_base], inside ? from : zero, m.element);
-    }
-}
-
-inline void land_all(Mbarrier& barrier) {
-    std::vector<Load> loads;
-    loads.swap(barrier.loads);
-    for (const Load& load : loads) {
-        land(load);
-        barrier.bytes -= box_bytes(load.map);
-        progress();
-    }
-    if (!loads.empty()) end_phase_if_complete(barrier);
-}
-
-inline void load_tile(void* to, const CUtensorMap* map, uint64_t* barrier, std::initializer_list<int> at) {
-    Load load;
-    memcpy(&load.map, map, sizeof(TensorMap));
-    if (load.map.magic != 0x5a) fail("TMA: the tensor map was not encoded");
-    if (load.map.rank != at.size()) fail("TMA: the tensor map has another rank than the load");
-    load.to = address_of(to);
-    check_range(load.to, box_bytes(load.map), "TMA");
-    if (load.to % (load.map.swizzle ? 1024 : 128)) fail("TMA: the destination is not aligned to the swizzle pattern");
-    std::copy(at.begin(), at.end(), load.at);
-    memset(state().shared + (load.to - shared_base), 0xff, box_bytes(load.map));
-    memset(&hopper().asynchronous[load.to - shared_base], 0xff, box_bytes(load.map));
-    barrier_at(barrier).loads.push_back(load);
-    progress();
-    give_way();
-}
 
 inline float value_of(const unsigned char* at, int bytes) {
     static const std::vector<float> e4m3 = [] {
@@ -257,8 +57,8 @@ struct Operand {
     }
 };
 
-__attribute__((optimize("O3"))) inline void multiply_tile(const float (*a)[32], const float (*b)[256], float (*c)[256],
-                                                          int n, int depth) {
+__attribute__((optimize("O3"))) inline void gemm_tile(const float (*a)[32], const float (*b)[256], float (*c)[256],
+                                                      int n, int depth) {
     for (int i = 0; i < 64; ++i) {
         for (int j = 0; j < n; ++j) c[i][j] = 0;
         for (int k = 0; k < depth; ++k) {
@@ -270,7 +70,7 @@ __attribute__((optimize("O3"))) inline void multiply_tile(const float (*a)[32], 
 
 // Thread t of the warpgroup holds rows 16 (t / 32) + t % 32 / 4 and 8 below; of the result columns 8 j + 2 (t % 4) and
 // the next; of operand A, 32 bits of one row in each register: k from 4 (t % 4) bytes on, and from 16 bytes further on.
-inline void execute(Warpgroup& group, const Multiply& op) {
+inline void execute(Warpgroup& group, const WgmmaOp& op) {
     static float a[64][32], b[32][256], c[64][256];
     const int depth = 32 / op.bytes;
     if (op.a_in_shared) {
@@ -290,9 +90,9 @@ inline void execute(Warpgroup& group, const Multiply& op) {
     const Operand operand(op.b, op.b_mn_major, op.bytes);
     for (int k = 0; k < depth; ++k)
         for (int j = 0; j < op.n; ++j) b[k][j] = operand(j, k);
-    multiply_tile(a, b, c, op.n, depth);
+    gemm_tile(a, b, c, op.n, depth);
     for (int t = 0; t < 128; ++t) {
-        std::vector<float>& d = group.threads[t].flying[op.d[t]];
+        std::vector<float>& d = group.threads[t].in_flight[op.d[t]];
         for (int i = 0; i < op.n / 2; ++i) {
             const float product =
                 c[16 * (t / 32) + t % 32 / 4 + 8 * (i >> 1 & 1)][8 * (i >> 2) + 2 * (t % 4) + (i & 1)];
@@ -303,23 +103,22 @@ inline void execute(Warpgroup& group, const Multiply& op) {
 
 inline Warpgroup& my_warpgroup() { return hopper().warpgroups[thread() / 128]; }
 
-inline void issue(float* d, int n, const Multiply& wanted, const uint32_t* a_registers) {
+inline void issue(float* d, int n, const WgmmaOp& given, const uint32_t* a_registers) {
     Warpgroup& group = my_warpgroup();
     const unsigned t = thread() % 128;
     Warpgroup::Thread& mine = group.threads[t];
     if (!mine.fenced) fail("wgmma without a wgmma.fence since the last wait");
-    if (mine.issued == group.multiplies.size()) group.multiplies.push_back(wanted);
-    Multiply& op = group.multiplies[mine.issued++];
-    if (op.n != wanted.n || op.bytes != wanted.bytes || op.a != wanted.a || op.b != wanted.b ||
-        op.a_in_shared != wanted.a_in_shared || op.b_mn_major != wanted.b_mn_major ||
-        op.accumulate != wanted.accumulate) {
+    if (mine.issued == group.ops.size()) group.ops.push_back(given);
+    WgmmaOp& op = group.ops[mine.issued++];
+    if (op.n != given.n || op.bytes != given.bytes || op.a != given.a || op.b != given.b ||
+        op.a_in_shared != given.a_in_shared || op.b_mn_major != given.b_mn_major || op.accumulate != given.accumulate) {
         fail("wgmma: the threads of a warpgroup disagree about the operands");
     }
     ++op.issued;
     op.a_registers[t] = a_registers;
     if (a_registers) memcpy(op.a_values[t], a_registers, sizeof(op.a_values[t]));
     op.d[t] = d;
-    if (!mine.flying.count(d)) mine.flying.emplace(d, std::vector<float>(d, d + n / 2));
+    if (!mine.in_flight.count(d)) mine.in_flight.emplace(d, std::vector<float>(d, d + n / 2));
     std::fill(d, d + n / 2, NAN);
     progress();
 }
@@ -342,23 +141,23 @@ inline void wait_for_groups(size_t pending) {
     if (target > mine.delivered) wait_until_stuck("wgmma.wait_group");
     while (group.executed < target) {
         const size_t next = group.executed;
-        wait_until("wgmma that not all of its warpgroup issues", [&] { return group.multiplies[next].issued == 128; });
+        wait_until("wgmma that not all of its warpgroup issues", [&] { return group.ops[next].issued == 128; });
         if (group.executed != next) continue;  // another thread did it meanwhile
-        execute(group, group.multiplies[next]);
+        execute(group, group.ops[next]);
         ++group.executed;
     }
     std::map<float*, bool> unfinished;
-    for (size_t i = target; i < mine.issued; ++i) unfinished[group.multiplies[i].d[t]] = true;
+    for (size_t i = target; i < mine.issued; ++i) unfinished[group.ops[i].d[t]] = true;
     for (size_t i = mine.delivered; i < target; ++i) {
-        const Multiply& op = group.multiplies[i];
+        const WgmmaOp& op = group.ops[i];
         if (op.a_registers[t] && memcmp(op.a_registers[t], op.a_values[t], sizeof(op.a_values[t]))) {
             fail("wgmma: registers of operand A changed before the wait");
         }
         float* d = op.d[t];
-        auto found = mine.flying.find(d);
-        if (unfinished.count(d) || found == mine.flying.end()) continue;
+        auto found = mine.in_flight.find(d);
+        if (unfinished.count(d) || found == mine.in_flight.end()) continue;
         std::copy(found->second.begin(), found->second.end(), d);
-        mine.flying.erase(found);
+        mine.in_flight.erase(found);
     }
     mine.delivered = target;
     mine.fenced = false;
@@ -390,7 +189,7 @@ DSA_LOCKSTEP void mbarrier_wait(uint64_t* pointer, uint32_t parity) {
         reason = "mbarrier at " + std::to_string(emulate::address_of(pointer)) + ", parity " + std::to_string(parity);
     emulate::wait_until(reason.c_str(), [&] {
         const bool stuck = emulate::state().idle > emulate::state().alive;
-        if (stuck && barrier.phase == (parity & 1)) emulate::land_all(barrier);
+        if (stuck && barrier.phase == (parity & 1)) emulate::complete_loads(barrier);
         return barrier.phase != (parity & 1);
     });
 }
@@ -430,7 +229,7 @@ template <int N>
 struct Wgmma {
     static_assert(N >= 8 && N <= 256 && N % 8 == 0, "wgmma: N is a multiple of 8 up to 256");
     static void ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-        emulate::Multiply op{};
+        emulate::WgmmaOp op{};
         op.n = N;
         op.a_in_shared = true;
         op.accumulate = accumulate;
@@ -439,7 +238,7 @@ struct Wgmma {
         emulate::issue(d, N, op, nullptr);
     }
     static void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
-        emulate::Multiply op{};
+        emulate::WgmmaOp op{};
         op.n = N;
         op.b_mn_major = op.accumulate = true;
         op.b = b;
@@ -450,7 +249,7 @@ struct Wgmma {
 template <int N>
 struct WgmmaE4m3 {
     static void rs(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool accumulate) {
-        emulate::Multiply op{};
+        emulate::WgmmaOp op{};
         op.n = N;
         op.bytes = 1;
         op.accumulate = accumulate;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,27 +26,24 @@ Calibration = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class ModelComponents:
-    """Everything a pipeline needs. `head`, `decoder` and `text` may be None; sizes are pixels, frames pixel frames.
-
-    calibration: by rising confidence; empty where it was never measured. info: of a public checkpoint.
-    """
+    """Everything a pipeline needs."""
 
     name: str
     dit: CausalDiT
     rollout: RolloutConfig
     head: ConfidenceHead | None = None
-    decoder: nn.Module | None = None
-    text: nn.Module | None = None
-    height: int | None = None
+    decoder: Any = None  # a `VideoCodec`, or None
+    text: Any = None  # a `TextEncoder`, or None
+    height: int | None = None  # pixels
     width: int | None = None
-    frames: int = 81
+    frames: int = 81  # pixel frames of a clip
     fps: float = 16.0
-    calibration: Calibration = ()
-    info: CheckpointInfo | None = None
+    calibration: Calibration = ()  # empty where it was never measured
+    info: CheckpointInfo | None = None  # of a public checkpoint
 
     @property
     def modules(self) -> dict[str, nn.Module | None]:
-        """The parts that take memory, as `memory` calls them."""
+        """The modules that take memory, under the names of `memory_estimate`."""
         return {"generator": self.dit, "confidence": self.head, "vae": self.decoder, "text": self.text}
 
 
@@ -56,20 +54,23 @@ def apply_offload(
     sessions: int = 1,
     cache: torch.dtype | None = None,
 ) -> ModelComponents:
-    """The same model with the parts that `offload` names on the CPU, on the device only while they are used.
+    """The same model with the components that `offload` names on the CPU, on the device only while they are used.
 
-    "text": umT5, a layer at a time for a new prompt (any other text encoder is small, or its maker's business);
-    "vae": the decoder's weights and the states of its streams, a latent frame at a time. "auto": the first of
-    `memory_estimate.PLACEMENTS` that fits what the device has free for `sessions` sessions of `rollout` at the model's
-    own video size, whose keys and values are of dtype `cache` (None: the DiT's own), which is logged; nothing where the
-    device is not CUDA. None: nothing. The DiT and its cache always stay.
+    Args:
+        model: the DiT and its KV cache always stay on the device.
+        offload: "text": umT5, a layer at a time for a new prompt (no other text encoder is offloaded). "vae": the
+            decoder's weights and the states of its streams, a latent frame at a time. "auto": the first of
+            `memory_estimate.PLACEMENTS` that fits the device's free memory, which is logged; nothing where the device
+            is not CUDA. None: nothing.
+        rollout: for "auto": of the sessions; None: the model's own.
+        sessions: for "auto": how many, at the model's own video size.
+        cache: for "auto": dtype of the KV cache; None: the DiT's.
     """
     device = model.dit.device
-    chosen = (
-        _pick_offload(model, rollout or model.rollout, sessions, cache)
-        if offload == "auto"
-        else memory_estimate.parse_offload(offload)
-    )
+    if offload == "auto":
+        chosen = _pick_offload(model, rollout or model.rollout, sessions, cache)
+    else:
+        chosen = memory_estimate.parse_offload(offload)
     if "text" in chosen and isinstance(model.text, UMT5):
         model.text.enable_offload()
     if "vae" in chosen and model.decoder is not None and not isinstance(model.decoder, OffloadedCodec):
@@ -85,16 +86,15 @@ def _pick_offload(
         logger.info("offload nothing: %s is where it would go", device)
         return ()
     frames = model.decoder.latent_frames_of(model.frames) if model.decoder else (model.frames - 1) // 4 + 1
-    load = memory_estimate.Workload(
+    workload = memory_estimate.Workload(
         (model.height or 480) // stride, (model.width or 832) // stride, frames, sessions, model.dit.dtype, cache
     )
     sizes = memory_estimate.footprints(model.modules)
     needs = {
-        name: memory_estimate.predict(model.dit.config, rollout, load, offload=name, **sizes).peak
+        name: memory_estimate.predict(model.dit.config, rollout, workload, offload=name, **sizes).peak
         - memory_estimate.CUDA_CONTEXT_BYTES
         for name in memory_estimate.PLACEMENTS
     }
-    there = memory_estimate.measure(model.modules)["weights"].values()
-    return memory_estimate.pick_offload(
-        needs, memory_estimate.free_bytes(device) + sum(part.get(str(device), 0) for part in there)
-    )
+    weights = memory_estimate.measure(model.modules)["weights"].values()
+    on_device = sum(sizes_by_device.get(str(device), 0) for sizes_by_device in weights)
+    return memory_estimate.pick_offload(needs, memory_estimate.free_bytes(device) + on_device)

@@ -55,7 +55,7 @@ def load_model_folder(folder: Path, device: torch.device | str, dtype: torch.dty
     source = folder / "model.safetensors"
     tensors = open_checkpoint(source).tensors
     with torch.device("meta"):  # the others are small, and some hold more than their parameters
-        modules: dict[str, nn.Module] = {"generator": CausalDiT(config)}
+        modules: dict[str, Any] = {"generator": CausalDiT(config)}
     for name, make in OPTIONAL_MODULES.items():
         if any(key.startswith(name + ".") for key in tensors):
             modules[name] = make(config)
@@ -77,7 +77,7 @@ def load_model_folder(folder: Path, device: torch.device | str, dtype: torch.dty
 def save_model_folder(
     folder: Path,
     name: str,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Any],
     rollout: RolloutConfig,
     video: Mapping,
     dtype=torch.float16,
@@ -96,7 +96,8 @@ def save_model_folder(
         "video": dict(video),
         "calibration": check_calibration(calibration, folder),
     }
-    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    states = {component: module.state_dict() for component, module in modules.items()}
+    tensors = {f"{component}.{key}": value for component, state in states.items() for key, value in state.items()}
     write_tensors(folder / "model.safetensors", tensors, dtype=dtype)
     write_json(folder / "config.json", values)
 

@@ -221,7 +221,7 @@ def _read(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], d
     raw = torch.empty(prod(shape) * dtype.itemsize, dtype=torch.uint8, device="cpu")
     with path.open("rb") as file:
         file.seek(offset)
-        missing = len(raw) - file.readinto(memoryview(raw.numpy()))
+        missing = len(raw) - file.readinto(raw.numpy().data)
     if missing:
         raise ValueError(f"{path}: {missing} bytes fewer than when it was opened")
     return raw.view(dtype).view(shape).to(device)

@@ -128,12 +128,13 @@ def load_umt5(
     key_maps.check_kind(key_maps.kind_of(file.tensors), file.tensors, weights, key_maps.TEXT)
     tensors = dequantize(transformers_names(file.tensors), weights)
     with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**sizes_of(tensors, weights))).to(dtype).requires_grad_(False).eval()
+        model: nn.Module = UMT5EncoderModel(UMT5Config(**sizes_of(tensors, weights)))
+    model = model.to(dtype).requires_grad_(False).eval()
     tie(model)
     fits = {name: tensor for name, tensor in model.state_dict().items() if name != EMBEDDING}
     check_state_dict(fits, tensors, weights)
 
-    def load(model: nn.Module, device: torch.device | str) -> None:
+    def load(model: Any, device: torch.device | str) -> None:
         model.encoder.embed_tokens = None  # one embedding is read, not two
         load_weights_streaming(model, tensors, weights, device, dtype)
         tie(model)

@@ -42,6 +42,7 @@ def load_vae(
             f"is TAEHV's taew2_1.pth, or the Wan VAE"
         )
     tensors = {name: tensor.read() for name, tensor in file.tensors.items()}
+    vae: WanVAE | TAEHV
     with torch.device("meta"):
         if kind == key_maps.TAEHV:
             vae = TAEHV()

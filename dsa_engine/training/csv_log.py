@@ -48,7 +48,6 @@ class CsvLog:
 
     def plot(self, title: str) -> None:
         """Each column over the steps, one panel a column: the points, and their mean over a twentieth of the run."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         names = [name for name in self.rows[0] if name not in NOT_CURVES] if self.rows else []
@@ -57,7 +56,6 @@ class CsvLog:
         columns = min(3, len(names))
         rows = -(-len(names) // columns)
         figure = Figure((4.2 * columns, 2.7 * rows + 0.3), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
         figure.suptitle(f"{title}: {self.rows[-1]['step']} steps, {self.seconds / 60:.1f} min", weight="bold")
         steps = [row["step"] for row in self.rows]
         for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):

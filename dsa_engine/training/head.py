@@ -230,11 +230,9 @@ def draw_head(
 
     table: as `calibrate.calibration` gives it; by_step [chunks, S]: as `calibrate.confidence_by_step`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure((9, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     confidence = torch.linspace(0.01, 0.99, 99)
     distance = TOLERANCE * torch.exp(-SOFTNESS * confidence.logit())  # the inverse of `target`

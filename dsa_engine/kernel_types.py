@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class RowwiseFP8(NamedTuple):
-    """Input or weight of a product, one scale a row: value = scale * values.
+    """Input or weight of a GEMM with one scale per row: value = scale * values.
 
     values [..., C] e4m3; scale [..., 1] float32.
     """

@@ -155,7 +155,7 @@ def ground_truth(pipe: Pipeline, captions: Captions, seed: int = 0) -> EvalRollo
     """Ground truth through the codec, what a perfect model would score; clip i is drawn by seed + i. No steps."""
     chunk, frames = pipe.config.chunk_frames, []
     for i, clip in enumerate(captions):
-        pixels = torch.from_numpy(world.roll_clip(np.random.default_rng(seed + i), clip, chunk).frames)
+        pixels = torch.from_numpy(world.render_clip(np.random.default_rng(seed + i), clip, chunk).frames)
         frames.append(_through_codec(pipe, pixels.movedim(-1, 1)[None].float() / 255))
     shape = (len(captions), len(captions[0]))
     return EvalRollouts(np.concatenate(frames), np.zeros(shape, int), np.full((*shape, chunk), np.nan))

@@ -29,7 +29,7 @@ def decode(data: bytes, height: int, width: int) -> np.ndarray:
                 raise Image.DecompressionBombError
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"input_reference: has more than {PIXELS} pixels, the most there may be") from error
+        raise ValueError(f"input_reference: has more than {PIXELS} pixels, which is the limit") from error
     except Exception as error:  # the decoders of broken files raise everything that there is
         raise ValueError(f"input_reference: is no image that can be read; send {', '.join(FORMATS)}") from error
     covered = preprocess.to_video_tensor("input_reference", pixels, 1, (height, width))[0, 0]

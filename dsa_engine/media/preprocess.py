@@ -1,4 +1,4 @@
-"""Images and videos that a user gives, in any of the usual forms, as one tensor of the size that is wanted."""
+"""A user's images and videos, in any of the usual forms, as one tensor of the requested size."""
 
 from __future__ import annotations
 

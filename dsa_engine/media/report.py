@@ -36,9 +36,9 @@ def report_figure(
 ) -> Figure:
     """What a clip shows and what it cost: frames of each chunk over a bar of its denoising steps.
 
-    chunks: anything with `frames` (uint8 [T, H, W, 3]), `steps`, `confidence` (a value per frame, drawn as the least of
-    them, or None) and `prompt`, such as the engine's. threshold: drawn with the confidence. max_steps: the top of the
-    scale, default the most steps taken.
+    chunks: anything with `frames` (uint8 [T, H, W, 3]), `steps`, `confidence` (a value per frame, drawn as their
+    minimum, or None) and `prompt`, such as the engine's. threshold: drawn with the confidence. max_steps: the top of the
+    scale, default the maximum of the clip.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -176,7 +176,7 @@ def _draw_confidence(ax: Axes, confidence: Sequence[float], threshold: float | N
         "markeredgecolor": "white",
         "linewidth": 1.4,
     }
-    handles = right.plot(range(len(confidence)), confidence, label="confidence (least frame)", **style)
+    handles = right.plot(range(len(confidence)), confidence, label="confidence (minimum of its frames)", **style)
     if threshold is not None:
         label = f"threshold {threshold:g}"
         handles.append(right.axhline(threshold, color=ACCENT, linewidth=1, linestyle=":", label=label))

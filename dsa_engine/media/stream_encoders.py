@@ -18,7 +18,7 @@ INIT = (b"ftyp", b"moov")  # boxes that say what the fragments hold
 
 
 class Payload(NamedTuple):
-    """lengths: bytes of each frame's part of `data`, None where frames cannot be told apart."""
+    """lengths: bytes of each frame's part of `data`, None where frames have no parts of their own."""
 
     data: bytes
     lengths: list[int] | None = None
@@ -49,7 +49,7 @@ class Mp4Encoder(Encoder):
     mdat) of all the chunk's frames, nothing of it held back: no B-frames, no lookahead, one thread.
 
     The encoder lives as long as the stream. The muxer, which would keep a fragment open until the next one begins, is
-    made anew for each chunk and told where in the stream it is.
+    made anew for each chunk, with the stream's position.
     """
 
     content_type = "video/mp4"

@@ -22,7 +22,7 @@ class VideoCodec(Protocol):
         """frames [B, T, 3, H, W] in [0, 1] -> latents [B, F, C, h, w]."""
 
     def decode(self, latents: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """latents [B, F, C, h, w] and the state after the chunk before (None at a clip's start) ->
+        """latents [B, F, C, h, w] and the state after the previous chunk (None at a clip's start) ->
         frames [B, T, 3, H, W] in [0, 1] and the next state. The state given is not changed."""
 
     def frames_of(self, latent_frames: int, first: bool) -> int:

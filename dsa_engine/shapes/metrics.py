@@ -1,6 +1,6 @@
 """How well a clip of the synthetic world shows what its captions say: exact, since the world is known exactly.
 
-Each frame is compared to the four rendered shapes at every place. numpy and torch only; no judge, no learnt features.
+Each frame is compared to the four rendered shapes at every position. numpy and torch only; no learnt features.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ LEAP = 5.0  # px; what goes farther from one frame to the next was not moved but
 PURE, MIXED = 0.25, 0.4  # slow axis over fast axis: at most, for one axis; at least, for a diagonal
 
 _HALF = 15  # px: reach 12.5 of a shape, 1 of the smoothing, 1 of the sub-pixel search
-_CENTRES = range(math.floor(LOW), math.ceil(HIGH) + 1)  # whole-pixel places
+_CENTRES = range(math.floor(LOW), math.ceil(HIGH) + 1)  # whole-pixel positions
 _PAD = _HALF - _CENTRES[0]
-_SHIFTS = np.arange(-8, 9) / 8  # px, sub-pixel places around the best whole-pixel one
+_SHIFTS = np.arange(-8, 9) / 8  # px, sub-pixel positions around the best whole-pixel one
 
 
 @dataclass(frozen=True)
 class Scores:
     """Per frame [T] and per chunk, see `score`."""
 
-    fit: np.ndarray  # float, mean squared error of the caption's template at its best place; frames in [0, 1]
+    fit: np.ndarray  # float, mean squared error of the caption's template at its best position; frames in [0, 1]
     valid: np.ndarray  # bool, the frame shows its caption
-    xy: np.ndarray  # float [T, 2], px, that best place
+    xy: np.ndarray  # float [T, 2], px, that best position
     texture: np.ndarray  # float, variance of the colour inside the shape; 0 in the world, about .01 with .1 of noise
     motion: np.ndarray  # bool [chunks], the object moves as the chunk's caption says
 
@@ -58,12 +58,12 @@ def score(
     """Scores of one clip: frames [T, H, W, 3], uint8 or float in [0, 1], and one caption per frame (or one for all).
 
     valid = fit < .006, and none of the other shapes fits better, and more than 20 px are nearest to the caption's
-    colour among all colours and backgrounds. fit = min over places of mean((blur(frame) - blur(template))^2), with a
+    colour among all colours and backgrounds. fit = min over positions of mean((blur(frame) - blur(template))^2), with a
     box blur of 3 x 3 so that grain does not count as a wrong shape: `texture` sees it.
 
     motion judges each chunk of `chunk_frames` (the last may be shorter) by the mean displacement per axis, counted from
     the frame before the chunk when that shows the same object; see `moves_as`. A chunk in which a frame lacks the
-    colour is wrong. Raises ValueError for other shapes, dtypes or numbers of captions.
+    colour is wrong. Raises ValueError for other shapes, dtypes or counts of captions.
     """
     x = _unit(frames)
     texts = [captions] * len(x) if isinstance(captions, Caption | str) else captions
@@ -71,10 +71,10 @@ def score(
     if len(shown) != len(x):
         raise ValueError(f"{len(shown)} captions for {len(x)} frames: give one caption, or {len(x)}")
     check_min("chunk_frames", chunk_frames)
-    fits, places = _locate(x, shown)
+    fits, positions = _locate(x, shown)
     own = np.array([SHAPES.index(caption.shape) for caption in shown])
     t = np.arange(len(x))
-    fit, xy = fits[t, own], places[t, own]
+    fit, xy = fits[t, own], positions[t, own]
     seen = _mass(x, shown) > MASS_LIMIT
     valid = (fit < FIT_LIMIT) & (fits.argmin(axis=1) == own) & seen
     starts = range(0, len(x), chunk_frames)
@@ -83,7 +83,7 @@ def score(
 
 
 def moves_as(motion: str, path: np.ndarray) -> bool:
-    """Whether places [N, 2] in px, one per frame, move as the motion word says; fewer than 2 places always do.
+    """Whether positions [N, 2] in px, one per frame, move as the motion word says; fewer than 2 positions always do.
 
     With a, b the mean |displacement| per frame along x and y, big = max(a, b) and small = min(a, b): still and jumping
     (which stands still within a chunk) need big < .5; the others big > 1 without a leap of 5 px, and diagonal small >
@@ -139,11 +139,11 @@ def _bank() -> torch.Tensor:
 
 
 def _locate(x: torch.Tensor, captions: Sequence[Caption]) -> tuple[np.ndarray, np.ndarray]:
-    """The least template error [T, 4] of each shape in the caption's colours, and its place [T, 4, 2].
+    """The lowest template error [T, 4] of each shape in the caption's colours, and its position [T, 4, 2].
 
     With r the smoothed frame less its background, d = colour - background and m a template's coverage, the error is
     |r - m d|^2 = |r|^2 - 2 sum(m (r . d)) + |d|^2 |m|^2: one correlation of the single map r . d with the templates.
-    The whole-pixel places are tried first, then 17 x 17 sub-pixel ones around the best.
+    The whole-pixel positions are tried first, then 17 x 17 sub-pixel ones around the best.
     """
     color, ground = _colors(captions)
     d = color - ground
@@ -153,15 +153,15 @@ def _locate(x: torch.Tensor, captions: Sequence[Caption]) -> tuple[np.ndarray, n
     bank = _bank()
     whole = bank[:, len(_SHIFTS) ** 2 // 2]  # [4, 30, 30]
     cost = contrast[:, None, None, None] * whole.square().sum(dim=(1, 2))[:, None, None]
-    cost = cost - 2 * F.conv2d(along[:, None], whole[:, None])  # [T, 4, places, places]
+    cost = cost - 2 * F.conv2d(along[:, None], whole[:, None])  # [T, 4, positions, positions]
     best = cost.flatten(2).argmin(dim=2)
     row, column = best // len(_CENTRES), best % len(_CENTRES)  # [T, 4]
     reach = torch.arange(2 * _HALF)
     t = torch.arange(len(x))[:, None, None, None]
     near = along[t, (row[..., None] + reach)[..., None], (column[..., None] + reach)[..., None, :]]  # [T, 4, 30, 30]
     cost = contrast[:, None, None] * bank.square().sum(dim=(2, 3)) - 2 * torch.einsum("tsij,skij->tsk", near, bank)
-    least, shift = cost.min(dim=2)  # [T, 4]
-    fits = (energy[:, None] + least).clamp(min=0) / (3 * SIZE * SIZE)
+    lowest, shift = cost.min(dim=2)  # [T, 4]
+    fits = (energy[:, None] + lowest).clamp(min=0) / (3 * SIZE * SIZE)
     fine = torch.from_numpy(_SHIFTS)
     xy = torch.stack((column + fine[shift % len(fine)], row + fine[shift // len(fine)]), dim=2) + _CENTRES[0]
     return fits.numpy(), xy.numpy()

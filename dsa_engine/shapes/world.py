@@ -1,6 +1,6 @@
-"""The toy world of the small model: one coloured shape that moves over a plain background, told in a closed grammar.
+"""The toy world of the small model: one coloured shape that moves over a plain background, described in a closed grammar.
 
-Everything about it is known exactly (place, event, whether a chunk can be predicted from its past), so a model trained
+Everything about it is known exactly (position, event, whether a chunk can be predicted from its past), so a model trained
 on it can be measured without a judge. numpy only.
 
 Geometry: frames are SIZE x SIZE pixels, pixel (i, j) has its centre at x = j + .5, y = i + .5, y points down.
@@ -86,14 +86,6 @@ class Caption:
     def tokens(self) -> tuple[int, ...]:
         """One id per slot, in the order of `SLOTS`; the ids of two slots never overlap."""
         return tuple(_OFFSETS[slot] + words.index(getattr(self, slot)) for slot, words in SLOTS.items())
-
-    @classmethod
-    def from_tokens(cls, tokens: Sequence[int]) -> Caption:
-        """The inverse of `tokens`; ValueError for ids outside their slots (so also for NULL_TOKENS)."""
-        ids = [int(token) - offset for token, offset in zip(tokens, _OFFSETS.values())]
-        if len(tokens) != len(SLOTS) or any(i not in range(len(words)) for i, words in zip(ids, SLOTS.values())):
-            raise ValueError(f"tokens {tuple(tokens)}: one id per slot is needed, as in {EXAMPLE.tokens} ({EXAMPLE})")
-        return cls(*(words[i] for i, words in zip(ids, SLOTS.values())))
 
     @classmethod
     def parse(cls, prompt: str) -> Caption:
@@ -202,7 +194,7 @@ def render(caption: Caption | str | Sequence[Caption | str], x, y) -> np.ndarray
     xy = np.stack([x.reshape(-1), y.reshape(-1)], axis=1)
     captions = [caption] * len(xy) if isinstance(caption, Caption | str) else list(caption)
     if len(captions) != len(xy):
-        raise ValueError(f"{len(captions)} captions for {len(xy)} places: give one caption, or {len(xy)}")
+        raise ValueError(f"{len(captions)} captions for {len(xy)} positions: give one caption, or {len(xy)}")
     frames = _paint([as_caption(c).look for c in captions], xy)
     return frames if x.ndim else frames[0]
 
@@ -230,33 +222,33 @@ def events_of(captions: Sequence[Caption]) -> list[str]:
     return events
 
 
-def _places(rng: np.random.Generator, captions: Sequence[Caption], chunk_frames: int) -> np.ndarray:
+def _positions(rng: np.random.Generator, captions: Sequence[Caption], chunk_frames: int) -> np.ndarray:
     """xy float64 [T, 2]. An axis is a point on a circle of circumference 2 (HIGH - LOW), folded onto [LOW, HIGH].
 
     So moving is adding SPEED, walls bounce by themselves, and the half of the circle is the direction: it outlives a
     soft switch, and that of an axis at rest is drawn but not seen.
     """
     span = HIGH - LOW
-    place, places = np.zeros(2), []
+    position, positions = np.zeros(2), []
     for caption, event in zip(captions, events_of(captions)):
         moving = {"sideways": (1, 0), "vertical": (0, 1), "diagonal": (1, 1)}.get(caption.motion, (0, 0))
         if anew := event in ("first", "cut") or caption.motion == "jumping":
-            place = rng.uniform(0.0, 2 * span, size=2)
+            position = rng.uniform(0.0, 2 * span, size=2)
         steps = np.arange(chunk_frames) + (not anew)  # an object that carries on moves into the chunk's first frame
-        places.append(place + SPEED * steps[:, None] * np.array(moving))
-        place = places[-1][-1]
-    return HIGH - np.abs(np.mod(np.concatenate(places), 2 * span) - span)
+        positions.append(position + SPEED * steps[:, None] * np.array(moving))
+        position = positions[-1][-1]
+    return HIGH - np.abs(np.mod(np.concatenate(positions), 2 * span) - span)
 
 
-def roll_clip(rng: np.random.Generator, captions: Sequence[Caption | str], chunk_frames: int = 3) -> Clip:
-    """A clip of given captions, one per chunk of `chunk_frames` frames; `rng` draws places and directions.
+def render_clip(rng: np.random.Generator, captions: Sequence[Caption | str], chunk_frames: int = 3) -> Clip:
+    """A clip of given captions, one per chunk of `chunk_frames` frames; `rng` draws positions and directions.
 
-    The place is continuous from chunk to chunk but for a cut or a jumping chunk (which stands still at a new place).
+    The position is continuous from chunk to chunk but for a cut or a jumping chunk (which stands still at a new position).
     """
     scenes = [as_caption(caption) for caption in captions]
     check_min("captions", len(scenes))
     check_min("chunk_frames", chunk_frames)
-    events, xy = events_of(scenes), _places(rng, scenes, chunk_frames)
+    events, xy = events_of(scenes), _positions(rng, scenes, chunk_frames)
     hard = [event in ("first", "cut") or c.motion == "jumping" for event, c in zip(events, scenes)]
     frames = _paint([c.look for c in scenes for _ in range(chunk_frames)], xy)
     return Clip(frames, scenes, events, np.array(hard), xy)
@@ -287,22 +279,19 @@ def sample_captions(
 
 def sample_clip(rng: np.random.Generator, chunks: int = 4, chunk_frames: int = 3, **odds) -> Clip:
     """A random clip of `chunks` chunks; `odds` are the cut, soft and weights of `sample_captions`."""
-    return roll_clip(rng, sample_captions(rng, chunks, **odds), chunk_frames)
+    return render_clip(rng, sample_captions(rng, chunks, **odds), chunk_frames)
 
 
-def pool(rng: np.random.Generator, n: int, chunks: int = 4, chunk_frames: int = 3, **odds) -> tuple[np.ndarray, ...]:
-    """n random clips: frames uint8 [n, T, H, W, 3], tokens int64 [n, chunks, 4], hard bool, event int8 [n, chunks].
-
-    `event` indexes EVENTS; `odds` are the cut, soft and weights of `sample_captions`.
-    """
+def sample_clips(
+    rng: np.random.Generator, n: int, chunks: int = 4, chunk_frames: int = 3, **odds
+) -> tuple[np.ndarray, np.ndarray]:
+    """n random clips: frames uint8 [n, T, H, W, 3], tokens int64 [n, chunks, 4]; `odds` as of `sample_clip`."""
     for name, count in (("n", n), ("chunks", chunks), ("chunk_frames", chunk_frames)):
         check_min(name, count)
     frames = np.empty((n, chunks * chunk_frames, SIZE, SIZE, 3), dtype=np.uint8)
     tokens = np.empty((n, chunks, len(SLOTS)), dtype=np.int64)
-    hard, event = np.empty((n, chunks), dtype=bool), np.empty((n, chunks), dtype=np.int8)
     for i in range(n):
         clip = sample_clip(rng, chunks, chunk_frames, **odds)
-        frames[i], hard[i] = clip.frames, clip.hard
+        frames[i] = clip.frames
         tokens[i] = [caption.tokens for caption in clip.captions]
-        event[i] = [EVENTS.index(name) for name in clip.events]
-    return frames, tokens, hard, event
+    return frames, tokens

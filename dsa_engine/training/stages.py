@@ -106,7 +106,7 @@ def latent_pool(codec: PixelCodec, seed: int, chunk: int, clips: int, **odds) ->
     rng = np.random.default_rng(seed)
     latents, tokens = [], []
     for done in range(0, clips, 256):
-        frames, token, _, _ = world.pool(rng, min(256, clips - done), CHUNKS, chunk, **odds)
+        frames, token = world.sample_clips(rng, min(256, clips - done), CHUNKS, chunk, **odds)
         pixels = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).float() / 255
         latents.append(codec.encode(pixels).half().unflatten(1, (CHUNKS, chunk)))
         tokens.append(torch.from_numpy(token))

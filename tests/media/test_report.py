@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from dsa_engine.media.report import report_figure, write_report, write_sheet
-from dsa_engine.shapes.world import roll_clip
+from dsa_engine.shapes.world import render_clip
 
 
 @pytest.fixture(scope="module")
 def clip() -> np.ndarray:
     prompts = ["a red circle moves sideways"] * 3 + ["a blue square jumps on navy"] * 2
-    return roll_clip(np.random.default_rng(0), prompts).frames
+    return render_clip(np.random.default_rng(0), prompts).frames
 
 
 def left_in(folder) -> list[str]:

@@ -63,7 +63,7 @@ def test_a_caption_wrong_in_one_slot_of_the_look_is_never_valid(clips, slot):
 def test_a_wrong_motion_word_is_never_right():
     rng = np.random.default_rng(2)
     for shown in MOTIONS:
-        clip = world.roll_clip(rng, [replace(CIRCLE, motion=shown)] * 6)
+        clip = world.render_clip(rng, [replace(CIRCLE, motion=shown)] * 6)
         for word in MOTIONS:
             right = metrics.score(clip.frames, replace(CIRCLE, motion=word)).motion
             if (shown, word) == ("jumping", "still"):  # alike within a chunk, not from chunk to chunk

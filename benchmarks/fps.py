@@ -333,7 +333,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         type=positive_int,
         nargs="+",
         metavar="STEPS",
-        help="fixed counts to run (default: all; the most always)",
+        help="fixed counts to run (default: all; the maximum always)",
     )
     add("--rounds", type=positive_int, default=1, help="how often all clips are made; the median counts")
     add("--steady-chunks", type=positive_int, help="default 40")

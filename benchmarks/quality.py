@@ -79,7 +79,7 @@ def head_cost(source: Source, clips: Clips) -> dict[str, float]:
 
 
 def compared(args: argparse.Namespace) -> Source | None:
-    """The model that is compared: --compare, or the same one, run as is told."""
+    """The model that is compared: --compare, or the same one, run another way."""
     if args.compare:
         return Source(args.compare, None, args.quantization, args.commit)
     if args.quantization or args.commit:
@@ -195,7 +195,7 @@ def main() -> None:
         help="only fixed counts, presets and the model compared: no baselines, no teacher",
     )
     add("--clips", type=positive_int, default=512)
-    add("--chunks", type=positive_int, default=4, help="chunks a clip (4 is the training length)")
+    add("--chunks", type=positive_int, default=4, help="chunks per clip (4 is the training length)")
     add("--seed", type=int, default=0, help="of the noise; the prompts are always the same")
     add("--jobs", type=positive_int, default=1, help="worker processes, each with one thread")
     add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")

@@ -160,11 +160,11 @@ def read_manifest(path: Path) -> dict[str, dict]:
     return {record["file"]: record for record in map(json.loads, whole)}
 
 
-def missing_clips(place: Path, clips: Sequence[dict]) -> list[dict]:
+def missing_clips(directory: Path, clips: Sequence[dict]) -> list[dict]:
     """The clips to be generated. Raises ValueError where one is there that was generated from something else."""
-    records, missing = read_manifest(place / "manifest.jsonl"), []
+    records, missing = read_manifest(directory / "manifest.jsonl"), []
     for clip in clips:
-        path = place / "videos" / clip["file"]
+        path = directory / "videos" / clip["file"]
         if clip["file"] not in records or not path.exists():
             missing.append(clip)
             continue
@@ -245,15 +245,15 @@ def make_video(pipe: Pipeline, clip: dict, policy: str, path: Path) -> dict:
 
 def figures(job: Job, policy: str) -> dict:
     """What the manifest says of a policy's videos, and their scores."""
-    args, place = job.args, folder(job.args.out, policy)
-    manifest = read_manifest(place / "manifest.jsonl")
+    args, directory = job.args, folder(job.args.out, policy)
+    manifest = read_manifest(directory / "manifest.jsonl")
     records = [manifest[clip["file"]] for clip in job.clips]
     steps = [n for record in records for n in record["steps"]]
     return {
         "videos": len(records),
         "mean_steps": sum(steps) / len(steps),
         "fps": sum(r["frames"] for r in records) / sum(r["seconds"] for r in records),
-        "scores": None if job.unscored else score(args.vbench_python, place, job.entries, job.dimensions),
+        "scores": None if job.unscored else score(args.vbench_python, directory, job.entries, job.dimensions),
     }
 
 
@@ -288,12 +288,12 @@ def main() -> None:
     add("--policy", action="append", required=True, help="fixed:4, confidence:0.5, a preset, ...; may be repeated")
     add("--prompts", type=Path, metavar="FILE", help="VBench_full_info.json, or text (default: the vbench package's)")
     add("--extended", type=Path, metavar="FILE", help="the longer texts that the model is given")
-    add("--samples", type=positive_int, default=5, help="videos a prompt; VBench scores the first 5")
-    add("--static-samples", type=positive_int, default=25, help=f"videos a prompt of {FLICKERING}")
+    add("--samples", type=positive_int, default=5, help="videos per prompt; VBench scores the first 5")
+    add("--static-samples", type=positive_int, default=25, help=f"videos per prompt of {FLICKERING}")
     add("--dimensions", nargs="+", metavar="DIMENSION", help="only prompts and scores of these")
     add("--limit", type=positive_int, metavar="N", help="only the first N prompts")
     add("--seed", type=int, default=0)
-    add("--frames", type=positive_int, help="pixel frames a video (default: the model's own)")
+    add("--frames", type=positive_int, help="pixel frames per video (default: the model's own)")
     add("--scale", type=positive_int, default=1, help="each pixel becomes SCALE x SCALE pixels")
     add("--no-evaluate", action="store_true", help="make the videos, score nothing")
     add("--vbench-python", default=sys.executable, metavar="PYTHON", help="one that has vbench (default: this one)")

@@ -73,7 +73,7 @@ def throttled(mask: str) -> list[str]:
 
 
 def gpu_state(line: str) -> dict[str, str | float | list[str]]:
-    """One line of nvidia-smi's CSV of the fields `SMI`; a field that the driver does not tell stays its text."""
+    """One line of nvidia-smi's CSV of the fields `SMI`; a field that the driver does not report stays its text."""
     found: dict[str, str | float | list[str]] = {}
     for name, text in zip(SMI.values(), (cell.strip() for cell in line.split(","))):
         try:

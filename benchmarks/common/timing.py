@@ -23,8 +23,8 @@ Call = Callable[[], object]
 
 WARM = 3  # calls of each before anything is timed
 BATCH_US = 2000.0  # of a batch: the event pair and the launch of a graph then weigh under one percent
-MOST_TURNS = 100
-ROUNDS, LEAST = 2, 5  # rounds, and repeats of each
+MAX_TURNS = 100
+ROUNDS, MIN_REPEATS = 2, 5  # rounds, and repeats of each
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class EventClock:
         return lambda: take_turns(calls, turns), turns * len(calls)
 
     def _turns(self, calls: Sequence[Call]) -> int:
-        return min(MOST_TURNS, math.ceil(BATCH_US / max(1.0, self.span(lambda: take_turns(calls)))))
+        return min(MAX_TURNS, math.ceil(BATCH_US / max(1.0, self.span(lambda: take_turns(calls)))))
 
     def span(self, work: Call) -> float:
         torch.cuda.synchronize()
@@ -129,7 +129,7 @@ def clock(device: torch.device | str, capture: bool = True) -> Clock:
 def measure(calls: Sequence[Call], by: Clock, seconds: float = 0.3) -> Timing:
     """Times one call of a sort, in two rounds of about `seconds` together, at least five repeats of a batch each."""
     work, count = by.batch(calls)
-    repeats = max(LEAST, int(1e6 * seconds / ROUNDS / max(1.0, by.span(work))))
+    repeats = max(MIN_REPEATS, int(1e6 * seconds / ROUNDS / max(1.0, by.span(work))))
     rounds = [[by.span(work) / count for _ in range(repeats)] for _ in range(ROUNDS)]
     every = sorted(span for one in rounds for span in one)
     tenths = quantiles(every, n=10, method="inclusive")

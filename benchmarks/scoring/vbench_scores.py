@@ -98,10 +98,10 @@ def score_dimension(python: str, dimension: str, videos: Path, out: Path) -> flo
     return float(value)
 
 
-def score(python: str, place: Path, entries: Sequence[dict], dimensions: Sequence[str]) -> dict:
+def score(python: str, folder: Path, entries: Sequence[dict], dimensions: Sequence[str]) -> dict:
     """{"total", "quality", "semantic", "dimensions": scores, "failed": what VBench said} of the videos
     in a policy's folder. entries: of the prompt suite."""
-    videos, out = (place.resolve() / name for name in ("videos", "scores"))
+    videos, out = (folder.resolve() / name for name in ("videos", "scores"))
     text = json.dumps(entries, indent=1)
     if not (out / SUITE).exists() or (out / SUITE).read_text() != text:  # older scores are of other prompts
         shutil.rmtree(out, ignore_errors=True)
@@ -109,7 +109,7 @@ def score(python: str, place: Path, entries: Sequence[dict], dimensions: Sequenc
         with atomic_write(out / SUITE) as temporary:
             temporary.write_text(text)
     scores, failed = {}, {}
-    for dimension in tqdm(dimensions, unit="dimension", desc=place.name):
+    for dimension in tqdm(dimensions, unit="dimension", desc=folder.name):
         try:
             scores[dimension] = score_dimension(python, dimension, videos, out)
         except ScoringFailed as error:  # the others are still worth having

@@ -76,7 +76,7 @@ def test_a_gpu_clock_gives_the_time_of_one_call(capture, name, monkeypatch):
     gpu.install(monkeypatch)
     found = timing.measure([gpu.call] * 7, timing.clock("cuda", capture), seconds=0.02)
     assert (found.us, found.low, found.high, found.again) == pytest.approx((12.5, 12.5, 12.5, 0), abs=1e-9)
-    assert found.clock == name and found.repeats >= 2 * timing.LEAST
+    assert found.clock == name and found.repeats >= 2 * timing.MIN_REPEATS
     if capture:  # nothing is launched while it is timed
         assert gpu.calls == 7 * (timing.WARM + 1 + 23)
 

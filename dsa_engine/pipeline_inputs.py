@@ -1,4 +1,4 @@
-"""The arguments of `Pipeline`, checked and made into what the engine takes.
+"""Arguments of `Pipeline`, checked and converted to what the engine takes.
 
 Every function raises ValueError with the value, the rule and the nearest legal value, before anything is computed.
 """
@@ -6,6 +6,7 @@ Every function raises ValueError with the value, the rule and the nearest legal 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,19 +14,28 @@ import torch
 from torch import Tensor
 
 from dsa_engine.checks import check_choice
-from dsa_engine.config import nearest
+from dsa_engine.config import RolloutConfig, nearest
 from dsa_engine.engine.engine import Engine
 from dsa_engine.media import preprocess
 from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
 from dsa_engine.sampling.schedule import Schedule
 
+GLOBAL = -1  # as a window: the whole clip, Self-Forcing's local_attn_size = -1
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-WAN_STRIDE = 8  # pixels a latent pixel stands for, where no decoder says otherwise
+WAN_STRIDE = 8  # pixels per latent pixel without a decoder
+
+
+def override_config(config: RolloutConfig, **changes) -> RolloutConfig:
+    """The config with some fields changed and checked; None leaves a field as it is, window GLOBAL means no window."""
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if changes.get("window") == GLOBAL:
+        changes["window"] = None
+    return replace(config, **changes)
 
 
 def encode_prompt(engine: Engine, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> Tensor:
-    """Prompt embeddings [B, L, text_dim], encoded or as given."""
+    """Prompt embeddings [B, L, text_dim], encoded or given."""
     if (prompt is None) == (prompt_embeds is None):
         raise ValueError("give either a prompt or prompt_embeds" + ("" if prompt is None else ", not both"))
     if prompt_embeds is None:
@@ -40,15 +50,15 @@ def encode_prompt(engine: Engine, prompt: str | Sequence[str] | None, prompt_emb
     return prompt_embeds
 
 
-def check_output_type(engine: Engine, wanted: str) -> None:
-    """Checks the form that a clip is wanted in."""
-    check_choice("output_type", wanted, OUTPUT_TYPES)
-    if wanted != "latent" and engine.decoder is None:
-        raise ValueError(f"output_type={wanted!r}: this pipeline has no decoder; only 'latent' is possible")
+def check_output_type(engine: Engine, output_type: str) -> None:
+    """Check that the pipeline can return this form."""
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if output_type != "latent" and engine.decoder is None:
+        raise ValueError(f"output_type={output_type!r}: this pipeline has no decoder; only 'latent' is possible")
 
 
 def make_seeds(seed: int | None, generator: torch.Generator | None, batch: int) -> list[int]:
-    """One seed a clip, counting up from the seed, or from the one that a generator was made with."""
+    """One seed per clip, counting up from the seed or from the generator's initial one."""
     if generator is not None and seed is not None:
         raise ValueError(f"seed={seed} with a generator: give one or the other")
     first = check_seed(generator.initial_seed() if generator is not None else 0 if seed is None else seed)
@@ -63,9 +73,9 @@ def default_threshold(engine: Engine) -> float:
 def resolve_policy(
     engine: Engine,
     named: str | Policy | None,
-    ceiling: int | None = None,
-    least: int | None = None,
-    most: int | None = None,
+    num_inference_steps: int | None = None,
+    min_steps: int | None = None,
+    max_steps: int | None = None,
     threshold: float | None = None,
     strength: float | None = None,
 ) -> Policy:
@@ -77,16 +87,21 @@ def resolve_policy(
     limit = len(Schedule(config.steps, config.shift, 1.0 if strength is None else strength))
     chosen = parse_policy(named) if isinstance(named, str) and ":" in named else named
     if isinstance(chosen, Policy):
-        knobs = dict(num_inference_steps=ceiling, min_steps=least, max_steps=most, confidence_threshold=threshold)
+        knobs = dict(
+            num_inference_steps=num_inference_steps,
+            min_steps=min_steps,
+            max_steps=max_steps,
+            confidence_threshold=threshold,
+        )
         given = [name for name, value in knobs.items() if value is not None]
         if given:
             raise ValueError(f"{', '.join(given)}: already said by step_policy={chosen}; give one or the other")
     elif named == "fixed" or (named is None and engine.head is None and threshold is None):
-        chosen = Fixed(limit if ceiling is None else ceiling)
+        chosen = Fixed(limit if num_inference_steps is None else num_inference_steps)
     elif named in ("dsa", None, *presets):
         own = presets.get(named, default_threshold(engine))
-        most = ceiling if most is None else most
-        chosen = Confidence(own if threshold is None else threshold, 1 if least is None else least, most)
+        max_steps = num_inference_steps if max_steps is None else max_steps
+        chosen = Confidence(own if threshold is None else threshold, 1 if min_steps is None else min_steps, max_steps)
     else:
         names = ", ".join(("dsa", "fixed", *presets))
         raise ValueError(f"step_policy={named!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
@@ -139,7 +154,7 @@ def whole_chunks(engine: Engine, frames: float, given: int = 0) -> int:
 
 
 class Clip(NamedTuple):
-    """What is to be made: latent frames in all, or None for no end; latent size; what was given, as in `Engine`."""
+    """A clip to generate: all its latent frames, None if endless; latent size; what was given, as in `Engine.rollout`."""
 
     frames: int | None
     size: tuple[int, int]
@@ -148,8 +163,8 @@ class Clip(NamedTuple):
     strength: float = 1.0
 
     @property
-    def made(self) -> int:
-        """Latent frames that are to be made: all but those given."""
+    def generated(self) -> int:
+        """Latent frames to generate: all but those given."""
         return self.frames - (0 if self.given is None else self.given.shape[1])
 
 
@@ -163,7 +178,7 @@ def resolve_clip(
     strength: float | None,
     default: int | None,
 ) -> Clip:
-    """The clip that is to be made; default: pixel frames where num_frames does not say, None for no end."""
+    """The clip to generate; default: pixel frames if num_frames is None, None for no end."""
     if image is not None and video is not None:
         raise ValueError("image and video: give one or the other")
     if strength is not None and video is None:
@@ -193,7 +208,7 @@ def resolve_clip(
 
 
 def check_latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, int]]:
-    """Checks noise [B, F, C, H, W] given for `batch` prompts; returns F and (H, W)."""
+    """Check noise [B, F, C, H, W] given for `batch` prompts; returns F and (H, W)."""
     model, chunk = engine.dit.config, engine.config.chunk_frames
     if not isinstance(noise, Tensor):
         raise ValueError(f"latents: must be a tensor [B, F, C, H, W], not {type(noise).__name__}")
@@ -213,7 +228,7 @@ def check_latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple
 
 
 def check_renoise(engine: Engine, given: Renoise | None, batch: int, frames: int, size: tuple[int, int]) -> None:
-    """Checks a re-noising tensor; what a callable returns is checked when it does."""
+    """Check a re-noising tensor; what a callable returns is checked when it does."""
     if given is None or callable(given):
         return
     clip = [batch, frames, engine.dit.config.in_dim, *size]

@@ -26,7 +26,7 @@ from dsa_engine.evaluation.rollouts import (
     trace,
 )
 from dsa_engine.evaluation.statistics import spread
-from dsa_engine.pipeline import changed
+from dsa_engine.pipeline_inputs import override_config
 
 SPREAD = np.linspace(1.1, 3.5, 10)  # mean steps at which the confidence policy is tried beside its presets
 SPREAD_CHANGE = (2.1, 2.4, 2.8, 3.2, 3.6)
@@ -86,7 +86,7 @@ def load(source: Source) -> Pipeline:
     pipe = Pipeline.from_pretrained(
         source.model, head=source.head, dtype=source.dtype, quantization=source.quantization
     )
-    pipe.engine.config = changed(pipe.config, commit=source.commit)
+    pipe.engine.config = override_config(pipe.config, commit=source.commit)
     return pipe
 
 

@@ -1,7 +1,4 @@
-"""What work on a device takes beside tensors: that it is current, streams, points in its time, copies to the host.
-
-On a CPU all of it is trivial.
-"""
+"""Device plumbing: the current device, streams, timing events, copies to the host. Trivial on a CPU."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """In it a CUDA device is the thread's current one. Triton and csrc launch there, wherever their tensors are."""
+    """Context in which a CUDA device is the thread's current one: Triton and csrc launch on that one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def on_device(method: Method) -> Method:
-    """A method during which the object's `device` is current: for whatever can be called from outside, for nobody else
-    knows which device that is, and every thread begins with the first."""
+    """Decorator: the object's `device` is current during the method. For public entry points, since every thread
+    starts on device 0."""
 
     @functools.wraps(method)
     def there(self, *args, **kwargs):
@@ -35,34 +32,34 @@ def on_device(method: Method) -> Method:
 
 
 class Streams(NamedTuple):
-    """The streams of an engine beside its callers' own, made once: torch hands out 32 in turn, and two that are at work
-    at once must not be the same one, nor share the workspace that cuBLAS keeps for each."""
+    """An engine's own streams, created once: torch hands out 32 in turn, and two that run at once must be distinct and
+    not share cuBLAS's per-stream workspace."""
 
     capture: torch.cuda.Stream  # of the model's graphs
     decode: torch.cuda.Stream  # the decoder's graphs are captured there too
 
     @classmethod
     def on(cls, device: torch.device) -> Streams | None:
-        """None where there is no CUDA device."""
+        """None without a CUDA device."""
         return cls(torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else None
 
 
 def stream_of(device: torch.device) -> Any:
-    """The thread's current stream, for another thread to `follow`; None where there is no CUDA device."""
+    """The thread's current stream, for another thread to `follow`; None without a CUDA device."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def follow(stream: Any) -> None:
-    """From now on this thread launches on that stream, and so on its device."""
+    """Make it this thread's current stream, and its device the current one."""
     if stream is not None:
         torch.cuda.set_stream(stream)
 
 
 class Moment:
-    """When what was launched until now is done: of a CUDA device's current stream an event, elsewhere the clock.
+    """When everything launched so far is done: an event on a CUDA device's current stream, else the clock. No wait.
 
-    It is taken without a wait. Seconds from one to another are `later.since(earlier)`; on a CUDA device both must have
-    come by then, as they have once the host has waited for something that was launched after them.
+    `later.since(earlier)` are the seconds between two; on a CUDA device both must be complete, as they are once the
+    host has waited for something launched after them.
     """
 
     def __init__(self, device: torch.device):
@@ -79,20 +76,20 @@ class Moment:
         return 1e-3 * earlier._event.elapsed_time(self._event)
 
     def wait(self) -> None:
-        """The host waits until it has come, and for nothing that was launched later."""
+        """The host waits for it, and for nothing launched later."""
         if self._event is not None:
             self._event.synchronize()
 
 
 def copied(x: Tensor) -> Tensor:
-    """x on the host, without a wait: from a CUDA device into page-locked memory, there once a later `Moment` is."""
+    """x on the host, without a wait: from a CUDA device into page-locked memory, valid once a later `Moment` is."""
     if not x.is_cuda:
         return x.cpu()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def read(x: Tensor) -> Tensor:
-    """x on the host: the one way in which the engine waits for a device."""
+    """x on the host: the engine's only wait for a device beside that for the frames."""
     host = copied(x)
     Moment(x.device).wait()
     return host

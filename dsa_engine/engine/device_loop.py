@@ -1,4 +1,4 @@
-"""A loop on the device: one launch that takes steps until no row goes on, with no word from the host."""
+"""A loop on the device: one launch that takes steps until every row has stopped, without the host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dsa_engine.ops import cuda_backend as kernels
 
 
 def unavailable() -> str | None:
-    """Why there can be no loop on the device here; None if there can."""
-    why = kernels.why_unavailable(kernels.SET_WHILE)  # attention may be missing: the loop does not call it
+    """Why there can be no loop on the device; None if there can."""
+    why = kernels.why_unavailable(kernels.SET_WHILE)  # the loop itself does not need attention
     if why is None:
         try:
             runtime()
@@ -40,8 +40,8 @@ class DeviceLoop:
                                 body: again -> condition
 
     first, again: captured with keep_graph=True, so that they can be nodes; slots [R] int64: the rows; flags [N] float32
-    of any stride: 0 where a slot goes on. Each must at last be set by `again`, or the loop never ends. All four stay in
-    use, and so are kept alive. The condition is a kernel of its own (csrc/graphs.cuh), added as a node, not captured.
+    of any stride: 0 where a slot goes on. `again` must finally set each of them, or the loop never ends. All four are kept
+    alive. The condition is a kernel of its own (csrc/graphs.cuh), added as a node, not captured.
     Raises RuntimeError naming the call that failed, ImportError without cuda-python.
     """
 
@@ -49,7 +49,7 @@ class DeviceLoop:
         self.kept = (first, again, slots, flags)
         self.runtime = rt = runtime()
         graph = self._call("cudaGraphCreate", 0)
-        weakref.finalize(self, rt.cudaGraphDestroy, graph).atexit = False  # the driver may be gone by then
+        weakref.finalize(self, rt.cudaGraphDestroy, graph).atexit = False  # at exit the driver may be gone
         handle = self._call("cudaGraphConditionalHandleCreate", graph, 0, 0)  # no default: the first condition sets it
         node = self._call("cudaGraphAddChildGraphNode", graph, None, 0, first.raw_cuda_graph())
         node = self._condition(graph, node, handle)
@@ -82,9 +82,9 @@ class DeviceLoop:
         return self.runtime.cudaGraphNode_t(node)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """A function of the CUDA runtime: what it returns beside its error, which raises."""
+        """Call a function of the CUDA runtime; its error raises."""
         error, *result = getattr(self.runtime, name)(*arguments)
         if error != self.runtime.cudaError_t.cudaSuccess:
-            self.runtime.cudaGetLastError()  # forgets it, else whoever launches a kernel next is told of it
+            self.runtime.cudaGetLastError()  # clears it, else the next kernel launch reports it
             raise RuntimeError(f"{name}: {self.runtime.cudaGetErrorString(error)[1].decode()} ({error.name})")
         return result[0] if result else None

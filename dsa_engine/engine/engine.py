@@ -1,13 +1,11 @@
-"""The engine: a model's parts, the cache pools, and the sessions that are open on them."""
+"""The engine: a model's components, the cache pools, and the sessions that are open on them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from dsa_engine.checks import check_min
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine import device_loop
+from dsa_engine.engine.capacity import PoolShape, choose_slots, fitting_sessions
 from dsa_engine.engine.cuda_graphs import GraphRunner
 from dsa_engine.engine.device import Streams, on_device
 from dsa_engine.engine.graphed_decoder import GraphedDecoder, why_not_captured
@@ -22,12 +21,10 @@ from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Session, to_uint8
 from dsa_engine.kernel_types import CacheScales
-from dsa_engine.models import memory_estimate
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, DiTOutput
 from dsa_engine.models.fp8 import E4M3, cache_scales
 from dsa_engine.models.interfaces import TextEncoder, TextKV, VideoCodec
-from dsa_engine.models.offload import OffloadedCodec
 from dsa_engine.models.streaming_vae import StreamingVAE
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import ExternalNoise, Noise, Renoise, SDEditNoise, SeededNoise
@@ -36,20 +33,7 @@ from dsa_engine.sampling.schedule import TIMESTEPS, Schedule
 
 logger = logging.getLogger(__name__)
 
-SESSIONS = 4  # of a pool, where nobody says how many
-
-
-class PoolShape(NamedTuple):
-    """What sessions must have in common to share a pool: frames of window, sink and ring to spare, the RoPE mode,
-    latent size, frames of a chunk."""
-
-    window: int
-    sink: int
-    rope: str
-    headroom: int
-    height: int
-    width: int
-    frames: int
+SESSIONS = 4  # of a pool by default
 
 
 class Engine:
@@ -69,18 +53,28 @@ class Engine:
         deterministic: bool = False,
         fp8_cache: bool = False,
     ):
-        """deterministic: a session's bits never depend on which others share its forwards (`ModelRunner`); fp8_cache:
-        keys and values in e4m3 instead of the model's dtype; max_sessions: slots of a pool, also where they do not fit
-        the device's free memory (then with a warning); None: SESSIONS, or as many as fit where those are fewer."""
+        """An engine without pools.
+
+        Args:
+            dit: the generator.
+            head: the confidence head, if any.
+            decoder: the video codec; without it there are rollouts, but no sessions.
+            text: the text encoder, if prompts are given as text.
+            config: the rollout's defaults.
+            max_sessions: slots of a pool, even if they exceed the device's free memory (logged). None: SESSIONS, or as
+                many as fit if fewer.
+            deterministic: a session's bits never depend on which others share its forwards (`ModelRunner`).
+            fp8_cache: keys and values in e4m3 instead of the model's dtype.
+        """
         if max_sessions is not None:
             check_min("max_sessions", max_sessions)
         self.dit, self.head, self.decoder, self.text = dit, head, decoder, text
         self.config, self.deterministic = config, deterministic
         self.max_sessions, self.asked = max_sessions or SESSIONS, max_sessions is not None
         self.fp8_cache = fp8_cache
-        self._scales: CacheScales | None = None  # of the FP8 cache, made with the first pool
+        self._scales: CacheScales | None = None  # of the FP8 cache, computed with the first pool
         self._pools: dict[PoolShape, ModelRunner] = {}
-        self._fit: dict[PoolShape, int] = {}  # sessions that there was memory for when the pool was made, on CUDA
+        self._fit: dict[PoolShape, int] = {}  # on CUDA: sessions that memory was free for when the pool was allocated
         self._decoders: dict[tuple[int, ...], GraphedDecoder] = {}  # by the shape of a chunk's latents
 
     @property
@@ -108,9 +102,18 @@ class Engine:
         init_latents: Tensor | None = None,
         strength: float = 1.0,
     ) -> Session:
-        """A stream of latent size height x width; `frames` latent frames, or None for no end (rolling window only).
+        """Open a stream in the pool of its size and window.
 
-        given, init_latents, strength: as for `rollout`.
+        Args:
+            prompt: as text, for `Chunk.prompt`.
+            embeds: [1, L, text_dim].
+            height, width: latent size.
+            frames: latent frames; None: endless, which needs a rolling window.
+            fps: frames per second, for `Chunk.pts`.
+            policy, seed, config, given, init_latents, strength: as in `rollout`.
+
+        Raises:
+            RuntimeError: all slots are taken, or the captured graphs' weights have moved.
         """
         if self.decoder is None:
             raise ValueError("this pipeline has no decoder, so no sessions: use generate_latents")
@@ -137,10 +140,10 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
     ) -> float:
         """Capture the CUDA graphs of the pool that sessions of this latent size, length and window share, and of their
-        video VAE, if it is one that streams.
+        video VAE if it streams.
 
-        Returns the seconds it took; progress(done, of) is called after each of the pool's. Raises RuntimeError where
-        there is no CUDA device.
+        Returns the seconds it took; progress(done, total) is called after each of the pool's. Raises RuntimeError
+        without a CUDA device.
         """
         if self.device.type != "cuda":
             raise RuntimeError(f"CUDA graphs on {self.device}: they need a CUDA device")
@@ -154,11 +157,11 @@ class Engine:
                 logger.warning("no loop on the device, single steps are launched instead: %s", why)
             graphs = GraphRunner(inputs, loop_rows=0 if why else 1)
             seconds = graphs.capture(progress, self.streams.capture)
-            inputs.graphs = graphs  # only now: after a failure the next call tries again
+            inputs.graphs = graphs  # only now: after a failure the next call retries
         return seconds + self._capture_decoder(self._chunk(height, width, config))
 
     def _capture_decoder(self, latents: tuple[int, ...]) -> float:
-        """Seconds; 0 where that is done already, or there is nothing to capture."""
+        """Seconds it took; 0 if done already or not possible."""
         if not isinstance(self.decoder, StreamingVAE) or latents in self._decoders:
             return 0.0
         why = why_not_captured(self.decoder, latents)
@@ -173,8 +176,8 @@ class Engine:
     @on_device
     @torch.inference_mode()
     def warm_decoder(self, *, height: int, width: int, config: RolloutConfig) -> None:
-        """Decode a clip's first chunk and the next as sessions of this latent size do, in this thread: cuDNN's plans
-        and cuBLAS's handles are each thread's own."""
+        """Decode a clip's first two chunks like sessions of this latent size, in this thread: cuDNN's plans and
+        cuBLAS's handles are per thread."""
         latents, state = self._chunk(height, width, config), None
         decoder = self._decoder_of(latents)
         with nullcontext() if self.streams is None else torch.cuda.stream(self.streams.decode):
@@ -184,7 +187,7 @@ class Engine:
                 to_uint8(pixels[0])
 
     def _decoder_of(self, latents: tuple[int, ...]) -> VideoCodec:
-        """What decodes chunks of latents of that shape."""
+        """The codec for chunks of latents of that shape."""
         return self._decoders.get(latents, self.decoder)
 
     def _chunk(self, height: int, width: int, config: RolloutConfig) -> tuple[int, ...]:
@@ -193,7 +196,7 @@ class Engine:
 
     def _shared(self, shape: PoolShape) -> ModelRunner:
         """The pool of all sessions of a shape."""
-        if shape not in self._pools:  # pools of other shapes that nobody uses make room, before this one is made
+        if shape not in self._pools:  # unused pools of other shapes are freed first
             kept = {other: pool for other, pool in self._pools.items() if pool.cache.in_use or pool.graphs is not None}
             self._pools = kept
             self._pools[shape] = self._pool(shape, self._slots(shape))
@@ -202,8 +205,7 @@ class Engine:
         return self._pools[shape]
 
     def _check_graphs(self, inputs: ModelRunner) -> None:
-        """RuntimeError where a replay would read weights that are not there any more. Once a stream, for it costs a
-        millisecond."""
+        """Raises RuntimeError if a replay would read freed weights. Once per stream, since it takes a millisecond."""
         if inputs.graphs is not None and inputs.graphs.weights_moved():
             raise RuntimeError(
                 "the model's weights have moved (to another dtype or device, or quantised) since its CUDA graphs were "
@@ -215,32 +217,10 @@ class Engine:
         if self.device.type != "cuda":
             return self.max_sessions
         fit = self._fit[shape] = self._fitting(shape)
-        if fit >= self.max_sessions:
-            return self.max_sessions
-        free = memory_estimate.format_bytes(memory_estimate.free_bytes(self.device))
-        if self.asked:
-            logger.warning(
-                "max_sessions=%d: memory may run out, for %s is free on %s and that is for %d; nearest is %d",
-                self.max_sessions,
-                free,
-                self.device,
-                fit,
-                max(fit, 1),
-            )
-            return self.max_sessions
-        logger.warning(
-            "places for %d sessions instead of %d: %s is free on %s, and that is for %d; a smaller window, "
-            "quantization='fp8-cache', offload='auto' or vae='taehv' leave more",
-            max(fit, 1),
-            self.max_sessions,
-            free,
-            self.device,
-            fit,
-        )
-        return max(fit, 1)
+        return choose_slots(self.device, self.max_sessions, self.asked, fit)
 
     def _full(self, shape: PoolShape, slots: int) -> str:
-        """What is said where all slots are taken."""
+        """The error message when all slots are taken."""
         fit = self._fit.get(shape)
         more = "make the pipeline with a larger max_sessions"
         if fit is not None:
@@ -248,33 +228,11 @@ class Engine:
         return f"all {slots} places for sessions are taken: close a session, or {more}"
 
     def fitting(self, *, height: int, width: int, frames: int | None, config: RolloutConfig) -> int:
-        """How many sessions of this latent size, length and window fit what the CUDA device has free now, beside what
-        is there already (`memory.sessions`)."""
+        """How many more sessions of this latent size, length and window fit the CUDA device's free memory."""
         return self._fitting(self._pool_shape(height, width, frames, config))
 
     def _fitting(self, shape: PoolShape) -> int:
-        rolling = None if shape.headroom == 0 else shape.window
-        config = replace(self.config, window=rolling, sink=shape.sink, rope=shape.rope, chunk_frames=shape.frames)
-        load = memory_estimate.Workload(
-            shape.height, shape.width, shape.window, dtype=self.dit.dtype, cache=E4M3 if self.fp8_cache else None
-        )
-        away = isinstance(self.decoder, OffloadedCodec)  # its weights are not there yet, all others are
-        weights = {
-            "generator": 0,
-            "confidence": 0,
-            "vae": memory_estimate.module_bytes(self.decoder) if away else 0,
-            "text": 0,
-        }
-        return memory_estimate.count_sessions(
-            self.dit.config,
-            config,
-            load,
-            memory_estimate.free_bytes(self.device) + memory_estimate.CUDA_CONTEXT_BYTES,
-            text=None,
-            weights=weights,
-            vae=memory_estimate.vae_footprint(self.decoder),
-            offload=("vae",) if away else (),
-        )
+        return fitting_sessions(self.dit, self.decoder, self.config, shape, self.fp8_cache)
 
     @on_device
     def rollout(
@@ -331,8 +289,8 @@ class Engine:
         return SeededNoise(seeds, shape, self.dit.device, self.dit.dtype)
 
     def _pool_shape(self, height: int, width: int, frames: int | None, config: RolloutConfig) -> PoolShape:
-        """Global attention (window None) is a window of the whole clip. A rolling one has room for a chunk more, so
-        that the commit can ride along with the next chunk's first step."""
+        """Global attention (window None) is a window of the whole clip. A rolling one has headroom for one more chunk,
+        so that the commit can ride along with the next chunk's first step."""
         if config.window is None and frames is None:
             raise ValueError("an endless stream needs a rolling window: give window=..., or the number of frames")
         self.dit.config.tokens_per_frame(height, width)
@@ -366,7 +324,7 @@ class Engine:
         )
 
     def _cache_scales(self) -> CacheScales:
-        """Of every pool alike: for all levels that a rollout of this engine can have, and the commit's."""
+        """Of every pool: for all noise levels of this engine's rollouts, and the commit's."""
         if self._scales is None:
             levels = Schedule(self.config.steps, self.config.shift).sigmas
             self._scales = cache_scales(self.dit, [0.0, *(TIMESTEPS * sigma for sigma in levels)])
@@ -381,7 +339,7 @@ class Engine:
     @on_device
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Prompt embeddings [B, L, text_dim]. Raises ValueError where there is no text encoder or no such prompt."""
+        """Prompt embeddings [B, L, text_dim]. Raises ValueError without a text encoder and for an empty prompt."""
         if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
             raise ValueError(f"prompt={list(prompts)!r}: must be a text that is not empty, or a list of such")
         if self.text is None:
@@ -394,9 +352,15 @@ class Engine:
         """Latents [B, F, C, h, w] of pixel frames [B, T, 3, H, W] in [0, 1], in the model's device and dtype."""
         return self.decoder.encode(frames.to(self.dit.device, self.dit.dtype)).to(self.dit.dtype)
 
+    @on_device
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixel frames [B, T, 3, H, W] in [0, 1] of whole clips' latents [B, F, C, h, w]."""
+        return self.decoder.decode(latents, None)[0]
+
     @property
     def cache_bytes(self) -> int:
-        """Bytes held by the shared pools: KV caches and step inputs."""
+        """Bytes held by the shared pools: KV caches and model runners' buffers."""
         return sum(pool.nbytes + pool.cache.nbytes for pool in self._pools.values())
 
     def close(self) -> None:
@@ -407,7 +371,7 @@ class Engine:
 
 
 def with_init_latents(noise: Noise, init_latents: Tensor | None, strength: float, config: RolloutConfig) -> Noise:
-    """The noise to start from: mixed with the guide's latents at the first level of `strength`."""
+    """The noise to start from, mixed with a video's latents at the first level of `strength`."""
     if init_latents is None:
         return noise
     return SDEditNoise(noise, init_latents, Schedule(config.steps, config.shift, strength).sigmas[0])

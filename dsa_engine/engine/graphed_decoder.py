@@ -1,8 +1,7 @@
-"""A codec's usual chunk as a function over buffers of its own: on a CUDA device a graph, one launch a chunk.
+"""A codec's usual chunk as a function over static buffers: on a CUDA device a graph, one launch per chunk.
 
-Latents, state and frames of a chunk have the same shapes from a clip's second chunk on. The function reads them in one
-place and writes them in another, so a capture of it serves every chunk of every stream. A clip's first chunk, which has
-no state before it and fewer frames, is another.
+Latents, state and frames of a chunk have the same shapes from a clip's second chunk on, so one capture serves every
+chunk of every stream. A clip's first chunk, without a state and with fewer frames, has its own.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from dsa_engine.models.wan_vae import WanVAE
 
 
 class BorrowedState:
-    """A stream's state that lies in a decoder's buffers for as long as nobody else needs them, and then in tensors of
-    its own. A value like any other state: good for a second use, and a deep copy of it is a tuple of tensors."""
+    """Decoder state that borrows one of the two static buffers; copied out when another stream needs the buffer.
+    Immutable, may be reused; a deep copy is a tuple of tensors."""
 
     def __init__(self, decoder: GraphedDecoder, buffer: int):
-        self._decoder, self.buffer = decoder, buffer  # None: it has moved out
+        self._decoder, self.buffer = decoder, buffer  # None: copied out
         self.own: State | None = None
 
     def __deepcopy__(self, memo: dict) -> State:
@@ -34,14 +33,14 @@ class BorrowedState:
 
 
 class GraphedDecoder:
-    """A `VideoCodec` that decodes chunks of one shape over buffers of its own, all others as its codec does.
+    """A `VideoCodec` that decodes chunks of one shape over static buffers, all others as its codec does.
 
     Two buffers hold a state each: a chunk reads one and writes the other, so nothing is copied between the chunks of a
-    stream, and the state before a chunk stays good until the next. Streams that take turns move in and out: two copies
-    of a state for each turn, 7.6 GB of traffic with the Wan VAE at 480 x 832.
+    stream, and the state before a chunk stays valid until the next. Streams that alternate are copied out and in: two
+    copies of a state per switch, 7.6 GB of traffic with the Wan VAE at 480 x 832.
 
-    Until `capture` the function runs eagerly, to the same bits as the codec itself. Calls from several threads wait for
-    each other, and on a CUDA device work on several streams does.
+    Until `capture` the function runs eagerly, with the codec's bits. Calls from several threads, and work on several
+    CUDA streams, are serialized.
     """
 
     def __init__(self, codec: StreamingVAE, latents: Sequence[int]):
@@ -81,7 +80,7 @@ class GraphedDecoder:
     def decode(
         self, latents: Tensor, state: State | BorrowedState | None = None
     ) -> tuple[Tensor, State | BorrowedState]:
-        """As the codec's; a state may be one of the codec's own too."""
+        """As the codec's; also takes the codec's own states."""
         with self._lock:
             self._wait()
             if tuple(latents.shape) != self.shape or not (state is None or self._fits(state)):
@@ -113,12 +112,12 @@ class GraphedDecoder:
         return state.own if state.buffer is None else self._states[state.buffer]
 
     def _fits(self, state: State | BorrowedState) -> bool:
-        """False for the codec to say what is wrong."""
+        """False: the codec raises the error."""
         tensors = self._tensors(state)
         return [t.shape for t in tensors] == [t.shape for t in self._states[0]]
 
     def _source(self, state: State | BorrowedState) -> int:
-        """The buffer that holds a state, copied there if need be."""
+        """The buffer that holds a state, copied there if necessary."""
         if isinstance(state, BorrowedState) and state.buffer is not None:
             return state.buffer
         free = [i for i in (0, 1) if self._owner(i) is None]
@@ -131,7 +130,7 @@ class GraphedDecoder:
         return source
 
     def _owner(self, buffer: int) -> BorrowedState | None:
-        """Whose state lies there, if anybody still has it."""
+        """The state that borrows the buffer, if it is still referenced."""
         return None if self._held[buffer] is None else self._held[buffer]()
 
     def _evict(self, buffer: int) -> None:

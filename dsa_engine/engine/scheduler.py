@@ -11,7 +11,7 @@ from dsa_engine.checks import check_int
 
 
 class ScheduledRow(NamedTuple):
-    """One row of a forward: step 1, 2, ... of a session's chunk, or, as step 0, the commit of its chunk before."""
+    """One row of a forward: step 1, 2, ... of a session's chunk, or, as step 0, the commit of its previous chunk."""
 
     key: Hashable
     step: int
@@ -20,17 +20,17 @@ class ScheduledRow(NamedTuple):
 
 @dataclass
 class PendingChunk:
-    """What a queued session wants: the rest of one chunk."""
+    """The rest of one chunk of a queued session."""
 
     key: Hashable
-    commit: bool  # the chunk before is still to be committed
+    commit: bool  # the previous chunk is still to be committed
     deadline: float
-    last_served: int  # forwards that had been made when it came, or with the one that served it last
-    replays: int = 0  # chunks that are still to be committed anew, each in a forward before
-    step: int = 0  # the last one it was given
+    last_served: int  # number of forwards when it was added or last served
+    replays: int = 0  # earlier chunks to commit again first, one a forward
+    step: int = 0  # the last one scheduled
 
     def rows(self, capacity: int) -> list[ScheduledRow]:
-        """Those of its next forward: the commit rides with the first step, or goes alone where only one row fits."""
+        """Rows of its next forward: the commit goes with the first step, or alone if only one row fits."""
         if self.replays:
             return [ScheduledRow(self.key, 0, True)]
         commit = [ScheduledRow(self.key, 0, True)] if self.commit else []
@@ -38,43 +38,43 @@ class PendingChunk:
 
 
 class StepScheduler:
-    """Puts the rows of many sessions, each at a step of its own, into forwards of at most `capacity` rows.
+    """Packs the rows of many sessions, each at its own step, into forwards of at most `capacity` rows.
 
-        scheduler.add(key, commit)      a session wants its next chunk
+        scheduler.add(key, commit)      a session requests its next chunk
         rows = scheduler.next()         the model runs these rows
-        scheduler.complete(done)          these chunks are complete; the others of the forward stay for their next step
+        scheduler.complete(done)        these chunks are complete; the others of the forward stay for their next step
 
-    Order: who has been left out of more forwards since it came or was last served; among equals the earliest deadline,
-    then who was added or served first. In this order a forward takes everyone whose rows still fit, so no row stays
-    free that somebody could use, and who is left out comes before all that were served and all that are new.
+    Order: the session that has been skipped by more forwards since it was added or last served; among equals the
+    earliest deadline, then the one added or served first. In this order a forward takes every session whose rows still
+    fit, so no usable row stays free, and a skipped session precedes all that were served and all new ones.
 
-    Fairness: when the first forward is made that a session could be in, let W be the rows of the session and of those
-    before it. It is served in that forward or a later one, at most the
+    Fairness: at the first forward that could include a session, let W be the rows of the session and of those before
+    it. It is served at the latest in the
 
-        ceil(W / c)-th, where c = capacity, or capacity - 1 if that is odd and the session wants two rows.
+        ceil(W / c)-th forward, c = capacity, or capacity - 1 if capacity is odd and the session needs two rows.
 
-    For nobody gets before it afterwards, so those before it use all rows of a forward without it, or all but one when
-    one is too few for it. In that case they are all pairs from then on, and pairs fill an even capacity: it happens
-    once. Of an odd capacity they leave one row each time. A session that replays is served so once for each chunk.
+    Proof: none gets ahead of it later, so those before it use all rows of a forward without it, or all but one if it
+    needs two. In that case they are all pairs from then on, and pairs fill an even capacity: it happens once. Of an odd
+    capacity they leave one row each time. A session that recaches is served so once per chunk.
 
-    State is plain data, to be copied or pickled at any time; there is no clock and no thread in it.
+    State is plain data, to be copied or pickled at any time; it has no clock and no thread.
     """
 
     def __init__(self, capacity: int):
         check_int("capacity", capacity)
         self.capacity = capacity
-        self._pending: dict[Hashable, PendingChunk] = {}  # by when they were added or last served
+        self._pending: dict[Hashable, PendingChunk] = {}  # in the order they were added or last served
         self._before: dict[Hashable, PendingChunk] = {}  # the latest forward
-        self._in_flight: list[PendingChunk] = []  # whose rows are in the forward that is not yet reported
+        self._in_flight: list[PendingChunk] = []  # in the forward that is neither completed nor aborted
         self._forwards = 0
 
     def add(self, key: Hashable, commit: bool, deadline: float | None = None, replays: int = 0) -> None:
-        """A session wants its next chunk.
+        """A session requests its next chunk.
 
-        commit: the chunk before is to be committed, in the forward of the first step, or, with a capacity of 1, in a
-        forward before it. deadline: any number, only compared with other sessions'; None is later than all. replays:
-        chunks to be committed anew, one a forward, before all that. Raises ValueError for a key that is here already
-        and for a deadline of NaN.
+        commit: the previous chunk is to be committed, in the forward of the first step or, with a capacity of 1, in one
+        before it. deadline: any number, only compared with other sessions'; None is later than all. replays: earlier
+        chunks to commit again first, one a forward. Raises ValueError for a key that is queued already and for a
+        deadline of NaN.
         """
         if key in self._pending:
             raise ValueError(f"session {key!r} already waits or runs: its chunk must be done or removed first")
@@ -85,7 +85,7 @@ class StepScheduler:
         )
 
     def remove(self, key: Hashable) -> None:
-        """Forget a session, also one whose rows are out. Raises ValueError for a key that is not here."""
+        """Drop a session, even in mid-forward. Raises ValueError for an unknown key."""
         if key not in self._pending:
             raise ValueError(f"session {key!r} neither waits nor runs: nothing to remove")
         del self._pending[key]
@@ -119,7 +119,7 @@ class StepScheduler:
         self._forwards -= 1
 
     def complete(self, done: Collection[Hashable]) -> None:
-        """After the forward: the sessions whose chunk is done leave. One that was removed in between may be named.
+        """The forward has run: drop the sessions whose chunk is done; one removed in between may be among them.
 
         Raises ValueError, and changes nothing, for a key that had no step in this forward.
         """
@@ -134,12 +134,12 @@ class StepScheduler:
 
     @property
     def waiting(self) -> list[Hashable]:
-        """Keys of the sessions that have not been given a step of their chunk."""
+        """Keys of the sessions without a step of their chunk so far."""
         return [pending.key for pending in self._pending.values() if not pending.step]
 
     @property
     def running(self) -> list[Hashable]:
-        """Keys of the sessions that have been given one or more."""
+        """Keys of the others."""
         return [pending.key for pending in self._pending.values() if pending.step]
 
     def __len__(self) -> int:

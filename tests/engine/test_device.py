@@ -12,7 +12,7 @@ import torch
 from dsa_engine import Confidence, Pipeline, ops
 from dsa_engine.engine import device as devices
 from dsa_engine.engine import session as session_module
-from dsa_engine.engine.batch_runner import Runner
+from dsa_engine.engine.batch_runner import BatchRunner
 from dsa_engine.models import memory_estimate
 from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.types import ChunkReady, Closed, StreamRequest
@@ -64,7 +64,7 @@ def test_whatever_is_called_runs_with_the_models_device_current(untrained, guard
         session.next_chunk()
         session.update(RED, recache=False)
         session.restore(snapshot)
-        runner = Runner()
+        runner = BatchRunner()
         runner.add(session)
         while not runner.forward():
             pass

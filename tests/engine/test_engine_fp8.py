@@ -9,7 +9,7 @@ import torch
 
 from dsa_engine import Fixed, PerChunk, Pipeline
 from dsa_engine.config import RolloutConfig
-from dsa_engine.engine.batch_runner import Runner
+from dsa_engine.engine.batch_runner import BatchRunner
 from dsa_engine.engine.cuda_graphs import GraphRunner
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models.fp8 import E4M3, cache_scales, quantize_linears
@@ -161,7 +161,7 @@ def test_sessions_together_make_what_each_makes_alone(fp8_pipe):
     for session in opened():
         with session:
             alone.append([session.next_chunk().latents for _ in range(4)])
-    sessions, runner, made = opened(), Runner(4), [[], [], []]
+    sessions, runner, made = opened(), BatchRunner(4), [[], [], []]
     for session in sessions:
         runner.add(session)
     while len(runner):

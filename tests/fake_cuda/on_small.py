@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsa_engine import Confidence, Fixed, Pipeline
-from dsa_engine.engine.batch_runner import Runner
+from dsa_engine.engine.batch_runner import BatchRunner
 from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, WAIT, device
 
 PROMPT, OTHER = "a red circle moves sideways on gray", "a blue square jumps"
@@ -102,7 +102,7 @@ def test_a_runner_makes_what_each_session_makes(pipe):
 
     kinds = [(PROMPT, {"seed": 1}), (OTHER, {"seed": 2, "step_policy": "fixed:3"})]
     expected = [alone(prompt, **options) for prompt, options in kinds]
-    sessions, runner = [pipe.session(prompt, **options) for prompt, options in kinds], Runner(4)
+    sessions, runner = [pipe.session(prompt, **options) for prompt, options in kinds], BatchRunner(4)
     made = {id(session): [] for session in sessions}
     for _ in range(2):
         for session in sessions:

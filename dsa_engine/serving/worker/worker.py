@@ -18,11 +18,9 @@ from typing import TypeVar
 
 import torch
 
-from dsa_engine import pipeline_inputs
 from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.engine.session import Chunk
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.sampling.noise import check_seed
 from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.types import ChunkReady, Closed, Event, Queued, StreamRequest
 from dsa_engine.serving.worker.model_card import model_card
@@ -238,12 +236,11 @@ class Worker:
 
     def _check(self, request: StreamRequest) -> None:
         """Raises ValueError for everything that a session would refuse."""
-        pipe = self.pipe
-        check_seed(request.seed)
-        pipe.engine.encode([request.prompt])
-        resolve_policy(pipe, request, self.limits.steps)
-        size = pipe._size(request.height, request.width)
-        pipeline_inputs.resolve_clip(pipe.engine, 1, size, request.num_frames, request.image, None, None, None)
+        resolve_policy(self.pipe, request, self.limits.steps)
+        size = dict(height=request.height, width=request.width)
+        self.pipe.check_session(
+            request.prompt, num_frames=request.num_frames, seed=request.seed, image=request.image, **size
+        )
 
     def _enqueue(self, stream: ActiveStream) -> None:
         limits, live, queued = self.limits, stream.request.live, len(self._queued)

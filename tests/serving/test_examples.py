@@ -65,7 +65,7 @@ def served(pipe, scenario, **limits):
             Worker(pipe, WorkerLimits(**{"max_sessions": 2, "max_jobs": 0, "max_queue": 0, "steps": "fixed"} | limits))
         )
         backend.start()
-        server = await asyncio.start_server(lambda *ends: asyncio_server.talk(backend, *ends), "127.0.0.1", 0)
+        server = await asyncio.start_server(lambda *ends: asyncio_server.serve_client(backend, *ends), "127.0.0.1", 0)
 
         async def connect():
             return Client(*await asyncio.open_connection(*server.sockets[0].getsockname()))

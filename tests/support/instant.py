@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dsa_engine.engine.session import Chunk
+from dsa_engine.engine.chunk import Chunk
 from dsa_engine.serving.types import ChunkReady, Closed, ModelCard, Opened, Overloaded, StreamRequest
 
 CARD = ModelCard("instant", 32, 48, 12.0, 12, 4, 0.5, {"fast": 0.3}, None, (3, 3))

@@ -13,7 +13,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from dsa_engine.engine.session import Chunk
+from dsa_engine.engine.chunk import Chunk
 from dsa_engine.serving.types import ChunkReady, Closed, ModelCard, Opened, Overloaded, UpdateApplied
 
 PATIENCE = 30.0  # seconds; only what hangs gets there

@@ -1,4 +1,4 @@
-"""The engine in a loop of one's own: no thread, no asyncio, no server. Streams share their forwards, a step at a time.
+"""The engine in a loop of your own: no thread, no asyncio, no server. Streams share forwards, step by step.
 
 python -m dsa_engine.serving.examples.custom_worker "a red circle rests" "a blue square jumps"
 """
@@ -10,50 +10,51 @@ import sys
 from collections.abc import Callable
 
 from dsa_engine.engine.batch_runner import Runner
-from dsa_engine.engine.session import Chunk, Session
+from dsa_engine.engine.chunk import Chunk
 from dsa_engine.pipeline import Pipeline
 
 END = (None, None)
 
 
-def work(pipe: Pipeline, requests: queue.Queue, give: Callable[[str, Chunk | ValueError], object]) -> None:
-    """Make what `requests` ask for until END has come and all is made.
+def work(pipe: Pipeline, requests: queue.Queue, deliver: Callable[[str, Chunk | ValueError], None]) -> None:
+    """Generate what `requests` ask for until END was received and all streams are complete.
 
-    A request is (name, prompt): a new name begins a stream of the model's own length, one that runs goes on under the
-    prompt from its next chunk on. give(name, chunk) is called for each chunk, give(name, error) for what cannot be.
+    Args:
+        pipe: with a slot for each stream.
+        requests: (name, prompt): a new name starts a stream of the model's default length; a running one gets the
+            prompt from its next chunk on.
+        deliver: called as (name, chunk) for each chunk, as (name, error) for a request that is not possible.
     """
-    runner, more = Runner(capacity=8), True
-    sessions: dict[str, Session] = {}
-    told: dict[str, str] = {}
-    while more or sessions:
-        while more and not (sessions and requests.empty()):  # with nothing to make: wait
+    runner, sessions, prompts, receiving = Runner(capacity=8), {}, {}, True
+    while receiving or sessions:
+        while receiving and not (sessions and requests.empty()):  # without sessions: wait
             name, prompt = requests.get()
-            more = name is not None
+            receiving = name is not None
             if name in sessions:
-                told[name] = prompt
-            elif more:
+                prompts[name] = prompt
+            elif receiving:
                 try:
                     sessions[name] = pipe.session(prompt, num_frames=pipe.frames)
                     runner.add(sessions[name])
                 except ValueError as error:
-                    give(name, error)
-        for session in runner.forward():  # one forward for all; these have their chunk
+                    deliver(name, error)
+        for session in runner.forward():  # one forward for all streams; these have completed a chunk
             name = next(name for name, other in sessions.items() if other is session)
-            give(name, session.finish())
+            deliver(name, session.finish())
             if session.exhausted:
                 sessions.pop(name).close()
                 continue
             try:
-                if name in told:
-                    session.update(told.pop(name))
+                if name in prompts:
+                    session.update(prompts.pop(name))
             except ValueError as error:
-                give(name, error)
+                deliver(name, error)
             runner.add(session)
 
 
 if __name__ == "__main__":
-    wanted: queue.Queue = queue.Queue()
+    pending: queue.Queue = queue.Queue()
     for request in [*enumerate(sys.argv[1:]), END]:
-        wanted.put(request)
+        pending.put(request)
     with Pipeline.from_pretrained("shapes") as model:
-        work(model, wanted, lambda name, made: sys.stdout.write(f"stream {name}: {getattr(made, 'index', made)}\n"))
+        work(model, pending, lambda name, made: sys.stdout.write(f"stream {name}: {getattr(made, 'index', made)}\n"))

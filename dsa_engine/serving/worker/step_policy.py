@@ -1,16 +1,11 @@
-"""The step policy of a stream: resolved from its request, and with another threshold while it runs."""
+"""The step policy that a request names."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, cast
-
 from dsa_engine import pipeline_inputs
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.sampling.policy import Budget, Confidence, Policy
+from dsa_engine.sampling.policy import Budget, Policy
 from dsa_engine.serving.types import StreamRequest
-
-THRESHOLD_FIELD = {Confidence: "threshold", Budget: "ceiling"}  # policies whose threshold can change, and its field
 
 
 def resolve_policy(pipe: Pipeline, request: StreamRequest, default: str | None) -> Policy:
@@ -31,18 +26,3 @@ def resolve_policy(pipe: Pipeline, request: StreamRequest, default: str | None) 
     policy = Budget(pipe.fps, ceiling, 1 if low is None else low, high)
     policy.check(pipe.max_steps)
     return policy
-
-
-def with_threshold(policy: Policy, threshold: float, max_steps: int) -> Policy:
-    """The policy with another threshold, for a schedule of `max_steps`.
-
-    Raises ValueError for a policy that does not use confidence and for a threshold outside [0, 1].
-    """
-    if type(policy) not in THRESHOLD_FIELD:
-        raise ValueError(
-            f"threshold={threshold}: this stream's steps are {policy}, which do not depend on confidence; "
-            "only streams started with 'dsa', 'budget' or a preset can change it"
-        )
-    changed: Any = replace(cast(Any, policy), **{THRESHOLD_FIELD[type(policy)]: threshold})
-    changed.check(max_steps)
-    return changed

@@ -15,7 +15,7 @@ from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import Budget, Policy
 from dsa_engine.serving.types import CloseReason, Event, Opened, StreamRequest, UpdateApplied, UpdateRejected
 from dsa_engine.serving.worker.pacing import LoadController, PlaybackPacer
-from dsa_engine.serving.worker.step_policy import resolve_policy, with_threshold
+from dsa_engine.serving.worker.step_policy import resolve_policy
 
 Listener = Callable[[Event], None]
 
@@ -130,12 +130,12 @@ class ActiveStream:
         height, width = request.height or pipe.height, request.width or pipe.width
         return Opened(pipe.fps, height, width, self.session.index, opening)
 
-    def apply(self, update: StreamUpdate, max_steps: int) -> UpdateApplied | UpdateRejected:
+    def apply(self, update: StreamUpdate) -> UpdateApplied | UpdateRejected:
         """Apply all of an update or nothing of it."""
         session, policy = self.session, self.policy
         try:
             if update.threshold is not None:
-                policy = with_threshold(policy, update.threshold, max_steps)
+                policy = policy.with_threshold(update.threshold)
             if update.prompt is not None:
                 session.update(update.prompt, update.recache, update.transition_chunks)
         except ValueError as error:

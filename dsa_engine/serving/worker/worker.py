@@ -315,7 +315,7 @@ class Worker:
         session = stream.session
         try:
             while stream.pending_updates:
-                self._emit(stream, stream.apply(stream.pending_updates.popleft(), self.pipe.max_steps))
+                self._emit(stream, stream.apply(stream.pending_updates.popleft()))
             pool = id(session.pool)
             runner = self._runners.setdefault(pool, Runner(self.limits.max_batch_rows))
             stream.start_chunk(runner, self.controller)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dsa_engine.engine.session import Chunk
+from dsa_engine.engine.chunk import Chunk
 from dsa_engine.serving.types import ChunkReady, Closed, StreamRequest
 from tests.support.instant import TIMINGS
 from tests.support.serving.http_client import ask, finished, metrics, served

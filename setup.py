@@ -24,12 +24,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 OBJECTS = ROOT / "build" / "csrc"
 EXTENSION = "dsa_engine.csrc"
-# Slowest first. wgmma and TMA are sm_90a alone; what is bound by memory runs from sm_80 on, and on what is later than
-# Hopper by its PTX, which the driver compiles.
+# Slowest first. wgmma and TMA need sm_90a; the memory-bound kernels run from sm_80 on, after Hopper by their PTX, which
+# the driver compiles.
 SOURCES = ("attention.cu", "modulate.cu", "epilogue.cu", "norm_rope.cu", "graphs.cu", "bindings.cpp")
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 AMPERE = ["-gencode=arch=compute_80,code=[sm_80,compute_80]"]
-LEAST = (12, 5)  # the first CUDA with cudaGetDriverEntryPointByVersion (csrc/attention.cu)
+MIN_CUDA = (12, 5)  # the first CUDA with cudaGetDriverEntryPointByVersion (csrc/attention.cu)
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The CUDA runtime is linked in and hidden, or its calls would go to the copy that torch has loaded.
 LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s"]
@@ -39,7 +39,7 @@ class BuildFailed(Exception):
     pass
 
 
-def wanted() -> str:
+def build_mode() -> str:
     value = os.environ.get("DSA_BUILD_CUDA", "auto")
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"DSA_BUILD_CUDA={value!r}: must be one of auto, 0, 1")
@@ -57,17 +57,17 @@ def find_nvcc() -> tuple[str, str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildFailed(f"{nvcc} does not run: {error}") from error
     release = re.search(r"release (\d+)\.(\d+)", version)
-    if release is None or (int(release[1]), int(release[2])) < LEAST:
+    if release is None or (int(release[1]), int(release[2])) < MIN_CUDA:
         raise BuildFailed(
-            f"{nvcc} must be of CUDA {LEAST[0]}.{LEAST[1]} or later, for sm_90a and cudaGetDriverEntryPointByVersion; "
-            f"it says {version.strip()!r}"
+            f"{nvcc} must be of CUDA {MIN_CUDA[0]}.{MIN_CUDA[1]} or later, for sm_90a and "
+            f"cudaGetDriverEntryPointByVersion; it says {version.strip()!r}"
         )
     return nvcc, version
 
 
 def plan() -> str | None:
-    """Why no extension is built, or None if it is."""
-    mode = wanted()
+    """Why no extension is built; None if it is."""
+    mode = build_mode()
     if mode == "0":
         return "DSA_BUILD_CUDA=0"
     try:
@@ -89,7 +89,7 @@ def included(path: Path, seen: set[Path]) -> set[Path]:
 
 
 def compile_source(name: str, nvcc: str, version: str) -> Path:
-    """The object of a source, compiled where neither it, its headers, its command nor the compilers have changed."""
+    """The object of a source; compiled only if the source, its headers, its command or the compilers changed."""
     import pybind11
 
     source = ROOT / "csrc" / name
@@ -119,13 +119,13 @@ def run(command: list[str], what: str) -> None:
 
 
 def remove_stale(name: str) -> None:
-    """What an earlier editable build has left would run kernels that are not those of the sources."""
+    """Remove the extension of an earlier editable build, whose kernels may differ from the sources."""
     for path in ROOT.joinpath(*EXTENSION.split(".")[:-1]).glob(name):
         path.unlink()
 
 
 class BuildPython(build_py):
-    """Says why there is no extension, once, where there is none."""
+    """Says once why there is no extension."""
 
     def run(self):
         if why:
@@ -146,7 +146,7 @@ class BuildExtension(build_ext):
                 objects = list(pool.map(lambda name: compile_source(name, nvcc, version), SOURCES))
             run([nvcc, *LINK, *map(str, objects), "-o", str(target)], "linking")
         except BuildFailed as error:
-            if wanted() == "1":
+            if build_mode() == "1":
                 raise SystemExit(f"DSA_BUILD_CUDA=1, but {error}") from error
             self.warn(f"{EXTENSION} is not built, the package is pure Python: {error}")
             ext.optional = True

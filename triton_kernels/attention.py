@@ -2,7 +2,7 @@
 
 One program handles a tile of queries of one head and row and walks over the keys that count, a tile at a time, with
 the softmax running along in float32 (arXiv 2307.08691). Where few programs would leave SMs idle the keys
-are split among several, whose partial results a second kernel combines. Slots, runs and numbers of keys are read on the
+are split among several, whose partial results a second kernel combines. Slots, runs and key counts are read on the
 device, so one captured launch serves every position in a video. Contracts: `dsa_engine.ops.attention`.
 """
 
@@ -149,7 +149,7 @@ def attention_kernel(
     if k_scale is not None:
         scale *= tl.load(k_scale + n * H + h)
         if queries.dtype == tl.bfloat16:
-            # e4m3 becomes float16, exactly, in one instruction for two numbers; to bfloat16 it takes a slow one each.
+            # e4m3 becomes float16, exactly, in one instruction for two values; to bfloat16 it takes a slow one each.
             size = tl.max(tl.abs(queries.to(tl.float32)), 1)
             size = tl.where(size == 0, 1.0, size)
             queries = (queries.to(tl.float32) / size[:, None]).to(tl.float16)
@@ -266,7 +266,7 @@ def attend(
         raise ValueError("attention: slot, keys, used, repeat and scales must be contiguous")
     if k.shape[1] * k.stride(1) >= 2**31:
         raise ValueError(
-            f"attention: {k.shape[1]} keys of {k.stride(1)} numbers: a slot must hold less than 2**31, "
+            f"attention: {k.shape[1]} keys of {k.stride(1)} elements: a slot must hold less than 2**31, "
             f"nearest is {(2**31 - 1) // k.stride(1)} keys"
         )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

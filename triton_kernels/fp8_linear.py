@@ -1,4 +1,4 @@
-"""Rows quantized to e4m3, and the product of such rows. Contracts: `dsa_engine.ops.fp8_linear`.
+"""Row-wise quantization to e4m3, and the GEMM of such rows. Contracts: `dsa_engine.ops.fp8_linear`.
 
 e4m3 exists from compute capability 8.9 on; before that Triton refuses to compile what makes it. How a program keeps a
 row in registers stands here for all ops on rows.
@@ -91,7 +91,7 @@ def fp8_linear(x: RowwiseFP8, weight: RowwiseFP8, bias: Tensor | None, dtype: to
             f"fp8_linear: weight {[outputs, inputs]}: FP8 tensor cores need multiples of 16; nearest is {near}"
         )
     if dtype != torch.bfloat16:
-        raise ValueError(f"fp8_linear: dtype {dtype}: a product with one scale a row gives torch.bfloat16")
+        raise ValueError(f"fp8_linear: dtype {dtype}: a GEMM with one scale per row returns torch.bfloat16")
     y = torch._scaled_mm(
         x.values.reshape(-1, inputs),
         weight.values.t(),  # row-major times column-major, as the hardware wants it

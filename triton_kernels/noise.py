@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCKS = 128  # counter blocks a program, of four words and eight numbers each
+BLOCKS = 128  # counter blocks per program, of four words and eight values each
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _round(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _pair(word):
-    """Two normal numbers from a word's halves."""
+    """Two normal values from a word's halves."""
     low = ((word & 0xFFFFFFFF) >> 8).to(tl.int32).to(tl.float32)
     high = (word >> 32).to(tl.uint32).to(tl.float32)
     r = tl.sqrt(-2.0 * tl.log((low + 0.5) * 5.9604644775390625e-08))  # 2^-24
@@ -47,11 +47,11 @@ def _gaussian(seed_ptr, chunk_ptr, step_ptr, out_ptr, count, BLOCKS: tl.constexp
     b0, b1 = _pair(c1)
     d0, d1 = _pair(c2)
     e0, e1 = _pair(c3)
-    # word j of block b makes numbers 8 b + 2 j and the next: interleave so that a thread stores neighbours
-    numbers = tl.join(tl.join(tl.join(a0, d0), tl.join(b0, e0)), tl.join(tl.join(a1, d1), tl.join(b1, e1)))
-    numbers = tl.reshape(numbers, (BLOCKS * 8,))
+    # word j of block b makes values 8 b + 2 j and the next: interleave so that a thread stores neighbours
+    values = tl.join(tl.join(tl.join(a0, d0), tl.join(b0, e0)), tl.join(tl.join(a1, d1), tl.join(b1, e1)))
+    values = tl.reshape(values, (BLOCKS * 8,))
     at = tl.program_id(0) * BLOCKS * 8 + tl.arange(0, BLOCKS * 8)
-    tl.store(out_ptr + row.to(tl.int64) * count + at, numbers, mask=at < count)
+    tl.store(out_ptr + row.to(tl.int64) * count + at, values, mask=at < count)
 
 
 def gaussian(seed: Tensor, chunk: Tensor, step: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,7 @@ E4M3_MAX = tl.constexpr(448.0)
 
 
 def warps(width: int) -> int:
-    """Warps for a row of `width` (padded) channels: 16 a thread, two 16-byte accesses of bfloat16 in flight for each
+    """Warps for a row of `width` (padded) channels: 16 per thread, two 16-byte accesses of bfloat16 in flight for each
     of q, k and v, which with several blocks an SM keeps enough bytes on the way to hide the memory's latency."""
     return max(1, min(8, width // 512))
 
@@ -31,7 +31,7 @@ def normed(x, weight, eps, C: tl.constexpr):
 
 
 @triton.jit
-def turned(x, cos, sin):
+def rotated(x, cos, sin):
     """x [H, D], cos and sin [H, D/2]: each neighbouring pair (a, b) turns by its angle."""
     # A thread holds 16 bytes of neighbours, so the pairs part inside its registers; loads of every second element
     # would be two bytes wide.
@@ -107,9 +107,9 @@ def norm_rope_kernel(
     weight_x = tl.load(weight_q + at, mask=inside, other=0.0)
     weight_y = tl.load(weight_k + at, mask=inside, other=0.0)
 
-    x = turned(normed(x, weight_x, eps, C), c, s)
+    x = rotated(normed(x, weight_x, eps, C), c, s)
     tl.store(q_out + (b * T + t) * C + at, x.to(q_out.dtype.element_ty), mask=inside)
-    y = turned(normed(y, weight_y, eps, C), c, s)
+    y = rotated(normed(y, weight_y, eps, C), c, s)
     if k_scale is not None:
         y = to_e4m3(y / tl.load(k_scale + n * H + head, mask=inside, other=1.0))
         z = to_e4m3(z.to(tl.float32) / tl.load(v_scale + n * H + head, mask=inside, other=1.0))

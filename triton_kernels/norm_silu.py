@@ -19,7 +19,7 @@ BLOCK, WARPS = 4096, 4
 @triton.jit
 def tile(rows, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """(offsets, which of them are there) of ROWS pixels, all their channels."""
-    # A frame of 480 x 832 with 192 channels is 77 M numbers: clips of several in a batch pass 2^31.
+    # A frame of 480 x 832 with 192 channels is 77 M elements: several clips in a batch exceed 2^31.
     row, col = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     return row[:, None] * C + col[None, :], (row < rows)[:, None] & (col < C)[None, :]
 

@@ -17,7 +17,7 @@ TILE = 16  # tokens: the least that tensor cores take, since only many small til
 
 def block(hidden: Tensor) -> int:
     """Channels that a program handles at a time: 256 bytes of a row, or less so that there are at least two blocks,
-    since a loop of one is unrolled, and a float32 product then spills."""
+    since a loop of one is unrolled, and a float32 GEMM then spills."""
     padded = triton.next_power_of_2(hidden.shape[-1])
     return max(16, min(256 // hidden.element_size(), padded // 2))
 

@@ -1,4 +1,4 @@
-"""csrc/attention: its numbers on a host emulator of Hopper, and what the CUDA compiler makes of it.
+"""csrc/attention: its results on a host emulator of Hopper, and what the CUDA compiler makes of it.
 
 No GPU is needed. The emulator (emulator.h) runs the kernel's own source: TMA with its swizzle, wgmma with its
 descriptors and fragments, barriers and their phases, everything asynchronous as late as it may happen.

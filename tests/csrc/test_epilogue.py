@@ -52,7 +52,7 @@ def inputs(shape, head=True):
 
 
 def floats(args):
-    """The same numbers in float32, so that nothing is rounded in between."""
+    """The same values in float32, so that nothing is rounded in between."""
     exact = lambda a: a.float() if isinstance(a, torch.Tensor) else a and type(a)(*(t.float() for t in a))  # noqa: E731
     return [exact(a) for a in args]
 

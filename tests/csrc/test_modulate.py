@@ -40,7 +40,7 @@ def floats(*tensors):
 
 
 def check(name, ours, plain, exact):
-    """Plain tensors, or `RowwiseFP8` beside unrounded numbers."""
+    """Plain tensors, or `RowwiseFP8` beside unrounded values."""
     if isinstance(ours, RowwiseFP8):
         assert ours.values.dtype == torch.float8_e4m3fn and ours.scale.dtype == torch.float32
         assert ours.scale.shape == plain.scale.shape

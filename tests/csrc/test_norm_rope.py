@@ -24,7 +24,7 @@ SHAPES = [
 
 
 def inputs(dtype, batch, frames, tokens, heads, head_dim, margin=8):
-    """q, k, v: unlike in scale, views of one product with NaN beside them; weight of q float32, of k in the dtype."""
+    """q, k, v: unlike in scale, views of one tensor with NaN beside them; weight of q float32, of k in the dtype."""
     width = heads * head_dim
     qkv = torch.full((batch, frames * tokens, 3 * width + margin), float("nan")).to(dtype)
     qkv[..., : 3 * width] = torch.randn(batch, frames * tokens, 3 * width).to(dtype)
@@ -36,7 +36,7 @@ def inputs(dtype, batch, frames, tokens, heads, head_dim, margin=8):
 
 
 def exactly(function, *args):
-    """The float32 reference: the same numbers, nothing rounded in between."""
+    """The float32 reference: the same values, nothing rounded in between."""
     return function(*(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
 
 

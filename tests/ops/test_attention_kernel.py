@@ -22,7 +22,7 @@ def exact_attention(q, k, v):
 
 
 def exact_over_runs(q, k_cache, v_cache, slot, runs, scales):
-    """All rows in float64: slot a list of numbers, runs a list of lists of pairs."""
+    """All rows in float64: slot a list of integers, runs a list of lists of pairs."""
     rows = []
     for b, (s, row) in enumerate(zip(slot, runs)):
         k, v = (c[s, frames_of(row)].flatten(0, 1).double() for c in (k_cache, v_cache))
@@ -38,7 +38,7 @@ def check_attention(batch, tokens, heads, head_dim, frame, window, slots, slot, 
     for s, row in zip(slot, runs):
         used.setdefault(s, []).extend(frames_of(row))
     q = torch.randn(batch, tokens, heads, head_dim, device=DEVICE).to(dtype)
-    shape = (2, slots, window, frame, heads, head_dim)  # of the real size 200 million numbers: a CPU takes 4 s for them
+    shape = (2, slots, window, frame, heads, head_dim)  # 200 million values at the real size: 4 s on a CPU
     k, v = (nan_cache(c, used) for c in torch.randn(shape, device=DEVICE).to(cache_dtype))
     scales = random_scales(slots, heads) if cache_dtype == torch.float8_e4m3fn else None
     args = q, k, v, torch.tensor(slot, device=DEVICE), torch.tensor(runs, device=DEVICE), scales
@@ -137,7 +137,7 @@ def test_attends_to_the_prompt(small_tiles, dtype, case, tokens, extra, splits):
 
 @pytest.mark.parametrize("length", [1, 16, 33])
 def test_attends_to_every_key_of_the_prompt(small_tiles, length):
-    """Views of one product, and keys that fill their tiles exactly or not at all."""
+    """Views of one tensor, and keys that fill their tiles exactly or not at all."""
     q, k, v = torch.randn(2, 33, 3, 2, 16, device=DEVICE).unbind(2)
     k, v = k[:, :length], v[:, :length]
     exact = torch.stack([exact_attention(q[b], k[b], v[b]) for b in range(2)])

@@ -1,4 +1,4 @@
-"""Where the tests for a GPU draw their inputs: on the GPU. One thread of a CPU takes 20 ns a number, 4 s for the keys
+"""Where the tests for a GPU draw their inputs: on the GPU. One thread of a CPU takes 20 ns per value, 4 s for the keys
 and values of one attention at its real size. The meta device stands in for the GPU: it draws nothing."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ops import test_attention, test_fp8_linear, test_norm_silu
+from tests.ops import test_attention_kernel, test_fp8_linear, test_norm_silu
 from tests.support import kernels
 
 META = torch.device("meta")
@@ -19,12 +19,12 @@ BF16 = torch.bfloat16
 class Drawn(TorchDispatchMode):
     """The largest random tensor that was made on the CPU."""
 
-    numbers = 0
+    elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if any(word in func.__name__ for word in ("rand", "normal", "uniform")) and out.device.type == "cpu":
-            self.numbers = max(self.numbers, out.numel())
+            self.elements = max(self.elements, out.numel())
         return out
 
 
@@ -39,7 +39,7 @@ def stop(*_):
 def attention():
     """Until the kernel is called."""
     runs = [(0, 3), (6, 15)]
-    test_attention.check_attention(1, 4680, 12, 128, 1560, 21, 2, [1], [runs], BF16, BF16, 2)
+    test_attention_kernel.check_attention(1, 4680, 12, 128, 1560, 21, 2, [1], [runs], BF16, BF16, 2)
 
 
 CASES = {
@@ -52,10 +52,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_inputs_of_real_size_are_drawn_on_the_device(name, monkeypatch):
-    for module in (kernels, test_attention, test_norm_silu, test_fp8_linear):
+    for module in (kernels, test_attention_kernel, test_norm_silu, test_fp8_linear):
         monkeypatch.setattr(module, "DEVICE", META)
-    monkeypatch.setattr(test_attention.kernel, "attention", stop)
+    monkeypatch.setattr(test_attention_kernel.kernel, "attention", stop)
     with Drawn() as drawn:
         with suppress(Stop):
             CASES[name]()
-    assert drawn.numbers < 10**6
+    assert drawn.elements < 10**6

@@ -1,4 +1,4 @@
-"""Rows in e4m3 and their products: the reference against closed forms in float64, the Triton kernel and the call of the
+"""Rows in e4m3 and their GEMM: the reference against closed forms in float64, the Triton kernel and the call of the
 tensor cores against float64 beside the reference."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def surrounded(*shape, dtype, scale=1.0, offset=0.0):
 
 
 def assert_quantized(got: RowwiseFP8, exact: torch.Tensor, slack: float = 2.0**-20) -> None:
-    """got is exact [..., C] (float64) by rows: scales max / 448, and numbers within half a step of e4m3.
+    """got is exact [..., C] (float64) by rows: scales max / 448, and values within half a step of e4m3.
 
     slack: relative error that what was quantized may have. Any other rounding is off by up to a whole step.
     """
@@ -83,9 +83,9 @@ def test_ties_go_to_the_even_number(op):
 @pytest.mark.parametrize("op", BACKENDS)
 def test_every_number_of_e4m3_comes_back(op):
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    numbers = codes[codes.isfinite()].to(DEVICE)
-    values, scale = op.quantize(2.0**-20 * numbers[None])
-    assert scale.item() == 2.0**-20 and torch.equal(values.float()[0], numbers)
+    finite = codes[codes.isfinite()].to(DEVICE)
+    values, scale = op.quantize(2.0**-20 * finite[None])
+    assert scale.item() == 2.0**-20 and torch.equal(values.float()[0], finite)
 
 
 @needs_fp8
@@ -119,7 +119,7 @@ def test_the_kernel_keeps_the_shape(shape):
 
 
 def test_how_a_row_is_split():
-    """Little padding at the widths of the models, and all of every row; 16 bytes of the widest tensor a thread."""
+    """Little padding at the models' widths, and all of every row; 16 bytes of the widest tensor per thread."""
     assert kernel.row_split(torch.empty(1536).bfloat16(), torch.empty(1536)) == (1024, 512, 4, 1)
     assert kernel.row_split(torch.empty(8960).bfloat16()) == (8192, 1024, 8, 8)
     assert kernel.row_split(torch.empty(128)) == (64, 64, 4, 1)
@@ -129,8 +129,8 @@ def test_how_a_row_is_split():
         assert head & (head - 1) == tail & (tail - 1) == 0
 
 
-def product(x: RowwiseFP8, weight: RowwiseFP8, bias=None):
-    """float64, from what the numbers stand for."""
+def exact_gemm(x: RowwiseFP8, weight: RowwiseFP8, bias=None):
+    """float64, dequantized."""
     x, weight = (q.values.double() * q.scale.double() for q in (x, weight))
     return x @ weight.T + (0 if bias is None else bias.double())
 
@@ -147,12 +147,12 @@ def quantized_operands(rows, inputs, outputs):
 def test_the_reference_multiplies_what_the_numbers_stand_for(rows, inputs, outputs, biased, close):
     x, weight, bias = quantized_operands(rows, inputs, outputs)
     bias = bias if biased else None
-    close(reference.fp8_linear(x, weight, bias, torch.float32), product(x, weight, bias), rel=1e-6)
+    close(reference.fp8_linear(x, weight, bias, torch.float32), exact_gemm(x, weight, bias), rel=1e-6)
 
 
 def test_an_input_that_is_not_quantized_is(close):
     x, weight = torch.randn(2, 3, 32), reference.quantize(torch.randn(16, 32))
-    close(ops.fp8_linear(x, weight, None, torch.float32), product(reference.quantize(x), weight), rel=1e-6)
+    close(ops.fp8_linear(x, weight, None, torch.float32), exact_gemm(reference.quantize(x), weight), rel=1e-6)
 
 
 def test_fp8_costs_a_few_percent():
@@ -170,7 +170,7 @@ def test_the_product_of_the_tensor_cores(rows, inputs, outputs, biased):
     x, weight, bias = quantized_operands(rows, inputs, outputs)
     bias = bias if biased else None
     out = kernel.fp8_linear(x, weight, bias, torch.bfloat16)
-    compare(out, reference.fp8_linear(x, weight, bias, torch.bfloat16), product(x, weight, bias))
+    compare(out, reference.fp8_linear(x, weight, bias, torch.bfloat16), exact_gemm(x, weight, bias))
 
 
 def test_how_the_tensor_cores_are_called(monkeypatch):
@@ -224,7 +224,7 @@ def test_the_products_of_wan_on_a_gpu(inputs, outputs):
     assert_quantized(quantized, x)
     bias = torch.randn(outputs, device=DEVICE).bfloat16()
     out = kernel.fp8_linear(quantized, weight, bias, torch.bfloat16)
-    exact = product(quantized, weight, bias)
+    exact = exact_gemm(quantized, weight, bias)
     # Tensor cores add up 128 products at a time with some 14 bits before float32 takes over: more than one rounding to
     # bfloat16, and 100 times less than what e4m3 has lost.
     error = (out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()

@@ -200,7 +200,7 @@ def test_the_kernel_of_residual_modulate(dtype, vector, shape, gated, alone):
 @settings(max_examples=8)
 @given(rows=st.integers(1, 4), channels=st.integers(1, 300), scale=st.sampled_from((0.1, 3.0, 30.0)))
 def test_the_kernel_of_gelu_bias(dtype, rows, channels, scale):
-    """To numbers so far from 0 that the exponential overflows."""
+    """For values so far from 0 that the exponential overflows."""
     x, bias = surrounded(rows, channels, dtype=dtype, scale=scale), surrounded(channels, dtype=dtype)
     with poisoned_memory():
         out = kernel.gelu_bias(x, bias)

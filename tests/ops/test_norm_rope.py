@@ -183,7 +183,7 @@ def exact_norm_rope(x, weight, cos, sin):
 
 
 def kernel_inputs(batch, frames, tokens, heads, head_dim, dtype):
-    """q, k, v as views of one product, weights and angles, where the kernels run."""
+    """q, k, v as views of one tensor, weights and angles, where the kernels run."""
     channels, shape = heads * head_dim, (batch, frames * tokens, heads * head_dim)
     angles = 100 * torch.rand(batch, frames * tokens, head_dim // 2, device=DEVICE)
     weights = torch.randn(2, channels, device=DEVICE).to(dtype)

@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Plain torch may be right to the last bit by luck, so a kernel may always be off by this much of the largest expected
-# number: a few roundings of float32, in which every kernel sums.
+# value: a few roundings of float32, in which every kernel sums.
 FLOOR = 2.0**-20
 
 
@@ -35,7 +35,7 @@ def compare(kernel: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -
     assert kernel.dtype == plain.dtype, (kernel.dtype, plain.dtype)
     if exact.numel() == 0:
         return 0.0, 0.0
-    # On the kernel's device: a CPU's one thread takes seconds for the 80 million numbers of a real output.
+    # On the kernel's device: a CPU's one thread takes seconds for the 80 million values of a real output.
     kernel, plain, exact = (x.detach().to(kernel.device, torch.float64) for x in (kernel, plain, exact))
     largest = exact.abs().max().item()
     error, allowed = (kernel - exact).abs(), factor * (plain - exact).abs().max().item() + FLOOR * largest
@@ -67,6 +67,6 @@ def nan_cache(cache: Tensor, used: dict[int, list[int]]) -> Tensor:
 
 
 def split_rows(*shape: int, dtype: torch.dtype, parts: int = 3, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """`parts` random tensors [..., C] that are views of one [..., parts * C], as the product of q, k and v gives."""
+    """`parts` random tensors [..., C] that are views of one [..., parts * C], as the fused linear layer of q, k and v gives."""
     whole = scale * torch.randn(*shape[:-1], parts * shape[-1], device=DEVICE)
     return whole.to(dtype).chunk(parts, dim=-1)

@@ -32,3 +32,16 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """One of `choices`."""
     if value not in (names := tuple(choices)):
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(str, names))}")
+
+
+def check_video(name: str, x: Any, channels: int, unit: int = 1) -> None:
+    """A tensor [B, T, channels, H, W] without an empty axis, height and width multiples of `unit`."""
+    if x.ndim != 5 or x.shape[2] != channels or not x.numel():
+        legal = f"[B, T, {channels}, H, W]"
+        raise ValueError(
+            f"{name} of shape {list(x.shape)}: must be {legal}, no axis empty; the third axis must be {channels}"
+        )
+    height, width = x.shape[-2:]
+    if height % unit or width % unit:
+        near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (height, width))
+        raise ValueError(f"{name} of {height} x {width}: both sides must be multiples of {unit}; nearest is {near}")

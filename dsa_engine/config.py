@@ -1,4 +1,4 @@
-"""Every number that shapes a model or a rollout, as frozen dataclasses with named presets and checked values."""
+"""Sizes of a model and settings of a rollout: frozen dataclasses with named presets and checked values."""
 
 from __future__ import annotations
 
@@ -111,23 +111,17 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How a clip is rolled out: chunks, cache window, noise schedule and the default step policy.
-
-    Frames are latent frames. `window` counts the chunk being denoised and holds the `sink` inside it; None is global
-    attention over the whole clip. `rope` says where a sink is seen: "absolute", where it was made, or "relative", next
-    to the window however long the clip (KVCache). `steps` are raw timesteps (1000 = pure noise), warped by `shift`
-    (Schedule).
-    """
+    """How a clip is rolled out: chunks, cache window, noise schedule and the default step policy. Frames are latent."""
 
     chunk_frames: int = 3
-    window: int | None = None
-    sink: int = 0
-    rope: str = "absolute"
-    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    shift: float = 5.0
-    commit: str = "clean"
-    threshold: float | None = None
-    presets: dict[str, float] = dataclasses.field(default_factory=dict)
+    window: int | None = None  # frames, the current chunk and the sink included; None: attention over the whole clip
+    sink: int = 0  # first frames of the clip, which are never evicted
+    rope: str = "absolute"  # the sink's position: its own, or "relative": always next to the window (`KVCache`)
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # timesteps, 1000 = pure noise, warped by `shift`
+    shift: float = 5.0  # of `Schedule`
+    commit: str = "clean"  # what is cached of a chunk: K/V of its clean latents, or "exit_step": of its last step
+    threshold: float | None = None  # confidence at which a chunk may stop, None: never calibrated
+    presets: dict[str, float] = dataclasses.field(default_factory=dict)  # named thresholds
 
     def __post_init__(self):
         check_int("chunk_frames", self.chunk_frames)

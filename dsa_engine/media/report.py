@@ -37,8 +37,8 @@ def report_figure(
     """What a clip shows and what it cost: frames of each chunk over a bar of its denoising steps.
 
     chunks: anything with `frames` (uint8 [T, H, W, 3]), `steps`, `confidence` (a value per frame, drawn as their
-    minimum, or None) and `prompt`, such as the engine's. threshold: drawn with the confidence. max_steps: the top of the
-    scale, default the maximum of the clip.
+    minimum, or None) and `prompt`, such as the engine's. threshold: drawn with the confidence. max_steps: the top of
+    the scale, default the maximum of the clip.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dsa_engine.checks import check_min
+from dsa_engine.checks import check_min, check_video
 
 # A stream's state between two chunks: tensors in the order of the layers that need them. Never changed in place.
 State = tuple[Tensor, ...]
@@ -86,7 +86,7 @@ class StreamingVAE(nn.Module):
         self, latents: Tensor, state: State | None, frames: int, new_cache: Callable[[State | None], FeatureCache]
     ) -> tuple[Tensor, State]:
         """`decode` in passes of `frames` latent frames, each with a new cache of the state before it."""
-        self._check("latents", latents, self.latent_channels)
+        check_video("latents", latents, self.latent_channels)
         return self._run(self._decode, latents.split(frames, dim=1), state, new_cache)
 
     def frames_of(self, latent_frames: int, first: bool) -> int:
@@ -123,17 +123,3 @@ class StreamingVAE(nn.Module):
             results.append(step(piece.to(dtype), cache))
             state = tuple(cache.new_state)
         return results[0] if len(results) == 1 else torch.cat(results, dim=1), state
-
-    def _check_frames(self, frames: Tensor) -> None:
-        self._check("frames", frames, 3)
-        unit = self.spatial_stride
-        height, width = frames.shape[-2:]
-        if height % unit or width % unit:
-            near = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (height, width))
-            raise ValueError(f"frames of {height} x {width}: both sides must be multiples of {unit}; nearest is {near}")
-
-    @staticmethod
-    def _check(name: str, x: Tensor, channels: int) -> None:
-        if x.ndim != 5 or x.shape[2] != channels or not x.numel():
-            legal = f"[B, T, {channels}, H, W]"
-            raise ValueError(f"{name} of shape {list(x.shape)}: must be {legal}, no axis empty, the third {channels}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dsa_engine.checks import check_video
 from dsa_engine.models.streaming_vae import FeatureCache, StreamingVAE
 
 POOLS = (2, 2, 1)  # frames that each of the encoder's three stages turns into one
@@ -109,7 +110,7 @@ class TAEHV(StreamingVAE):
         A latent frame is made of four frames, so the clip's last frame is repeated three times, as TAEHV does.
         Raises ValueError for other lengths and for sides that are not multiples of 8.
         """
-        self._check_frames(frames)
+        check_video("frames", frames, 3, self.spatial_stride)
         self.latent_frames_of(frames.shape[1])
         padded = torch.cat((frames, frames[:, -1:].expand(-1, self.temporal_stride - 1, -1, -1, -1)), dim=1)
         pieces = padded.split(self.temporal_stride * self.pass_frames, dim=1)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsa_engine import ops
+from dsa_engine.checks import check_video
 from dsa_engine.models.streaming_vae import FeatureCache, State, StreamingVAE
 
 # Mean and standard deviation of each latent channel over Wan's training videos (from `wan/modules/vae.py`).
@@ -357,7 +358,7 @@ class WanVAE(StreamingVAE):
 
     def encode_chunk(self, frames: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """`encode` for a stream: 1 + 4 n frames at a clip's start (state None), 4 n later; and the next state."""
-        self._check_frames(frames)
+        check_video("frames", frames, 3, self.spatial_stride)
         count, first = frames.shape[1], state is None
         stride = self.temporal_stride
         if not first and count % stride:

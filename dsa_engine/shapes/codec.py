@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dsa_engine.checks import check_min
+from dsa_engine.checks import check_min, check_video
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
@@ -55,11 +55,7 @@ class PixelCodec(nn.Module):
 
         Raises ValueError for another number of axes or channels, or a size that is not a multiple of 8.
         """
-        self._check("frames", frames, 3)
-        height, width = frames.shape[-2:]
-        if height % 8 or width % 8 or not height or not width:
-            near = " x ".join(str(max(8, round(side / 8) * 8)) for side in (height, width))
-            raise ValueError(f"frames of {height} x {width}: both sides must be multiples of 8; the nearest is {near}")
+        check_video("frames", frames, 3, self.spatial_stride)
         return self.encoder(2 * frames.flatten(0, 1) - 1).unflatten(0, frames.shape[:2])
 
     def decode(self, latents: torch.Tensor, state: None = None) -> tuple[torch.Tensor, None]:
@@ -71,7 +67,7 @@ class PixelCodec(nn.Module):
 
     def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
         """`decode` without the clamp, whose gradient training needs."""
-        self._check("latents", latents, self.latent_channels)
+        check_video("latents", latents, self.latent_channels)
         return (self.decoder(latents.flatten(0, 1)) / 2 + 0.5).unflatten(0, latents.shape[:2])
 
     def frames_of(self, latent_frames: int, first: bool) -> int:
@@ -82,9 +78,3 @@ class PixelCodec(nn.Module):
         """Latent frames of a clip of `frames` pixel frames: as many. Raises ValueError below 1."""
         check_min("frames", frames)
         return frames
-
-    @staticmethod
-    def _check(name: str, x: torch.Tensor, channels: int) -> None:
-        if x.ndim != 5 or x.shape[2] != channels:
-            legal = f"[B, T, {channels}, H, W]"
-            raise ValueError(f"{name} of shape {list(x.shape)}: must be {legal}; the third axis must be {channels}")

@@ -1,4 +1,4 @@
-"""The toy world of the small model: one coloured shape that moves over a plain background, described in a closed grammar.
+"""The toy world of the small model: a coloured shape that moves over a plain background, described in a closed grammar.
 
 Everything about it is known exactly (position, event, whether a chunk can be predicted from its past), so a model trained
 on it can be measured without a judge. numpy only.
@@ -243,7 +243,7 @@ def _positions(rng: np.random.Generator, captions: Sequence[Caption], chunk_fram
 def render_clip(rng: np.random.Generator, captions: Sequence[Caption | str], chunk_frames: int = 3) -> Clip:
     """A clip of given captions, one per chunk of `chunk_frames` frames; `rng` draws positions and directions.
 
-    The position is continuous from chunk to chunk but for a cut or a jumping chunk (which stands still at a new position).
+    The position is continuous from chunk to chunk but for a cut or a jumping chunk (which rests at a new one).
     """
     scenes = [as_caption(caption) for caption in captions]
     check_min("captions", len(scenes))

@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused(vae):
     for call, shape, message in [
         (vae.encode, (1, 4, 3, 16, 16), "frames = 4: .* nearest is 5"),
         (vae.encode, (1, 5, 3, 17, 8), "multiples of 8; nearest is 16 x 8"),
-        (vae.decode, (1, 2, 4, 2, 2), "third 3"),
+        (vae.decode, (1, 2, 4, 2, 2), "third axis must be 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))

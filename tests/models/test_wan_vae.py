@@ -204,11 +204,11 @@ def test_what_does_not_fit_is_refused(vae):
     _, state = vae.decode(torch.zeros(1, 1, 3, 2, 2))
     _, encoded = vae.encode_chunk(torch.zeros(1, 1, 3, 8, 8))
     for call, shape, message in [
-        (vae.encode, (1, 1, 4, 8, 8), "third 3"),
+        (vae.encode, (1, 1, 4, 8, 8), "third axis must be 3"),
         (vae.encode, (1, 1, 3, 10, 9), "multiples of 4; nearest is 8 x 8"),
         (vae.encode, (1, 7, 3, 8, 8), "frames = 7: a clip has 1 [+] 4 n frames; the nearest is 9"),
         (lambda x: vae.encode_chunk(x, encoded), (1, 5, 3, 8, 8), "multiple of 4; the nearest is 4"),
-        (vae.decode, (1, 3, 2, 2), "third 3"),
+        (vae.decode, (1, 3, 2, 2), "third axis must be 3"),
         (vae.decode, (1, 0, 3, 2, 2), "no axis empty"),
         (lambda x: vae.decode(x, state), (1, 1, 3, 2, 3), "state holds .* where this chunk needs"),
         (lambda x: vae.decode(x, state), (2, 1, 3, 2, 2), "state holds .* where this chunk needs"),

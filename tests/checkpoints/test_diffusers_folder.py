@@ -84,12 +84,12 @@ def rewrite_index(published, change):
     return index
 
 
-def test_an_index_that_does_not_name_a_tensor_is_told(published):
+def test_an_index_that_does_not_name_a_tensor_is_refused(published):
     index = rewrite_index(published, lambda places: places.pop("proj_out.bias"))
     raises_naming(ValueError, index, lambda: load_dit(published), "does not name 1 tensors", "proj_out.bias")
 
 
-def test_an_index_that_names_what_is_not_there_is_told(published):
+def test_an_index_that_names_an_absent_tensor_is_refused(published):
     index = rewrite_index(published, lambda places: places.update({"extra.bias": places["proj_out.bias"]}))
     raises_naming(ValueError, index, lambda: load_dit(published), "which are not there: extra.bias")
 

@@ -1,4 +1,4 @@
-"""`inspect` tells what a file is: kind, dialect, family, sizes and amounts, without reading the weights."""
+"""`inspect` infers what a file is: kind, dialect, family, sizes and amounts, without reading the weights."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def parameters(tensors) -> int:
 
 
 @pytest.mark.parametrize("preset, total", [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584)])
-def test_a_published_size_is_told_from_its_header(tmp_path, monkeypatch, preset, total):
+def test_a_published_size_is_read_from_the_header(tmp_path, monkeypatch, preset, total):
     monkeypatch.setattr(tensor_io, "_read", lambda *_: pytest.fail("a tensor was read"))
     config = ModelConfig.preset(preset)
     path = tmp_path / "krea-realtime-video.safetensors"
     tensors = write_sparse(path, config, prefix="model.")
-    found = inspect(path)
-    assert (found.kind, found.dialect, found.config, found.config_source) == (
+    info = inspect(path)
+    assert (info.kind, info.dialect, info.config, info.config_source) == (
         key_maps.DIT,
         "wan",
         config,
         "the tensors",
     )
-    assert (found.tensors, found.parameters) == (len(tensors), total)
-    assert found.dtypes == {"bfloat16": total} and found.bytes == path.stat().st_size > 2 * total
-    assert (found.family, found.rollout) == ("krea", FAMILIES["krea"].rollout)
-    assert "krea-realtime-video" in found.family_source and found.note
+    assert (info.tensors, info.parameters) == (len(tensors), total)
+    assert info.dtypes == {"bfloat16": total} and info.bytes == path.stat().st_size > 2 * total
+    assert (info.family, info.rollout) == ("krea", FAMILIES["krea"].rollout)
+    assert "krea-realtime-video" in info.family_source and info.note
 
 
 def test_a_training_save(tmp_path, weights):
     path = tmp_path / "self_forcing_dmd.pt"
     wrapped = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in weights.items()}
     torch.save({"generator": wrapped, "generator_ema": wrapped, "critic": weights, "step": 3}, path)
-    found = inspect(path)
-    assert (found.key, found.family, found.rollout) == ("generator_ema", "self-forcing", RolloutConfig())
-    assert (found.tensors, found.parameters) == (len(weights), parameters(weights))
+    info = inspect(path)
+    assert (info.key, info.family, info.rollout) == ("generator_ema", "self-forcing", RolloutConfig())
+    assert (info.tensors, info.parameters) == (len(weights), parameters(weights))
     assert inspect(path, family="longlive").key == "generator"
     assert inspect(path, family="longlive").family_source == "as asked for"
 
 
-def test_nothing_tells_the_family(tmp_path, weights):
+def test_an_unknown_family(tmp_path, weights):
     save_file(weights, tmp_path / "w.safetensors")
-    found = inspect(tmp_path / "w.safetensors")
-    assert (found.family, found.rollout) == (None, RolloutConfig()) and "give family=" in found.note
+    info = inspect(tmp_path / "w.safetensors")
+    assert (info.family, info.rollout) == (None, RolloutConfig()) and "give family=" in info.note
     with pytest.raises(ValueError, match="family='sf': must be one of self-forcing"):
         inspect(tmp_path / "w.safetensors", family="sf")
 
@@ -88,15 +88,15 @@ def test_a_fastvideo_folder_with_all_its_parts(tmp_path, weights, caplog):
     config = causal_config(local_attn_size=-1, sink_size=0, num_frame_per_block=3)
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanDMDPipeline"}))
-    found = inspect(folder)
-    assert (found.dialect, found.family, found.config, found.config_source) == (
+    info = inspect(folder)
+    assert (info.dialect, info.family, info.config, info.config_source) == (
         "fastvideo",
         "self-forcing",
         SMALL,
         "config.json",
     )
-    assert found.rollout == RolloutConfig() and "CausalWanTransformer3DModel" in found.family_source
-    assert found.components == {
+    assert info.rollout == RolloutConfig() and "CausalWanTransformer3DModel" in info.family_source
+    assert info.components == {
         "vae": folder / "vae",
         "text": folder / "text_encoder",
         "tokenizer": folder / "tokenizer",
@@ -122,30 +122,30 @@ def test_wans_own_folder(tmp_path, weights):
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
     for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
         (folder / name).write_bytes(b"")
-    found = inspect(folder)
-    assert (found.family, found.weights.name) == ("wan", "diffusion_pytorch_model.safetensors")
-    assert "base model" in found.note
-    assert {part: path.name for part, path in found.components.items()} == {
+    info = inspect(folder)
+    assert (info.family, info.weights.name) == ("wan", "diffusion_pytorch_model.safetensors")
+    assert "base model" in info.note
+    assert {part: path.name for part, path in info.components.items()} == {
         "vae": "Wan2.1_VAE.pth",
         "text": "models_t5_umt5-xxl-enc-bf16.pth",
         "tokenizer": "umt5-xxl",
     }
 
 
-def test_sizes_that_cannot_be_told_are_no_error_here(tmp_path, tiny_dit):
+def test_sizes_that_cannot_be_inferred_are_no_error_here(tmp_path, tiny_dit):
     save_file(tiny_dit.state_dict(), tmp_path / "w.safetensors")
-    found = inspect(tmp_path / "w.safetensors")
-    assert found.config is None and "no multiple of 128" in found.config_source
+    info = inspect(tmp_path / "w.safetensors")
+    assert info.config is None and "no multiple of 128" in info.config_source
 
 
 def test_fp8_with_scales(tmp_path, weights):
     low = {name: tensor.to(torch.float8_e4m3fn) if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
     scales = {f"{name}_scale": torch.ones(len(low[name]), 1) for name in low if low[name].ndim == 2}
     save_file({**low, **scales, "scaled_fp8": torch.zeros(2)}, tmp_path / "w.safetensors")
-    found = inspect(tmp_path / "w.safetensors")
-    assert (found.quantized, found.parameters) == (len(scales), parameters(weights))
+    info = inspect(tmp_path / "w.safetensors")
+    assert (info.quantized, info.parameters) == (len(scales), parameters(weights))
     held = sum(tensor.numel() for tensor in low.values() if tensor.ndim == 2)
-    assert next(iter(found.dtypes.items())) == ("float8_e4m3fn", held) and found.config == SMALL
+    assert next(iter(info.dtypes.items())) == ("float8_e4m3fn", held) and info.config == SMALL
 
 
 def test_an_adapter(tmp_path):
@@ -154,18 +154,18 @@ def test_an_adapter(tmp_path):
         name = f"base_model.model.blocks.0.{linear}"
         pairs |= {f"{name}.lora_A.weight": torch.zeros(8, 16), f"{name}.lora_B.weight": torch.zeros(16, 8)}
     torch.save({"generator_lora": pairs}, tmp_path / "lora.pt")
-    found = inspect(tmp_path / "lora.pt")
-    assert (found.kind, found.key, found.dialect) == (key_maps.LORA, "generator_lora", "wan")
-    assert found.lora == {"ranks": [8], "modules": 2, "alpha": None} and found.rollout is None
+    info = inspect(tmp_path / "lora.pt")
+    assert (info.kind, info.key, info.dialect) == (key_maps.LORA, "generator_lora", "wan")
+    assert info.lora == {"ranks": [8], "modules": 2, "alpha": None} and info.rollout is None
 
 
 def test_a_model_of_this_project_and_its_parts(untrained, tmp_path):
-    found = inspect(untrained)
-    assert found.kind == key_maps.ENGINE and (found.rollout.window, found.config.dim) == (9, 64)
-    assert found.config_source == "config.json" and found.family is None
+    info = inspect(untrained)
+    assert info.kind == key_maps.ENGINE and (info.rollout.window, info.config.dim) == (9, 64)
+    assert info.config_source == "config.json" and info.family is None
     torch.save(WanVAE(dim=8).state_dict(), tmp_path / "Wan2.1_VAE.pth")
-    found = inspect(tmp_path / "Wan2.1_VAE.pth")
-    assert (found.kind, found.config, found.rollout, found.tensors) == (key_maps.WAN_VAE, None, None, 194)
+    info = inspect(tmp_path / "Wan2.1_VAE.pth")
+    assert (info.kind, info.config, info.rollout, info.tensors) == (key_maps.WAN_VAE, None, None, 194)
 
 
 def test_what_was_found_is_plain_values_for_json(tmp_path, weights):

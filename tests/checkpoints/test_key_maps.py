@@ -113,7 +113,7 @@ def test_every_name_of_diffusers_is_found_with_its_shape():
 
 
 @pytest.mark.parametrize("dialect", key_maps.DIT_KEY_MAPS, ids=lambda d: d.name)
-def test_a_dialect_renames_back_and_tells_itself(dialect):
+def test_a_dialect_renames_back_and_is_recognized(dialect):
     renamed = [key_maps.rename(name, dialect) for name in wan_1_3b()]
     assert len(set(renamed)) == 825
     assert [key_maps.to_wan(name) for name in renamed] == list(wan_1_3b())
@@ -185,7 +185,7 @@ def files():
 
 
 @pytest.mark.parametrize("number", range(14))
-def test_a_file_is_told_by_its_names(number):
+def test_a_file_is_recognized_by_its_names(number):
     kind, tensors = kinds()[number]
     assert key_maps.kind_of(tensors) == kind
 
@@ -229,9 +229,9 @@ def test_the_base_model_is_a_family_too():
         (["model.pt", "out"], [None, "WanModel"], None),
     ],
 )
-def test_a_family_is_told_by_public_names(words, classes, family):
-    told, by = family_of(words, classes)
-    assert told == family and by
+def test_a_family_is_inferred_from_public_names(words, classes, family):
+    inferred, source = family_of(words, classes)
+    assert inferred == family and source
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ SMALL = ModelConfig(dim=256, ffn_dim=64, num_heads=2, num_layers=1, text_dim=24,
 def wan(tmp_path_factory):
     """A small model with every part, written by diffusers and transformers themselves."""
     torch.manual_seed(4)
-    root = tmp_path_factory.mktemp("parts") / "SFWan2.1-small"
+    root = tmp_path_factory.mktemp("components") / "SFWan2.1-small"
     dit = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=128,
@@ -58,46 +58,59 @@ def wan(tmp_path_factory):
     return root
 
 
-def test_a_folder_brings_all_its_parts(wan):
-    parts = load_components(wan)
-    assert (parts.name, parts.info.family, parts.rollout) == ("SFWan2.1-small", "self-forcing", RolloutConfig())
-    assert parts.dit.config == SMALL and (parts.height, parts.width, parts.frames, parts.fps) == (480, 832, 81, 16.0)
-    embeds = parts.text.encode(["a red panda"])
+def test_a_folder_brings_all_its_components(wan):
+    components = load_components(wan)
+    assert (components.name, components.info.family, components.rollout) == (
+        "SFWan2.1-small",
+        "self-forcing",
+        RolloutConfig(),
+    )
+    assert components.dit.config == SMALL and (
+        components.height,
+        components.width,
+        components.frames,
+        components.fps,
+    ) == (480, 832, 81, 16.0)
+    embeds = components.text.encode(["a red panda"])
     assert embeds.shape == (1, 512, 24) and embeds[0, :4].ne(0).any(-1).all() and not embeds[0, 4:].any()
-    assert parts.decoder.decode(torch.randn(1, 3, 16, 4, 4))[0].shape == (1, 9, 3, 32, 32)
+    assert components.decoder.decode(torch.randn(1, 3, 16, 4, 4))[0].shape == (1, 9, 3, 32, 32)
     with Pipeline.from_pretrained(wan, device="cpu") as pipe:
         clip = pipe("a red panda", height=32, width=32, num_frames=21, step_policy="fixed:1")
     assert clip.frames.shape == (1, 21, 32, 32, 3)
 
 
-def test_a_file_takes_its_parts_from_elsewhere(wan, tmp_path):
+def test_a_file_takes_its_components_from_elsewhere(wan, tmp_path):
     bare = tmp_path / "longlive.safetensors"
     save_file(load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors"), bare)
     assert load_components(bare).decoder is None and load_components(bare).text is None
     for vae, text in ((wan, wan), (wan / "vae", wan / "text_encoder")):
-        parts = load_components(bare, vae=vae, text=text)
-        assert parts.rollout.window == 12 and parts.text.text_dim == 24 and parts.decoder.latent_channels == 16
-    again = load_components(bare, vae=parts.decoder, text=parts.text, family="krea")
-    assert (again.decoder, again.text, again.rollout.window) == (parts.decoder, parts.text, 6)
-    save_prompts(tmp_path / "prompts.safetensors", parts.text, ["a red panda"])
+        components = load_components(bare, vae=vae, text=text)
+        assert (
+            components.rollout.window == 12
+            and components.text.text_dim == 24
+            and components.decoder.latent_channels == 16
+        )
+    again = load_components(bare, vae=components.decoder, text=components.text, family="krea")
+    assert (again.decoder, again.text, again.rollout.window) == (components.decoder, components.text, 6)
+    save_prompts(tmp_path / "prompts.safetensors", components.text, ["a red panda"])
     known = load_components(bare, text=tmp_path / "prompts.safetensors")
     assert known.text.encode(["a red panda"]).shape == (1, 4, 24)
 
 
-def test_parts_can_be_left_out(wan, monkeypatch):
+def test_components_can_be_left_out(wan, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=re.escape("dsa-engine[models]")):
         load_components(wan)
-    parts = load_components(wan, vae=False, text=False)
-    assert (parts.decoder, parts.text) == (None, None)
+    components = load_components(wan, vae=False, text=False)
+    assert (components.decoder, components.text) == (None, None)
 
 
-def test_the_tiny_vae_is_told_by_its_names(wan, tmp_path):
+def test_taehv_is_recognized_by_its_names(wan, tmp_path):
     torch.save(TAEHV().state_dict(), tmp_path / "taew2_1.pth")
     assert isinstance(load_components(wan, vae=tmp_path / "taew2_1.pth").decoder, TAEHV)
 
 
-def test_parts_that_do_not_fit_are_named(wan, tmp_path, untrained):
+def test_components_that_do_not_fit_are_named(wan, tmp_path, untrained):
     with pytest.raises(ValueError, match="a text encoder; expected|holds a umT5|text encoder"):
         load_components(wan, vae=wan / "text_encoder")
     with pytest.raises(ValueError, match="the Wan 2.1 VAE under diffusers' names: give it as vae="):
@@ -115,7 +128,7 @@ def test_parts_that_do_not_fit_are_named(wan, tmp_path, untrained):
         load_components(wan, vae=tmp_path / "absent.safetensors")
 
 
-def test_the_choice_of_a_rollout_is_said(wan, tmp_path, caplog):
+def test_the_choice_of_a_rollout_is_logged(wan, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger=logger.name):
         load_components(wan)
         assert caplog.records[-1].levelname == "INFO" and "rollout of self-forcing (it is called" in caplog.text
@@ -190,20 +203,20 @@ def test_a_whole_model_in_place_of_a_component_is_refused_unread(checkpoint, tmp
     assert "expected" in raises_naming(ValueError, path, lambda: WAYS_IN[way](path, checkpoint))
 
 
-def test_offloaded_parts_make_the_same_clip(wan):
+def test_offloaded_components_make_the_same_clip(wan):
     options = {"height": 32, "width": 32, "num_frames": 21, "step_policy": "fixed:1", "seed": 3}
     clips = []
     for placement in (None, ("text", "vae")):
-        parts = apply_offload(load_components(wan), placement)
-        engine = Engine(parts.dit, parts.head, parts.decoder, parts.text, parts.rollout)
+        components = apply_offload(load_components(wan), placement)
+        engine = Engine(components.dit, components.head, components.decoder, components.text, components.rollout)
         pipe = Pipeline(engine, name="x", height=32, width=32, frames=21, fps=16.0)
         clips.append(torch.from_numpy(pipe("a red panda", **options).frames))
         with pipe.session("a red panda", num_frames=21, seed=3, step_policy="fixed:1") as session:
             chunks = [session.next_chunk().frames, session.next_chunk().frames]
         assert torch.equal(torch.from_numpy(np.concatenate(chunks)), (clips[-1][0] * 255).round().to(torch.uint8))
     torch.testing.assert_close(*clips, rtol=0, atol=1e-5)
-    assert isinstance(parts.decoder, OffloadedCodec) and parts.text.offload
-    assert apply_offload(parts, "text,vae").decoder is parts.decoder  # it is there already
+    assert isinstance(components.decoder, OffloadedCodec) and components.text.offload
+    assert apply_offload(components, "text,vae").decoder is components.decoder  # it is there already
 
 
 def test_what_is_not_there_or_not_movable_is_passed_over(untrained, checkpoint):
@@ -217,16 +230,18 @@ def test_what_is_not_there_or_not_movable_is_passed_over(untrained, checkpoint):
 
 
 def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
-    parts = load_components(wan)
-    assert apply_offload(parts, "auto") is parts and apply_offload(parts, None) is parts  # a CPU has nothing to spare
-    there, on_device = memory_estimate.measure(parts.modules), 1000
+    components = load_components(wan)
+    assert (
+        apply_offload(components, "auto") is components and apply_offload(components, None) is components
+    )  # a CPU has nothing to spare
+    there, on_device = memory_estimate.measure(components.modules), 1000
     there["weights"]["vae"] = {"cpu": 7, "cuda": on_device}
     monkeypatch.setattr(CausalDiT, "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr(memory_estimate, "measure", lambda parts: there)
+    monkeypatch.setattr(memory_estimate, "measure", lambda components: there)
     monkeypatch.setattr(offload, "DeviceSwap", lambda *args, **options: None)
     workload, sizes = (
         memory_estimate.Workload(sessions=2, dtype=torch.float32),
-        memory_estimate.footprints(parts.modules),
+        memory_estimate.footprints(components.modules),
     )
     rollout = RolloutConfig(window=12)
     peaks = [
@@ -235,13 +250,13 @@ def test_auto_fits_the_model_into_what_the_device_has(wan, monkeypatch, caplog):
     ]
     assert peaks[0] > peaks[1] > peaks[2]
     for short, expected in ((0, (False, False)), (1, (True, False)), (1 + peaks[0] - peaks[1], (True, True))):
-        parts = replace(parts, text=copy.copy(parts.text))
+        components = replace(components, text=copy.copy(components.text))
         monkeypatch.setattr(
             memory_estimate,
             "free_bytes",
             lambda d, short=short: peaks[0] - memory_estimate.CUDA_CONTEXT_BYTES - on_device - short,
         )
         with caplog.at_level(logging.INFO, logger=memory_estimate.__name__):
-            placed = apply_offload(parts, "auto", rollout, sessions=2)
+            placed = apply_offload(components, "auto", rollout, sessions=2)
         assert (placed.text.offload, isinstance(placed.decoder, OffloadedCodec)) == expected
         assert caplog.records[-1].levelname == "INFO" and caplog.records[-1].message.startswith("offload ")

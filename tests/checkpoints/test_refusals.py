@@ -62,13 +62,13 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 2837993
     "content, words",
     [(LFS, "git lfs pull"), (WEB_PAGE, "a web page"), ("\n" + WEB_PAGE, "'<!DOCTYPE html>"), ("", "empty, 0 bytes")],
 )
-def test_what_is_no_checkpoint_at_all_is_told(tmp_path, suffix, content, words):
+def test_what_is_no_checkpoint_at_all_is_refused(tmp_path, suffix, content, words):
     path = tmp_path / f"w{suffix}"
     path.write_text(content)
     raises_naming(ValueError, path, lambda: load_dit(path), words)
 
 
-def test_a_wrong_ending_is_told(tmp_path, weights):
+def test_a_wrong_suffix_is_refused(tmp_path, weights):
     torch.save(weights, tmp_path / "w.safetensors")
     raises_naming(ValueError, tmp_path / "w.safetensors", lambda: load_dit(tmp_path / "w.safetensors"), "end in .pt")
     save_file(weights, tmp_path / "w.pt")
@@ -125,14 +125,14 @@ def foreign(weights):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("name", list(foreign({})))
-def test_another_kind_of_file_is_told(tmp_path, weights, name, suffix):
+def test_another_kind_of_file_is_named(tmp_path, weights, name, suffix):
     tensors, words = foreign(weights)[name]
     path = tmp_path / f"w{suffix}"
     write(path, {k: v.contiguous() for k, v in tensors.items()})
     raises_naming(ValueError, path, lambda: load_dit(path), words, "expected a DiT")
 
 
-def test_a_lora_of_training_is_told_under_its_key(tmp_path):
+def test_a_lora_of_training_is_found_under_its_key(tmp_path):
     torch.save({"generator_lora": foreign({})["lora"][0]}, tmp_path / "lora.pt")
     raises_naming(ValueError, tmp_path / "lora.pt", lambda: load_dit(tmp_path / "lora.pt"), "a LoRA: give it as lora=")
 

@@ -1,4 +1,4 @@
-"""Video VAEs from files: told apart by their names, refused by name, and found near a model."""
+"""Video VAEs from files: recognized by their names, refused by name, and found near a model."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_vae_is_found_near_the_model(near, kind, place, content):
         find_vae(near, other)
 
 
-def test_the_nearest_vae_is_taken_and_told_by_its_tensors(near):
+def test_the_nearest_vae_is_taken_and_checked_by_its_tensors(near):
     """A tiny VAE under Wan's name is none; the next candidate is."""
     torch.save(NAMED["taehv"][0], near / "Wan2.1_VAE.pth")
     torch.save(NAMED["wan"][0], near.parent / "Wan2.1_VAE.pth")

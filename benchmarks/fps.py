@@ -227,13 +227,12 @@ def evaluate(
     def ops() -> dict:
         return by_op(bench, steady) | ({"vae": decode_ms(steady_runs["policy"])} if steady_runs["policy"] else {})
 
+    many = args.sessions
     at_last = {  # what matters more comes first
         "decision_us": lambda: decision_us(bench, steady),
         "fidelity": lambda: fidelity(pipe, bench.embeds[0], bench.size, min(chunks, FLOAT32_CHUNKS), dit),
         "ops": ops,
-        "concurrent": lambda: (
-            concurrent(bench, bench.steady(args.steady_chunks, args.sessions)) if args.sessions else None
-        ),
+        "concurrent": lambda: concurrent(bench, bench.steady(args.steady_chunks, many)) if many else None,
         "cold": lambda: cold(argv) if args.cold else None,
     }
     for name, measured in at_last.items():
@@ -252,21 +251,12 @@ def evaluate(
 
 def about(args: argparse.Namespace, pipe: Pipeline) -> dict:
     dit = pipe.engine.dit
-    return {
-        "benchmark": "fps",
-        "model": pipe.name,
-        "weights": "random" if args.random_weights else "trained",
-        "prompts": "random" if pipe.engine.text is None else "of the synthetic world",
-        "device": torch.cuda.get_device_name() if dit.device.type == "cuda" else "cpu",
-        "dtype": str(dit.dtype).removeprefix("torch."),
-        "quantization": pipe.quantization,
-        "vae": type(pipe.engine.decoder).__name__,
-        "size": [pipe.height, pipe.width],
-        "seed": args.seed,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "versions": versions(),
-    }
+    found = {"benchmark": "fps", "model": pipe.name, "weights": "random" if args.random_weights else "trained"}
+    found |= {"prompts": "random" if pipe.engine.text is None else "of the synthetic world"}
+    found |= {"device": torch.cuda.get_device_name() if dit.device.type == "cuda" else "cpu"}
+    found |= {"dtype": str(dit.dtype).removeprefix("torch."), "quantization": pipe.quantization}
+    found |= {"vae": type(pipe.engine.decoder).__name__, "size": [pipe.height, pipe.width], "seed": args.seed}
+    return found | {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "versions": versions()}
 
 
 HEADER = ("steps", "dit", "dit+commit", "decode", "delivered", "p50 ms", "p95", "p99", "max", "TF/s", "of GEMM")

@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 @contextmanager
 def png_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """To draw on, in inches; the file appears when it is whole."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     yield figure
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png")

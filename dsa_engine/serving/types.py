@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from dsa_engine.engine.session import Chunk, Snapshot
+from dsa_engine.engine.chunk import Chunk
+from dsa_engine.engine.session import Snapshot
 
 CloseReason = Literal["done", "closed", "idle", "lifetime", "shutdown", "busy", "refused", "failed"]
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from dsa_engine.engine.batch_runner import Runner
-from dsa_engine.engine.session import Chunk, Session
+from dsa_engine.engine.batch_runner import BatchRunner
+from dsa_engine.engine.chunk import Chunk
+from dsa_engine.engine.session import Session
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import Budget, Policy
 from dsa_engine.serving.types import CloseReason, Event, Opened, StreamRequest, UpdateApplied, UpdateRejected
@@ -64,7 +65,7 @@ class ActiveStream:
         self.state = StreamState.NEW
         self.session: Session | None = None
         self.policy: Policy | None = None
-        self.runner: Runner | None = None  # while DENOISING
+        self.runner: BatchRunner | None = None  # while DENOISING
         self.pacer: PlaybackPacer | None = None  # of a live stream
         self.pending_updates: deque[StreamUpdate] = deque()
         self.consumer_ready = True  # the last chunk was acknowledged
@@ -145,7 +146,7 @@ class ActiveStream:
             session.set_threshold(update.threshold)
         return UpdateApplied(update.event_id, session.prompt, session.index)
 
-    def start_chunk(self, runner: Runner, load: LoadController) -> None:
+    def start_chunk(self, runner: BatchRunner, load: LoadController) -> None:
         """Add the next chunk to the runner."""
         if isinstance(self.policy, Budget):
             self.session.policy.threshold = load.threshold(self.policy.ceiling)

@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import torch
 
-from dsa_engine.engine.batch_runner import Runner
-from dsa_engine.engine.session import Chunk
+from dsa_engine.engine.batch_runner import BatchRunner
+from dsa_engine.engine.chunk import Chunk
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.types import ChunkReady, Closed, Event, Queued, StreamRequest
@@ -87,7 +87,7 @@ class Worker:
         self.forwards = 0  # run so far
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._streams: list[ActiveStream] = []  # queued or with a slot, in the order of arrival
-        self._runners: dict[int, Runner] = {}  # by pool of the engine
+        self._runners: dict[int, BatchRunner] = {}  # by pool of the engine
         self._ids = itertools.count(1)
         self._stopping = self._ended = False
         self._failures = 0  # consecutive forwards that failed
@@ -316,14 +316,13 @@ class Worker:
         try:
             while stream.pending_updates:
                 self._emit(stream, stream.apply(stream.pending_updates.popleft()))
-            pool = id(session.pool)
-            runner = self._runners.setdefault(pool, Runner(self.limits.max_batch_rows))
+            runner = self._runners.setdefault(id(session.pool), BatchRunner(self.limits.max_batch_rows))
             stream.start_chunk(runner, self.controller)
         except Exception as error:
             logger.exception("starting chunk %d of %s failed", session.index, stream.id)
             self.end(stream, Closed("failed", str(error)))
 
-    def _forward(self, runner: Runner) -> None:
+    def _forward(self, runner: BatchRunner) -> None:
         streams = {id(stream.session): stream for stream in self._streams if stream.runner is runner}
         try:
             denoised = runner.forward()

@@ -171,6 +171,31 @@ def test_positions_come_before_the_place():
     assert [m.get("position") for m in seen[:3]] == [2, 1, None] and seen[2]["type"] == "video.start"
 
 
+def test_who_waits_in_the_queue_is_not_idle(monkeypatch):
+    """Without a word of its own: the connection keeps its stream alive, until it opens."""
+    monkeypatch.setattr(realtime, "KEEPALIVE_S", 0.01)
+
+    class Waiting(FakeStream):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.opened, self.events[0] = self.events[0], Queued(1)
+
+        def _make(self):
+            if self.opened is None:
+                super()._make()
+            elif self.touched < 3:
+                self.events.append(Queued(1))
+            else:
+                self.events.append(self.opened)
+                self.opened = None
+
+    with fake() as (host, backend), Client(host) as client:
+        backend.open = lambda request, id=None, own=backend.open: _as(Waiting, own(request, id))
+        client.start(num_frames=1)
+        assert client.until("session.queued")["position"] == 1
+        assert client.until("video.start")
+
+
 async def _as(kind, opening):
     stream = await opening
     again = kind(stream.backend, stream.request, stream.id)

@@ -42,7 +42,7 @@ class SnapshotStore:
 
 
 class Cluster:
-    """`remote.Replicas` in this process. dead: those that do not answer; faults(method) -> "before" or "after" loses
+    """`client.Replicas` in this process. dead: those that do not answer; faults(method) -> "before" or "after" loses
     the question or its answer."""
 
     def __init__(self, pipes, every=2, **limits):
@@ -76,8 +76,9 @@ class Cluster:
         return dict(replica.stats() for name, replica in self.replicas.items() if name not in self.dead)
 
     async def left(self):
-        """The snapshots, once what is under way has come to its end."""
-        await asyncio.sleep(0.2)
+        """The snapshots, once all have been removed; never is an error of `run`."""
+        while self.keeper.snapshots.sizes():
+            await asyncio.sleep(0.01)
         return self.keeper.snapshots.sizes()
 
     async def stop(self):

@@ -148,7 +148,8 @@ def try_engine() -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = ModelConfig.preset("shapes")
-    dit, head = (module(model).to(device, dtype).requires_grad_(False) for module in (CausalDiT, ConfidenceHead))
+    dit = CausalDiT(model).to(device, dtype).requires_grad_(False)
+    head = ConfidenceHead(model).to(device, dtype).requires_grad_(False)
     engine = Engine(dit, head, None, None, RolloutConfig())
     pipe = Pipeline(engine, name="random", height=64, width=64, frames=6, fps=12.0)
     start = time.perf_counter()

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> Result:
     return facts, lines(facts), 0
 
 
-def fp8_dtypes(quantization: str | None) -> dict[str, torch.dtype]:
+def fp8_dtypes(quantization: str | None) -> dict[str, Any]:
     """The fields of a `memory_estimate.Workload` that --quantization sets."""
     chosen = QUANTIZATIONS.get(quantization)
     return {} if chosen is None else {name: E4M3 for name, quantized in chosen._asdict().items() if quantized}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dsa_engine.sampling.denoise import Step
 from dsa_engine.sampling.policy import Fixed, Policy
 from dsa_engine.sampling.schedule import TIMESTEPS
 from dsa_engine.shapes import metrics, world
+from dsa_engine.shapes.text_encoder import SlotTextEncoder
 
 BATCH_CLIPS = 16  # more do not make a CPU faster, and hold more memory
 LATENT_SIZE = world.SIZE // 8
@@ -181,8 +183,8 @@ def _rollout(pipe: Pipeline, captions: Captions, seeds: Sequence[int], policy: P
 
 
 def _embeds(pipe: Pipeline, prompts: Sequence[world.Caption], rows: int) -> Tensor:
-    embeds = pipe.engine.encode([str(prompt) for prompt in prompts])
-    return embeds if rows == len(prompts) else torch.cat((embeds, pipe.engine.text.null(rows - len(prompts))))
+    embeds, text = pipe.engine.encode([str(prompt) for prompt in prompts]), cast(SlotTextEncoder, pipe.engine.text)
+    return embeds if rows == len(prompts) else torch.cat((embeds, text.null(rows - len(prompts))))
 
 
 def _run(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, on_step) -> EvalRollouts:

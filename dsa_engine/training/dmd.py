@@ -63,6 +63,8 @@ class LevelNorm(nn.Module):
     processes.
     """
 
+    mean: Tensor
+
     def __init__(self, levels: int = 8, decay: float = 0.98):
         super().__init__()
         self.decay = decay

@@ -153,8 +153,8 @@ def train_head(
     """
     out, chunks = Path(out), check_prompts(prompts, chunks, num_chunks(pipe))
     order, held = split(len(prompts), clips, held_out, seed)
-    start, options = time.perf_counter(), {"size": size, "batch": batch, "seed": seed, "folder": out / "rollouts"}
-    dataset = collect(pipe, prompts, chunks=chunks, order=order, **options)
+    start, folder = time.perf_counter(), out / "rollouts"
+    dataset = collect(pipe, prompts, chunks=chunks, size=size, order=order, batch=batch, seed=seed, folder=folder)
     rolled = time.perf_counter()
     fitted, other = dataset[~held], dataset[held]
     fit = fit_head(pipe, fitted, other, iterations, seed)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsa_engine import pipeline_inputs
@@ -65,15 +65,16 @@ def refinement(estimates: Tensor) -> Tensor:
     return (estimates[:-1] - estimates[-1]).square().mean(dim=(3, 4, 5))
 
 
-class Recorder:
+class Recorder(nn.Module):
     """Stands in for the head during a rollout, and keeps what a head would have read."""
 
     def __init__(self, config: ModelConfig):
+        super().__init__()
         with torch.device("meta"):  # only its features are needed, which have no weights
             self.head = ConfidenceHead(config)
         self.features: list[Tensor] = []
 
-    def __call__(self, hidden: Tensor, time: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
         self.features.append(self.head.features(hidden, time).cpu())
         return hidden.new_zeros(time.shape[:2], dtype=torch.float32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +27,11 @@ def init_weights(model: CausalDiT, generator: torch.Generator | None = None) -> 
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.patch_embedding.weight.data.view(config.dim, -1), generator=generator)
     nn.init.zeros_(model.patch_embedding.bias)
-    for layer in (model.time_projection[1], model.head.head):
+    dit: Any = model
+    for layer in (dit.time_projection[1], dit.head.head):
         nn.init.zeros_(layer.weight)
-    nn.init.zeros_(model.head.modulation)
-    for block in model.blocks:
+    nn.init.zeros_(dit.head.modulation)
+    for block in dit.blocks:
         for out in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
             nn.init.normal_(out.weight, std=0.02 / math.sqrt(config.num_layers), generator=generator)
         nn.init.zeros_(block.modulation)
@@ -41,12 +43,12 @@ def init_weights(model: CausalDiT, generator: torch.Generator | None = None) -> 
 @torch.no_grad()
 def _aim_heads(attention, config) -> None:
     heads, d = min(len(PHASES), config.num_heads), config.head_dim
-    rates, turning = [], []
+    rates, turns = [], []
     for axis, pairs in enumerate(axis_pairs(d)):
         rate = config.rope_theta ** (-torch.arange(pairs) / pairs)
         rates.append(rate if axis == 0 else torch.zeros(pairs))
-        turning.append(rate > 0.05)  # slower pairs hardly distinguish neighbouring frames
-    rate, turning = torch.cat(rates), torch.cat(turning).float()
+        turns.append(rate > 0.05)  # slower pairs hardly distinguish neighbouring frames
+    rate, turning = torch.cat(rates), torch.cat(turns).float()
     for head in range(heads):
         rows = slice(head * d, (head + 1) * d)
         phase = PHASES[head] * rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,9 +60,10 @@ def rescale_latents(codec: PixelCodec, frames: torch.Tensor) -> None:
     the latents goes into the decoder's first convolution, which is linear.
     """
     std = codec.encode(frames).std(dim=(0, 1, 3, 4))
-    norm = codec.encoder[-1]
+    norm: Any = codec.encoder[-1]
+    first: Any = codec.decoder[0]
     norm.running_var.add_(norm.eps).mul_(std.square()).sub_(norm.eps)
-    codec.decoder[0].weight.mul_(std[:, None, None])
+    first.weight.mul_(std[:, None, None])
 
 
 def train_codec(

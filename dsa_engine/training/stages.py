@@ -149,7 +149,8 @@ def run_trainer(
 
     With each checkpoint go the averaged weights and a contact sheet of them, always of the same prompts and noise.
     """
-    ema, rollout, folder = trainer.main.ema, ctx.recipe.rollout, trainer.folder
+    ema: Any = trainer.main.ema
+    rollout, folder = ctx.recipe.rollout, trainer.folder
     labels = [" / ".join(dict.fromkeys(map(str, clip))) for clip in SHOWN]
 
     def on_save() -> None:
@@ -189,7 +190,8 @@ def train_codec(ctx: StageContext) -> dict[str, float]:
 
 def train_teacher(ctx: StageContext) -> dict[str, float]:
     """Flow matching with teacher forcing, from random weights."""
-    stage, codec, model = ctx.recipe.teacher, load_codec(ctx), new_generator(ctx.recipe.seed).to(ctx.device)
+    stage, codec = ctx.recipe.teacher, load_codec(ctx)
+    model: Any = new_generator(ctx.recipe.seed).to(ctx.device)
     dit, text, weight = model["dit"], model["text"], stage.motion_weight
     forward = torch.compile(teacher_forced, dynamic=False) if ctx.compiled else teacher_forced
 
@@ -198,6 +200,7 @@ def train_teacher(ctx: StageContext) -> dict[str, float]:
             return flow_loss(dit, text, latents, tokens, ctx.past_chunks, generator, weight, forward)
 
     main = Optimized(model, loss, stage.steps, stage.rate, stage.muon)
+    averaged: Any = main.ema
     trainer = Trainer(main, ctx.out / "teacher", ctx.recipe.seed)
     trainer.resume()
     clips = training_clips(ctx, codec, stage.batch, main.step, focus=stage.focus * stage.steps)
@@ -206,7 +209,7 @@ def train_teacher(ctx: StageContext) -> dict[str, float]:
         "teacher",
         trainer,
         codec,
-        main.ema["text"],
+        averaged["text"],
         prepare=lambda generator: (*next(clips), generator),
         preview=lambda pipe: roll_out_teacher(pipe, SHOWN, SHEET_STEPS),
         preview_steps=f"{SHEET_STEPS} Euler steps",
@@ -215,7 +218,8 @@ def train_teacher(ctx: StageContext) -> dict[str, float]:
 
 def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
     """DMD from the teacher: `joint` with the confidence head's attenuation, `student` without it, all else alike."""
-    stage, rollout, codec, teacher = ctx.recipe.student, ctx.recipe.rollout, load_codec(ctx), load_teacher(ctx)
+    stage, rollout, codec = ctx.recipe.student, ctx.recipe.rollout, load_codec(ctx)
+    teacher: Any = load_teacher(ctx)
     torch.manual_seed(ctx.recipe.seed)
     model = nn.ModuleDict({"dit": copy.deepcopy(teacher["dit"]).requires_grad_(True)})
     for name in ("refine", "confidence") if kind == "joint" else ("refine",):
@@ -268,7 +272,9 @@ def fit_heads(ctx: StageContext) -> dict[str, Any]:
     self-refinement now, on rollouts of the frozen generator. `head/<kind>.safetensors` holds each; the folder `model`
     has the one that the recipe names.
     """
-    stage, codec, teacher = ctx.recipe.head, load_codec(ctx), load_teacher(ctx)
+    stage, codec = ctx.recipe.head, load_codec(ctx)
+    teacher: Any = load_teacher(ctx)
+    head: Any
     model = nn.ModuleDict({name: ConfidenceHead(teacher["dit"].config) for name in ("refine", "confidence")})
     model["dit"] = teacher["dit"]
     load_weights(model, ctx.out / "joint" / "weights.safetensors", "joint")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def self_rollout(
     noise = SeededNoise([seed + i for i in range(clips)], shape, dit.device, torch.float32)
     policies = [PerChunk(row) for row in counts.tolist()]
     text_kv = [dit.text_kv(text[:, i]) for i in range(chunks)]
-    recorder = Recorder(model)
+    recorder: Any = Recorder(model)
     rollout = Rollout(dit, recorder, cache, config, noise, policies, text_kv[0])
     video = torch.empty(clips, chunks, *shape, device=dit.device)
     x, sigma = torch.empty_like(video), torch.empty(clips, chunks, device=dit.device)
@@ -118,7 +118,8 @@ class StudentLosses:
         motion_weight: float = 0.0,
         compiled: bool = False,
     ):
-        self.teacher, self.text, self.model, self.config = teacher, text, model, config
+        self.model: Any = model
+        self.teacher, self.text, self.config = teacher, text, config
         self.context, self.size, self.guidance, self.motion_weight = context, size, guidance, motion_weight
         self.critic = copy.deepcopy(teacher).requires_grad_(True)
         self.norm = LevelNorm()

@@ -27,7 +27,8 @@ class TeacherForced:
         self.bias = bias.expand(clips, 2, -1, -1).reshape(-1, 1, 1, seen.shape[1])
 
     def attend(self, layer, q, k, v, norm_weights, rope, eps) -> Tensor:
-        q, k = ops.norm_rope(q, k, *norm_weights, *rope, eps)
+        (q_weight, k_weight), (cos, sin) = norm_weights, rope
+        q, k = ops.norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
         k, v = self._with_past(k), self._with_past(v.unflatten(-1, k.shape[-2:]))
         return sdpa(q, k, v, self.bias).flatten(2)
 

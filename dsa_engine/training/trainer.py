@@ -105,11 +105,13 @@ class Optimized:
             {"params": [p for p in model.get_submodule(name).parameters() if p not in matrices], "lr": rate}
             for name, rate in rates.items()
         ]
-        self.optimizers = [torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)
+        ]
         if muon:
             ordered = [p for p in model.parameters() if p in matrices]
-            options = {"weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-            self.optimizers.append(torch.optim.Muon(ordered, lr=muon, **options))
+            by_muon = torch.optim.Muon(ordered, lr=muon, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.optimizers.append(by_muon)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
 
     def update(self, *args) -> float:

@@ -181,12 +181,12 @@ class LoadedModel:
         tokens = self.engine.dit.config.tokens_per_frame(height, width) * self.config.chunk_frames
         return 1 if tokens * self.engine.dit.config.dim < SMALL else torch.get_num_threads()
 
-    def make_room(self, wanted: int) -> int:
-        """Slots for up to `wanted` sessions of the default size and window from now on (`max_sessions`): as many as
+    def make_room(self, max_sessions: int) -> int:
+        """Slots for up to `max_sessions` sessions of the default size and window from now on: as many as
         fit a CUDA device's free memory, all of them elsewhere, at least 1. Call it before anything is opened.
         """
-        fit = wanted if self.device.type != "cuda" else self.engine.fitting(**self._usual())
-        self.engine.max_sessions = max(1, min(wanted, fit))
+        fit = max_sessions if self.device.type != "cuda" else self.engine.fitting(**self._usual())
+        self.engine.max_sessions = max(1, min(max_sessions, fit))
         return self.engine.max_sessions
 
     def _usual(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class LoadedModel:
         self.engine.warm_decoder(height=height, width=width, config=self.config)
 
     def close(self) -> None:
-        """Free the cache pools. The pipeline can still be used: the next session allocates anew."""
+        """Free the cache pools. The pipeline can still be used: the next session allocates them again."""
         self.engine.close()
 
     def __enter__(self) -> Self:

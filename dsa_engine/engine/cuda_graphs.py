@@ -81,8 +81,17 @@ class GraphRunner:
         max_steps: int | None = None,
         loop_rows: int = 1,
     ):
-        """max_steps: None is the length of the step list. Buckets beyond the first that holds all slots are left out.
-        Raises ImportError where loops are wanted and cannot be."""
+        """The graphs of a runner, to be captured.
+
+        Args:
+            inputs: the pool's model runner.
+            buckets: rows to capture for; those beyond the first that holds all slots are left out.
+            max_steps: of a chunk; None: the length of the step list.
+            loop_rows: largest number of rows that loop on the device.
+
+        Raises:
+            ImportError: loops are not available.
+        """
         levels, slots = inputs.noise.shape[1], inputs.cache.slots
         max_steps = levels if max_steps is None else max_steps
         if not 1 <= max_steps <= levels:

@@ -149,7 +149,7 @@ class Engine:
             raise RuntimeError(f"CUDA graphs on {self.device}: they need a CUDA device")
         inputs, seconds = self._shared(self._pool_shape(height, width, frames, config)), 0.0
         if inputs.graphs is not None and inputs.graphs.weights_moved():
-            logger.warning("the model's weights have moved since its graphs were captured: they are captured anew")
+            logger.warning("the model's weights have moved since its graphs were captured: they are captured again")
             inputs.graphs = None
         if inputs.graphs is None:
             why = device_loop.unavailable()

@@ -152,7 +152,7 @@ def test_weights_that_have_moved_are_seen(cuda, model, monkeypatch, caplog):
         opened()
     with caplog.at_level(logging.WARNING):
         assert engine.capture(**options) > 0
-    assert kept and "captured anew" in caplog.text and not inputs.graphs.weights_moved()
+    assert kept and "captured again" in caplog.text and not inputs.graphs.weights_moved()
     opened()
 
 

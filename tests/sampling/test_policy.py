@@ -179,3 +179,14 @@ def test_a_policy_with_the_earlier_names_still_decides():
             return step == limit or values[0] > 0.5
 
     assert Old.signal == "confidence" and steps_taken(Old().start(LIMIT), [[0.1], [0.6], [0.2]]) == 2
+
+
+def test_another_threshold_is_a_copy_and_needs_a_policy_of_confidence():
+    policy, budget = Confidence(0.5, min_steps=2), Budget(16, ceiling=0.9)
+    assert policy.with_threshold(0.7) == Confidence(0.7, min_steps=2) and policy.threshold == 0.5
+    assert budget.with_threshold(0.6).ceiling == 0.6 and budget.ceiling == 0.9
+    with pytest.raises(ValueError, match="threshold=1.5.*nearest is 1.0"):
+        policy.with_threshold(1.5)
+    for other in (Fixed(2), PerChunk([1]), Change(0.1)):
+        with pytest.raises(ValueError, match="confidence"):
+            other.with_threshold(0.5)

@@ -61,7 +61,7 @@ def test_gelu_comes_after_the_bias_and_is_rounded():
     assert apart < 0.01  # a number between two neighbours may go to either
 
 
-def test_layers_of_one_input_are_one_product():
+def test_layers_of_one_input_are_one_gemm():
     """Their numbers lie side by side, also after a copy has parted them; each is what it is alone."""
     plains = [layer(48, n) for n in (16, 32, 48)]
     fp8, x = FP8Linear.of(plains), ops.quantize(torch.randn(2, 7, 48))

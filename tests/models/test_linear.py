@@ -1,4 +1,4 @@
-"""Layers of one input as a single product: what it gives, and what may happen to their weights in between."""
+"""Layers of one input as a single GEMM: what it gives, and what may happen to their weights in between."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("widths", [(8, 8, 8), (16, 16), (3, 1, 6), (4,)])
-def test_one_product_is_that_of_each_layer(widths, close):
+def test_one_gemm_is_that_of_each_layer(widths, close):
     layers = linears(*widths)
     for _ in range(2):  # the second time they lie together already
         outs = fused_gemm(x, layers)

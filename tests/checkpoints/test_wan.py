@@ -10,70 +10,14 @@ from math import prod
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from dsa_engine.checkpoints.key_maps import DIFFUSERS_KEYS, FASTVIDEO_KEYS, rename
 from dsa_engine.checkpoints.wan import load_dit
 from dsa_engine.checkpoints.weights import load_strict
 from dsa_engine.config import ModelConfig
 from dsa_engine.models.dit import CausalDiT
 from tests.support.checkpoints import raises_naming, write, write_sparse
-
-# Wan's name -> diffusers' name, by substitution of substrings: the way back of what the loader does
-TO_DIFFUSERS = (
-    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
-    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
-    ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
-    ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
-    ("time_projection.1.", "condition_embedder.time_proj."),
-    ("head.modulation", "scale_shift_table"),
-    ("head.head.", "proj_out."),
-    (".modulation", ".scale_shift_table"),
-    (".norm3.", ".norm2."),
-    (".self_attn.o.", ".attn1.to_out.0."),
-    (".cross_attn.o.", ".attn2.to_out.0."),
-    (".self_attn.norm", ".attn1.norm"),
-    (".cross_attn.norm", ".attn2.norm"),
-    (".self_attn.", ".attn1.to_"),
-    (".cross_attn.", ".attn2.to_"),
-    (".ffn.0.", ".ffn.net.0.proj."),
-    (".ffn.2.", ".ffn.net.2."),
-)
-
-
-def diffusers_name(name: str) -> str:
-    for ours, theirs in TO_DIFFUSERS:
-        name = name.replace(ours, theirs)
-    return name
-
-
-# Wan's name -> FastVideo's, in the same way
-TO_FASTVIDEO = (
-    ("patch_embedding.", "patch_embedding.proj."),
-    ("time_embedding.0.", "condition_embedder.time_embedder.mlp.fc_in."),
-    ("time_embedding.2.", "condition_embedder.time_embedder.mlp.fc_out."),
-    ("text_embedding.0.", "condition_embedder.text_embedder.fc_in."),
-    ("text_embedding.2.", "condition_embedder.text_embedder.fc_out."),
-    ("time_projection.1.", "condition_embedder.time_modulation.linear."),
-    ("head.modulation", "scale_shift_table"),
-    ("head.head.", "proj_out."),
-    (".modulation", ".scale_shift_table"),
-    (".norm3.", ".self_attn_residual_norm.norm."),
-    (".self_attn.o.", ".to_out."),
-    (".cross_attn.o.", ".attn2.to_out."),
-    (".self_attn.norm", ".norm"),
-    (".cross_attn.norm", ".attn2.norm"),
-    (".self_attn.", ".to_"),
-    (".cross_attn.", ".attn2.to_"),
-    (".ffn.0.", ".ffn.fc_in."),
-    (".ffn.2.", ".ffn.fc_out."),
-)
-
-
-def fastvideo_name(name: str) -> str:
-    for ours, theirs in TO_FASTVIDEO:
-        name = name.replace(ours, theirs)
-    return name
 
 
 def fsdp_name(name: str) -> str:
@@ -83,6 +27,7 @@ def fsdp_name(name: str) -> str:
     )
 
 
+# The maps themselves are held against lists and the models of diffusers in `test_key_maps.py`.
 RENAMES = {
     "bare": lambda name: name,
     "model.": lambda name: f"model.{name}",
@@ -93,9 +38,9 @@ RENAMES = {
     "data parallel": lambda name: f"module.{name}",
     "compiled": lambda name: f"_orig_mod.model.{name}",
     "fsdp": fsdp_name,
-    "diffusers": diffusers_name,
-    "fastvideo": fastvideo_name,
-    "fastvideo, wrapped": lambda name: f"_orig_mod.transformer.{fastvideo_name(name)}",
+    "diffusers": lambda name: rename(name, DIFFUSERS_KEYS),
+    "fastvideo": lambda name: rename(name, FASTVIDEO_KEYS),
+    "fastvideo, wrapped": lambda name: f"_orig_mod.transformer.{rename(name, FASTVIDEO_KEYS)}",
 }
 
 
@@ -110,8 +55,8 @@ def folder(tmp_path, tiny_config):
     return tmp_path
 
 
-def renamed(weights, rename):
-    return {RENAMES[rename](name): tensor for name, tensor in weights.items()}
+def renamed(weights, naming):
+    return {RENAMES[naming](name): tensor for name, tensor in weights.items()}
 
 
 def assert_loads(path, weights):
@@ -120,11 +65,11 @@ def assert_loads(path, weights):
     assert [name for name in weights if not torch.equal(loaded[name], weights[name])] == []
 
 
-@pytest.mark.parametrize("rename", RENAMES)
+@pytest.mark.parametrize("naming", RENAMES)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_every_naming_loads_the_same_weights(folder, weights, rename, suffix):
+def test_every_naming_loads_the_same_weights(folder, weights, naming, suffix):
     path = folder / f"weights{suffix}"
-    write(path, renamed(weights, rename))
+    write(path, renamed(weights, naming))
     assert_loads(path, weights)
 
 
@@ -141,21 +86,6 @@ def test_the_ema_generator_is_preferred_and_the_critic_is_left(folder, weights):
     content = {"critic": other, "generator": renamed(other, "model."), "generator_ema": renamed(weights, "fsdp")}
     torch.save(content, folder / "both.pt")
     assert_loads(folder / "both.pt", weights)
-
-
-def test_the_diffusers_names_of_this_test_are_those_of_diffusers(weights, tiny_config):
-    c = tiny_config
-    theirs = WanTransformer3DModel(
-        num_attention_heads=c.num_heads,
-        attention_head_dim=c.head_dim,
-        ffn_dim=c.ffn_dim,
-        text_dim=c.text_dim,
-        freq_dim=c.freq_dim,
-        num_layers=c.num_layers,
-        cross_attn_norm=True,
-    )
-    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
-    assert {diffusers_name(name): tensor.shape for name, tensor in weights.items()} == shapes
 
 
 def test_a_loaded_model_is_frozen_and_in_the_dtype_asked_for(folder, weights):

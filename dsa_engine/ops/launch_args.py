@@ -21,13 +21,13 @@ def dtype_code(op: str, name: str, x: Tensor) -> int:
 
 
 def shape(op: str, x: Tensor) -> tuple[int, int, int]:
-    channels = x.shape[2]
+    batch, tokens, channels = x.shape
     if channels % 8 or not 8 <= channels <= MAX_CHANNELS:
         nearest = min(max(1, round(channels / 8)), MAX_CHANNELS // 8) * 8
         raise ValueError(
             f"{op}: C = {channels} must be a multiple of 8 and at most {MAX_CHANNELS}; nearest is {nearest}"
         )
-    return tuple(x.shape)
+    return batch, tokens, channels
 
 
 def strides(x: Tensor) -> tuple[int, int]:

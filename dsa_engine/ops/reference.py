@@ -101,8 +101,8 @@ def _attend_row(q: Tensor, k_cache: Tensor, v_cache: Tensor, slot: int, runs: li
     runs = [run for run in runs if run[0] < run[1]]
     if not runs:
         return torch.zeros_like(q)
-    k, v = ([cache[slot, start:stop].flatten(0, 1) for start, stop in runs] for cache in (k_cache, v_cache))
-    k, v = ((x[0] if len(runs) == 1 else torch.cat(x))[None].to(q.dtype) for x in (k, v))  # one run is not copied
+    parts = ([cache[slot, start:stop].flatten(0, 1) for start, stop in runs] for cache in (k_cache, v_cache))
+    k, v = ((x[0] if len(runs) == 1 else torch.cat(x))[None].to(q.dtype) for x in parts)  # one run is not copied
     if scales is not None:
         k, v = _scaled(k, scales.k[slot, None]), _scaled(v, scales.v[slot, None])
     return sdpa(q, k, v)

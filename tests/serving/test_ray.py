@@ -20,7 +20,8 @@ pytest.importorskip("fastapi", reason="needs the extra serving: pip install 'dsa
 
 from dsa_engine import Pipeline
 from dsa_engine.serving.replicas.client import RemoteBackend
-from dsa_engine.serving.types import ChunkReady, Closed, Opened, StreamRequest, UpdateApplied, UpdateRejected
+from dsa_engine.serving.types import ChunkReady, Closed, StreamRequest, UpdateApplied, UpdateRejected
+from tests.support.serving.cluster import check_frames, undisturbed
 
 pytestmark = [
     pytest.mark.slow,
@@ -113,24 +114,6 @@ def test_options_are_checked_before_anything_starts():
     assert options.settings.data.is_absolute() and options.settings.token == "t"
 
 
-def undisturbed(pipe, order, changes):
-    """Frames of a session in this process that is told the same at the same chunks: {index: [prompt, ...]}."""
-    frames = []
-    with pipe.session(order.prompt, seed=order.seed, num_frames=order.num_frames, step_policy="dsa") as session:
-        while not session.exhausted:
-            for prompt in changes.get(session.index, ()):
-                session.update(prompt)
-            frames.append(session.next_chunk().frames)
-    return frames
-
-
-def changes_of(applied):
-    found = {}
-    for index, prompt in applied:
-        found.setdefault(index, []).append(prompt)
-    return found
-
-
 def kill(home):
     """End a replica's process, as when its machine goes."""
     import ray
@@ -149,10 +132,10 @@ def test_jobs_and_the_websocket_go_through_the_ingress(server, exact):
         refused = client.post("/v1/videos", json={"prompt": "nonsense"})
         assert refused.status_code == 400 and "must read" in refused.json()["error"]["message"]
         job = client.post("/v1/videos", json={"prompt": PROMPT, "seed": 3, "num_frames": 24}).json()
-        order, frames, applied = StreamRequest(PROMPT, seed=9, num_frames=36), [], []
+        request, frames, applied = StreamRequest(PROMPT, seed=9, num_frames=36, steps="dsa"), [], []
         with connect(f"ws://{server}/v1/realtime/video", max_size=None) as socket:
-            start = {"prompt": order.prompt, "seed": order.seed, "num_frames": order.num_frames, "format": "rgb24"}
-            socket.send(json.dumps({"type": "session.start", **start}))
+            start = {name: getattr(request, name) for name in ("prompt", "seed", "num_frames")}
+            socket.send(json.dumps({"type": "session.start", "format": "rgb24", **start}))
             while True:
                 message = json.loads(socket.recv(timeout=30))
                 if message["type"] == "video.chunk_metadata":
@@ -166,8 +149,9 @@ def test_jobs_and_the_websocket_go_through_the_ingress(server, exact):
                 elif message["type"] in ("session.done", "error"):
                     break
         assert message["type"] == "session.done" and message["reason"] == "done"
-        assert [prompt for _, prompt in applied] == [OTHER]
-        expected = undisturbed(exact, order, changes_of(applied))
+        ((index, prompt),) = applied
+        assert prompt == OTHER
+        expected = undisturbed(exact, request, {index: [prompt]})
         assert len(frames) == len(expected) and all(map(np.array_equal, frames, expected))
         deadline = time.monotonic() + 60
         while (job := client.get(f"/v1/videos/{job['id']}").json())["status"] in ("queued", "in_progress"):
@@ -188,7 +172,7 @@ def test_streams_outlive_their_replica(server, exact):
 
     from dsa_engine.serving.ray_app import RayReplicas
 
-    orders = [StreamRequest(PROMPT, seed=seed, num_frames=48) for seed in range(3)]
+    requests = [StreamRequest(PROMPT, seed=seed, num_frames=48, steps="dsa") for seed in range(3)]
 
     async def play(stream, victim):
         events = []
@@ -205,7 +189,7 @@ def test_streams_outlive_their_replica(server, exact):
 
     async def main():
         backend = await RemoteBackend.connect(RayReplicas(serve.get_deployment_handle("Engine", NAME)))
-        streams = [await backend.open(order) for order in orders]
+        streams = [await backend.open(request) for request in requests]
         homes = [stream.replica_id for stream in streams]
         async with asyncio.timeout(90):
             events = await asyncio.gather(*(play(stream, streams[0]) for stream in streams))
@@ -214,16 +198,13 @@ def test_streams_outlive_their_replica(server, exact):
     homes, moves, played = asyncio.run(main())
     assert len(set(homes)) == 2  # the load is spread
     assert [bool(moved) for moved in moves] == [home == homes[0] for home in homes]
-    for order, events in zip(orders, played):
-        assert isinstance(events[0], Opened) and events[-1] == Closed("done")
+    for request, events in zip(requests, played):
+        assert events[-1] == Closed("done")
         answers = [event for event in events if isinstance(event, (UpdateApplied, UpdateRejected))]
         assert [answer.event_id for answer in answers] == ["first", "second", "third"]
-        applied = [(event.index, event.prompt) for event in answers if isinstance(event, UpdateApplied)]
-        assert [prompt for _, prompt in applied] == [OTHER, THIRD]
-        made = [event.chunk for event in events if isinstance(event, ChunkReady)]
-        expected = undisturbed(exact, order, changes_of(applied))
-        assert [chunk.index for chunk in made] == list(range(len(expected))) == list(range(16))
-        assert all(np.array_equal(chunk.frames, frames) for chunk, frames in zip(made, expected))
+        assert [event.prompt for event in answers if isinstance(event, UpdateApplied)] == [OTHER, THIRD]
+        assert sum(isinstance(event, ChunkReady) for event in events) == 16
+        check_frames(exact, request, events)
 
 
 def test_snapshots_are_gone_with_their_streams(server):

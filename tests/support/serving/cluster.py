@@ -100,11 +100,11 @@ def run(scenario, pipes, **options):
     return asyncio.run(main())
 
 
-def undisturbed(pipe, order, changes):
+def undisturbed(pipe, request, changes):
     """The frames of a session in this process that is told the same at the same chunks: {index: [prompt, ...]}."""
     frames = []
     with pipe.session(
-        order.prompt, seed=order.seed, num_frames=order.num_frames, step_policy=order.steps or "fixed"
+        request.prompt, seed=request.seed, num_frames=request.num_frames, step_policy=request.steps or "fixed"
     ) as session:
         while not session.exhausted:
             for prompt in changes.get(session.index, ()):
@@ -122,7 +122,7 @@ def check_order(events):
     assert names[-1] == "Closed"
 
 
-def check_frames(pipe, order, events):
+def check_frames(pipe, request, events):
     """Every chunk once, in order, as an undisturbed session makes them that is told the same at the same chunks."""
     check_order(events)
     made = [event.chunk for event in events if isinstance(event, ChunkReady)]
@@ -130,7 +130,7 @@ def check_frames(pipe, order, events):
     for event in events:
         if isinstance(event, UpdateApplied):
             changes.setdefault(event.index, []).append(event.prompt)
-    expected = undisturbed(pipe, order, changes)
+    expected = undisturbed(pipe, request, changes)
     assert [chunk.index for chunk in made] == list(range(len(expected)))
     for chunk, frames in zip(made, expected):
         assert np.array_equal(chunk.frames, frames), f"chunk {chunk.index}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -19,7 +20,7 @@ class ActiveChunk:
     """A session whose chunk is in the making: the rest of its plan, and the forward that comes next."""
 
     session: Session
-    launches: Generator  # of `run_plan`, each of one forward
+    launches: Generator[Any, Any, Any]  # of `run_plan`, each of one forward
     forward: Forward
 
     def advance(self, state: list | None) -> bool:
@@ -51,7 +52,7 @@ class BatchRunner:
                 along with the first step.
         """
         self.scheduler = StepScheduler(capacity)
-        self._active: dict[int, ActiveChunk] = {}  # by cache slot
+        self._active: dict[Any, ActiveChunk] = {}  # by cache slot
 
     @property
     def inputs(self) -> ModelRunner | None:
@@ -107,10 +108,11 @@ class BatchRunner:
         if not rows:
             return []
         inputs = self.inputs
-        chunks = {row.key: self._active[row.key] for row in sorted(rows, key=lambda row: row.commit)}  # by service
+        by_service = sorted(rows, key=lambda row: row.commit)
+        chunks: dict[Any, ActiveChunk] = {row.key: self._active[row.key] for row in by_service}
         try:
             ahead = [not row.commit and chunks[row.key].forward.commit for row in rows]
-            inputs.forward([RowSpec(row.key, row.commit, after) for row, after in zip(rows, ahead)])
+            inputs.forward([RowSpec(cast(int, row.key), row.commit, after) for row, after in zip(rows, ahead)])
         except BaseException:
             self.scheduler.abort()
             raise

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def on_device(method: Method) -> Method:
         with current(self.device):
             return method(self, *args, **kwargs)
 
-    return there
+    return cast(Method, there)
 
 
 class Streams(NamedTuple):

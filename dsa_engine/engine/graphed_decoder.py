@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class GraphedDecoder:
                 frames = self._run(source)
                 held = BorrowedState(self, target)
                 self._held[target] = weakref.ref(held)
-                result = frames, held
+                result = cast(Any, (frames, held))
             self._mark()
             return result
 

@@ -208,7 +208,8 @@ class Session:
 
     def _times(self) -> DenoiseTimes:
         """Of the chunk that is denoised now."""
-        return DenoiseTimes(*self._started, Moment(self.device), self.rollout.commit_span)
+        seconds, moment = self._started
+        return DenoiseTimes(seconds, moment, Moment(self.device), self.rollout.commit_span)
 
     def _finish(self, result: Denoised) -> Chunk:
         chunk = self._decode(result, self.index, self._times())

@@ -236,7 +236,8 @@ class CacheView:
 
     def attend(self, layer, q, k, v, norm_weights, rope, eps) -> Tensor:
         k_cache, v_cache, scales = self.cache.layer(layer)
-        q = ops.norm_rope_append(q, k, v, *norm_weights, *rope, eps, k_cache, v_cache, self.slot, self.write, scales)
+        args = (*norm_weights, *rope, eps, k_cache, v_cache, self.slot, self.write, scales)
+        q = ops.norm_rope_append(q, k, v, *args)
         return ops.attention(q, k_cache, v_cache, self.slot, self.keys, scales).flatten(2)
 
     def select(self, rows: Tensor) -> CacheView:

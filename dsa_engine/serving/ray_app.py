@@ -82,7 +82,7 @@ class Options(ServerOptions):
     @classmethod
     def parse(cls, args: argparse.Namespace) -> Options:
         """With paths and devices that mean the same in processes elsewhere."""
-        options = super().parse(args)
+        options: Any = super().parse(args)
         model, gpus = options.model, options.replicas.gpus
         path = str(Path(model.model).absolute()) if Path(model.model).exists() else model.model
         gpus = float(torch.cuda.is_available()) if gpus is None else gpus

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -80,10 +80,10 @@ class _Renamed(argparse.Action):
         setattr(namespace, self.dest, [*before, values] if self.many else values)
 
 
-def from_args(cls: type[T], args: argparse.Namespace) -> T:
+def from_args(cls: Callable[..., T], args: argparse.Namespace) -> T:
     """The dataclass with the flags that were given. Raises ValueError for values out of range."""
     values: dict[str, Any] = {}
-    for f in fields(cls):
+    for f in fields(cast(Any, cls)):
         if "group" in f.metadata:
             values[f.name] = from_args(f.metadata["group"], args)
         elif "help" in f.metadata and getattr(args, f.name) is not None:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Response, WebSocket, WebSocketDisconnect
@@ -130,11 +131,13 @@ class RealtimeConnection:
                     message = await self._receive()
             except TimeoutError:
                 words = f"no session.start within {self._settings.start_timeout:g} s"
-                return await self._close(Error(code="start_timeout", message=words, retryable=True), POLICY)
+                await self._close(Error(code="start_timeout", message=words, retryable=True), POLICY)
+                return None
             if isinstance(message, realtime_schemas.Ping):
                 await self._send(realtime_schemas.Pong())
             elif isinstance(message, realtime_schemas.Stop):
-                return await self._done("stopped")
+                await self._done("stopped")
+                return None
             elif isinstance(message, realtime_schemas.InteractionMessage):
                 words = "the stream is not open: send session.start first"
                 await self._send(Error(code="not_started", message=words, event_id=message.interaction.event_id))
@@ -147,7 +150,8 @@ class RealtimeConnection:
                 except ValueError as error:
                     await self._send(Error(code="invalid_value", message=str(error)))
                 except Overloaded as error:
-                    return await self._close(Error(code="busy", message=str(error), retryable=True), TRY_LATER)
+                    await self._close(Error(code="busy", message=str(error), retryable=True), TRY_LATER)
+                    return None
 
     # From the client.
 
@@ -227,7 +231,7 @@ class RealtimeConnection:
                     await self._send(message)
                 case types.UpdateApplied(name, prompt, index):
                     self._pending_updates -= 1
-                    answer = {"event_id": name, "chunk_index": index, "prompt": prompt}
+                    answer: dict[str, Any] = {"event_id": name, "chunk_index": index, "prompt": prompt}
                     await self._send(realtime_schemas.InteractionApplied(request_id=self._id, **answer))
                 case types.UpdateRejected(name, error):
                     self._pending_updates -= 1
@@ -280,7 +284,12 @@ class RealtimeConnection:
             raise ConnectionClosed from None
 
     async def _done(self, reason: str, words: str | None = None) -> None:
-        state = {"reason": reason, "message": words, "stopped": reason == "stopped", "chunks": self._chunks}
+        state: dict[str, Any] = {
+            "reason": reason,
+            "message": words,
+            "stopped": reason == "stopped",
+            "chunks": self._chunks,
+        }
         await self._close(realtime_schemas.Done(request_id=self._id, **state), CODES[reason])
 
     async def _close(self, last: realtime_schemas.ServerMessage, code: int) -> None:

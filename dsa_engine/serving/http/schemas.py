@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -163,7 +163,7 @@ class Video(BaseModel):
         return cls(
             id=job.id,
             model=job.model,
-            status=job.status,
+            status=cast(Any, job.status),
             progress=100 if job.status == "completed" else progress,
             created_at=int(job.created),
             completed_at=None if job.completed is None else int(job.completed),

@@ -14,7 +14,16 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from dsa_engine.serving.replicas.snapshots import SnapshotStore, StreamSnapshot
-from dsa_engine.serving.types import ChunkReady, Closed, Event, ModelCard, StreamRequest, UpdateApplied, UpdateRejected
+from dsa_engine.serving.types import (
+    ChunkReady,
+    Closed,
+    CloseReason,
+    Event,
+    ModelCard,
+    StreamRequest,
+    UpdateApplied,
+    UpdateRejected,
+)
 from dsa_engine.serving.worker.stream import ActiveStream
 from dsa_engine.serving.worker.worker import Worker
 
@@ -137,7 +146,7 @@ class ReplicaStream:
         if self._stream is not None:
             self._stream.keepalive()
 
-    def close(self, reason: str = "closed") -> None:
+    def close(self, reason: CloseReason = "closed") -> None:
         self._closing = True
         if self._stream is not None:
             self._stream.close(reason)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 from dsa_engine.engine.batch_runner import BatchRunner
 from dsa_engine.engine.chunk import Chunk
@@ -149,7 +149,7 @@ class ActiveStream:
     def start_chunk(self, runner: BatchRunner, load: LoadController) -> None:
         """Add the next chunk to the runner."""
         if isinstance(self.policy, Budget):
-            self.session.policy.threshold = load.threshold(self.policy.ceiling)
+            cast(Budget, self.session.policy).threshold = load.threshold(self.policy.ceiling)
         runner.add(self.session, None if self.pacer is None else self.pacer.runs_out)
         self.state, self.runner = StreamState.DENOISING, runner
         self.consumer_ready, self.chunk_started = False, self._clock()

@@ -105,13 +105,13 @@ class LoadedModel:
         Raises:
             FileNotFoundError, ValueError: naming the file and what was expected of it.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(device)!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
-        dtype = dtype or torch_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        fp8 = named_quantization(quantization, device)  # before anything is read
-        with current(device):
-            parts = load_components(model, device=device, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(target)!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
+        dtype = dtype or torch_dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+        fp8 = named_quantization(quantization, target)  # before anything is read
+        with current(target):
+            parts = load_components(model, device=target, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
             if fp8.linear:
                 quantize_linears(parts.dit)
         if head is not None:
@@ -168,7 +168,7 @@ class LoadedModel:
             raise ValueError(f"model {self.name!r} has no calibration; `dsa-engine train --recipe head` measures one")
         if not all(0 <= value <= 1 for value in np.ravel(confidence)):
             raise ValueError(f"confidence={confidence}: must be within [0, 1]; nearest is {np.clip(confidence, 0, 1)}")
-        return np.interp(confidence, *zip(*self.calibration)).tolist()
+        return np.interp(np.asarray(confidence), *np.transpose(self.calibration)).tolist()
 
     @property
     def cpu_threads(self) -> int:

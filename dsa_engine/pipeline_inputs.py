@@ -154,7 +154,8 @@ def whole_chunks(engine: Engine, frames: float, given: int = 0) -> int:
 
 
 class Clip(NamedTuple):
-    """A clip to generate: all its latent frames, None if endless; latent size; what was given, as in `Engine.rollout`."""
+    """A clip to generate: all its latent frames, None if endless; latent size; what was given, as in
+    `Engine.rollout`."""
 
     frames: int | None
     size: tuple[int, int]

@@ -1,8 +1,8 @@
 """The shipped model makes the clips that it made before: `generate_latents` for three prompts, three policies.
 
-`golden/latents.safetensors` was written by `python tests/test_golden.py` at commit 986a2f4 (float32, one thread, the AVX2
-code of torch and oneDNN). Where torch and its instruction set are the file's, the bits are equal; elsewhere sums are made in
-another order, and the relative error is bounded.
+`golden/latents.safetensors` was written by `python tests/test_golden.py` at commit 986a2f4 (float32, one thread, the
+AVX2 code of torch and oneDNN). Where torch and its instruction set are the file's, the bits are equal; elsewhere sums
+are made in another order, and the relative error is bounded.
 """
 
 from __future__ import annotations

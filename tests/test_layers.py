@@ -124,7 +124,8 @@ def targets(source: str, module: str, known: set[str], is_package: bool = False)
 
 
 def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Sets of modules that import each other: what is left when those without imports are taken away, again and again."""
+    """Sets of modules that import each other: what is left when those without imports are taken away, again and
+    again."""
     edges = {module: set(names) for module, names in edges.items()}
     for reverse in (False, True):
         while free := {m for m in edges if not (any(m in e for e in edges.values()) if reverse else edges[m])}:

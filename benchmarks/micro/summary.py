@@ -1,4 +1,5 @@
-"""What the results of all backends come to: the fastest of each op, sums over a forward, FP8 beside bfloat16, tables."""
+"""What the results of all backends come to: the fastest of each op, sums over a forward, FP8 beside bfloat16,
+tables."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ def fitting_sessions(
 
 
 def choose_slots(device: torch.device, max_sessions: int, requested: bool, fit: int) -> int:
-    """Slots of a new pool where `fit` sessions fit; logs where those are fewer than `max_sessions`, which `requested` overrides."""
+    """Slots of a new pool where `fit` sessions fit; logs where those are fewer than `max_sessions`, which `requested`
+    overrides."""
     if fit >= max_sessions:
         return max_sessions
     free = memory_estimate.format_bytes(memory_estimate.free_bytes(device))

@@ -40,8 +40,8 @@ class DeviceLoop:
                                 body: again -> condition
 
     first, again: captured with keep_graph=True, so that they can be nodes; slots [R] int64: the rows; flags [N] float32
-    of any stride: 0 where a slot goes on. `again` must finally set each of them, or the loop never ends. All four are kept
-    alive. The condition is a kernel of its own (csrc/graphs.cuh), added as a node, not captured.
+    of any stride: 0 where a slot goes on. `again` must finally set each of them, or the loop never ends. All four are
+    kept alive. The condition is a kernel of its own (csrc/graphs.cuh), added as a node, not captured.
     Raises RuntimeError naming the call that failed, ImportError without cuda-python.
     """
 

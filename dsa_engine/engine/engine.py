@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -278,11 +279,12 @@ class Engine:
             cache = inputs.cache
         else:
             inputs, cache = None, self._cache(shape, len(seeds))
-        noise = ExternalNoise(self._noise(seeds, height, width, config), initial_noise, renoise)
-        noise = with_init_latents(noise, init_latents, strength, config)
+        external = ExternalNoise(self._noise(seeds, height, width, config), initial_noise, renoise)
+        noise = with_init_latents(external, init_latents, strength, config)
         policies = [policy] * len(seeds) if isinstance(policy, Policy) else policy
-        dit, head, text_kv = dit or self.dit, head or self.head, self.text_kv(embeds)
-        return Rollout(dit, head, cache, config, noise, policies, text_kv, given, strength, inputs)
+        model: Any = dit or self.dit  # called the same way
+        head, text_kv = head or self.head, self.text_kv(embeds)
+        return Rollout(model, head, cache, config, noise, policies, text_kv, given, strength, inputs)
 
     def _noise(self, seeds: Sequence[int], height: int, width: int, config: RolloutConfig) -> SeededNoise:
         shape = (config.chunk_frames, self.dit.config.in_dim, height, width)

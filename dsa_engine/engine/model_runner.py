@@ -198,7 +198,8 @@ class ModelRunner:
 
 
 def unpack_chunk_params(rows: Tensor) -> tuple[Tensor, ...]:
-    """Views of int32 rows [R, S + 5]: levels [R, S + 1] and threshold [R] as float32, then min_steps, most and reduce."""
+    """Views of int32 rows [R, S + 5]: levels [R, S + 1] and threshold [R] as float32, then min_steps, most and
+    reduce."""
     floats = rows.view(torch.float32)
     return floats[:, :-4], floats[:, -4], *rows[:, -3:].unbind(1)
 

@@ -160,8 +160,8 @@ def predict(
 def cache_bytes(model: ModelConfig, rollout: RolloutConfig, load: Workload) -> int:
     """Bytes of the KV cache: 2 x layers x frames x S x dim elements per session.
 
-    frames: the whole clip, or the window and one chunk more, where commits ride along. A sink that moves with the window
-    (rope="relative") has its keys once more. In e4m3 the float32 scales per layer and head are added.
+    frames: the whole clip, or the window and one chunk more, where commits ride along. A sink that moves with the
+    window (rope="relative") has its keys once more. In e4m3 the float32 scales per layer and head are added.
     """
     window = rollout.window and rollout.window + rollout.chunk_frames
     frames = window or max(load.frames, rollout.sink + rollout.chunk_frames)

@@ -1,8 +1,8 @@
 """Wan 2.1's video VAE, streaming: the frames of a clip are the same whatever chunks it comes in.
 
 Every convolution over time sees only the two previous frames, zeros at a clip's start, so a stream's state is the last
-two frames of each one's input. The layers that double or halve the frame rate pass a clip's first frame through, so that
-1 + n latent frames are 1 + 4 n pixel frames. Apart from that a chunk of any length is one call per layer.
+two frames of each one's input. The layers that double or halve the frame rate pass a clip's first frame through, so
+that 1 + n latent frames are 1 + 4 n pixel frames. Apart from that a chunk of any length is one call per layer.
 
 Source: Wan 2.1 (arXiv 2503.20314) and its `wan/modules/vae.py`, which goes frame by frame with `feat_cache` on
 the module; here the state is an argument and a result.

@@ -61,8 +61,9 @@ def denoise_chunk(
     the others go on from (1 - sigma') x0 + sigma' noise at the next level sigma'.
 
     x [B, F, C, H, W]: at level sigmas[0], pure noise where that is 1; policies: one per row; renoise(step, rows) gives
-    the noise after `step` steps (1, 2, ...) for those rows of the batch; text_kv, rows: the prompt's and the past's keys and values (the chunk's own K/V are left in the cache, not advanced); on_step is called after each step, before its
-    decision.
+    the noise after `step` steps (1, 2, ...) for those rows of the batch; text_kv, rows: the prompt's and the past's
+    keys and values (the chunk's own K/V are left in the cache, not advanced); on_step is called after each step, before
+    its decision.
     """
     latents = torch.empty_like(x)
     confidence = x.new_empty(x.shape[:2], dtype=torch.float32) if head else None

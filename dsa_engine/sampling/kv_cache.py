@@ -1,11 +1,11 @@
 """The KV cache: a preallocated ring of frames with an optional sink, one slot per session.
 
-Contract. A slot holds a sink of s frames, which are never evicted, and a ring of R >= W - s: frame p of a clip lies at p if
-p < s, else at s + (p - s) mod R, so nothing ever moves. A chunk of F frames at position p sees the sink and the last
-W - s frames that end with itself. The chunk being denoised is written at its own ring index; only `advance` moves the
-position, so every denoising step of a chunk, its commit, and a second try after a failure write the same frames. With
-R = W - s these are the frames that the chunk evicts; with `headroom` more, the chunk after next fits in as well, so that
-one forward can commit a chunk and denoise the next, each row seeing its own window.
+Contract. A slot holds a sink of s frames, which are never evicted, and a ring of R >= W - s: frame p of a clip lies at
+p if p < s, else at s + (p - s) mod R, so nothing ever moves. A chunk of F frames at position p sees the sink and the
+last W - s frames that end with itself. The chunk being denoised is written at its own ring index; only `advance` moves
+the position, so every denoising step of a chunk, its commit, and a second try after a failure write the same frames.
+With R = W - s these are the frames that the chunk evicts; with `headroom` more, the chunk after next fits in as well,
+so that one forward can commit a chunk and denoise the next, each row seeing its own window.
 
 Keys are stored rotated at the absolute frame position they were made for (Self-Forcing's convention). RoPE makes a
 score depend on the distance of two frames alone, and within the ring no distance ever exceeds W, however long the clip.
@@ -34,8 +34,8 @@ class KVCache:
     frame's, and `first_valid` [N], the first frame of the ring that is valid.
 
     window: W, frames, counting the chunk being denoised and holding the sink; tokens: S, per frame; slots: N sessions;
-    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE; headroom: R - (W - s); scales: with an e4m3
-    `dtype`, and only then, k, v [layers, H] and shift [layers, H, D] (`models.fp8.cache_scales`).
+    rope: "absolute" or "relative" (above), with `theta` of the model's RoPE; headroom: R - (W - s); scales: with an
+    e4m3 `dtype`, and only then, k, v [layers, H] (`models.fp8.cache_scales`).
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class KVCache:
     def rows(self, slot: Tensor, frames: int, ahead: int | Tensor = 0) -> CacheView:
         """The view through which one forward over a chunk of `frames` frames reads and writes the slots [B].
 
-        ahead: the chunk starts that many frames after the next position, [B] on the device or for all, at most `headroom`
-        where frames are evicted: what lies between is written in the same forward.
+        ahead: the chunk starts that many frames after the next position, [B] on the device or for all, at most
+        `headroom` where frames are evicted: what lies between is written in the same forward.
         With relative positions the sink's keys are turned to where this chunk sees them.
         """
         if frames > self.window - self.sink:

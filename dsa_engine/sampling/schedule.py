@@ -48,5 +48,6 @@ class Schedule:
 
 
 def warp(s: Any, shift: float) -> Any:
-    """shift * s / (1 + (shift - 1) * s): the timestep shift of SD3, FLUX and Wan. s, a number or a tensor, in [0, 1]."""
+    """shift * s / (1 + (shift - 1) * s): the timestep shift of SD3, FLUX and Wan. s, a number or a tensor, in [0,
+    1]."""
     return shift * s / (1 + (shift - 1) * s)

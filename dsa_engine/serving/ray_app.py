@@ -4,8 +4,9 @@
     serve run dsa_engine.serving.ray_app:app model=shapes replicas=2
 
 There are two deployments: `Ingress` runs the application on a `RemoteBackend`, `EngineReplica` the replicas. A stream
-stays on its replica while that is alive (`StickyRouter`). Then another replica continues it from its last snapshot, which
-a detached actor keeps (`InMemorySnapshotStore`). There is one ingress, as it holds the jobs and their folder on disk.
+stays on its replica while that is alive (`StickyRouter`). Then another replica continues it from its last snapshot,
+which a detached actor keeps (`InMemorySnapshotStore`). There is one ingress, as it holds the jobs and their folder on
+disk.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def address(host: str, sock: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn that reports when it is ready, and drains the app before it closes the connections: open streams get their
-    running chunk and the reason why no more come."""
+    """uvicorn that reports when it is ready, and drains the app before it closes the connections: open streams get
+    their running chunk and the reason why no more come."""
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]], ready: Callable[[], None]):
         super().__init__(config)

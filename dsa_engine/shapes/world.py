@@ -1,7 +1,7 @@
 """The toy world of the small model: a coloured shape that moves over a plain background, described in a closed grammar.
 
-Everything about it is known exactly (position, event, whether a chunk can be predicted from its past), so a model trained
-on it can be measured without a judge. numpy only.
+Everything about it is known exactly (position, event, whether a chunk can be predicted from its past), so a model
+trained on it can be measured without a judge. numpy only.
 
 Geometry: frames are SIZE x SIZE pixels, pixel (i, j) has its centre at x = j + .5, y = i + .5, y points down.
 (x, y) is the centroid of the shape and lives in [LOW, HIGH], where every shape is wholly inside the frame.
@@ -109,13 +109,13 @@ EXAMPLE = Caption("red", "circle", "sideways")
 def _nearest(phrases: Sequence[str], words: Sequence[str]) -> tuple[str, float]:
     """The phrase most alike to any run of as many of `words`, and how alike, in [0, 1]."""
 
-    def likeness(phrase: str) -> float:
+    def similarity(phrase: str) -> float:
         n = len(phrase.split())
         runs = [" ".join(words[i : i + n]) for i in range(max(1, len(words) - n + 1))]
         return max(SequenceMatcher(None, phrase, run).ratio() for run in runs)
 
-    best = max(phrases, key=likeness)
-    return best, likeness(best)
+    best = max(phrases, key=similarity)
+    return best, similarity(best)
 
 
 def _not_in(words: Sequence[str], slot: str, word: object) -> ValueError:
@@ -126,9 +126,9 @@ def _not_in(words: Sequence[str], slot: str, word: object) -> ValueError:
 def _nearest_caption(text: str) -> Caption:
     words = text.split()
     motion = _MOTION_OF[_nearest(tuple(_MOTION_OF), words)[0]]
-    background, likeness = _nearest(SLOTS["background"], words)
+    background, similarity = _nearest(SLOTS["background"], words)
     # Most words have some letters of "navy" in them: a background is guessed only from a word that is close to it.
-    background = background if likeness > 0.7 else "black"
+    background = background if similarity > 0.7 else "black"
     return Caption(_nearest(SLOTS["color"], words)[0], _nearest(SHAPES, words)[0], motion, background)
 
 

@@ -105,7 +105,8 @@ def bits(x):
 
 @st.composite
 def rollouts(draw):
-    """(window, sink, headroom, turns); a turn is (rows that take part, frames of the chunk, how often it is written)."""
+    """(window, sink, headroom, turns); a turn is (rows that take part, frames of the chunk, how often it is
+    written)."""
     window = draw(st.integers(1, 9))
     sink = draw(st.integers(0, window - 1))
     frames = st.integers(1, window - sink)

@@ -1,4 +1,5 @@
-"""Two hundred clients, most of them hostile, and a server that is as it was when they are gone (`tests/stress/soak.py`).
+"""Two hundred clients, most of them hostile, and a server that is as it was when they are gone
+(`tests/stress/soak.py`).
 
 DSA_SOAK_SECONDS makes the storm longer than it is here."""
 

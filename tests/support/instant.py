@@ -72,8 +72,8 @@ class InstantStream:
 
 class Instant:
     """go: chunks are made while it is set; door: streams are opened while it is, knocks: how many wanted to be; faults:
-    (seed, chunk) that fail; most: places for jobs; refusals: how often `open` is Overloaded before it lets one in; seen: what
-    happened, in order."""
+    (seed, chunk) that fail; most: places for jobs; refusals: how often `open` is Overloaded before it lets one in;
+    seen: what happened, in order."""
 
     card = CARD
 

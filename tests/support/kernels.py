@@ -67,6 +67,7 @@ def nan_cache(cache: Tensor, used: dict[int, list[int]]) -> Tensor:
 
 
 def split_rows(*shape: int, dtype: torch.dtype, parts: int = 3, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """`parts` random tensors [..., C] that are views of one [..., parts * C], as the fused linear layer of q, k and v gives."""
+    """`parts` random tensors [..., C] that are views of one [..., parts * C], as the fused linear layer of q, k and v
+    gives."""
     whole = scale * torch.randn(*shape[:-1], parts * shape[-1], device=DEVICE)
     return whole.to(dtype).chunk(parts, dim=-1)

@@ -3,8 +3,8 @@
     python -m dsa_engine.serving.examples.asyncio_server 7000
 
 A client's first line is its request, {"prompt": "a red circle rests", "num_frames": 48}; each later line is another
-prompt. Every chunk is a line {"index", "steps", "shape"} followed by the bytes of its frames; the last line says why the
-stream ended.
+prompt. Every chunk is a line {"index", "steps", "shape"} followed by the bytes of its frames; the last line says why
+the stream ended.
 """
 
 from __future__ import annotations

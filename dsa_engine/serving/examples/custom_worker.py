@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 from dsa_engine.engine.batch_runner import Runner
 from dsa_engine.engine.chunk import Chunk
+from dsa_engine.engine.session import Session
 from dsa_engine.pipeline import Pipeline
 
 END = (None, None)
 
 
-def work(pipe: Pipeline, requests: queue.Queue, deliver: Callable[[str, Chunk | ValueError], None]) -> None:
+def work(pipe: Pipeline, requests: queue.Queue, deliver: Callable[[str, Chunk | ValueError], object]) -> None:
     """Generate what `requests` ask for until END was received and all streams are complete.
 
     Args:
@@ -25,7 +26,9 @@ def work(pipe: Pipeline, requests: queue.Queue, deliver: Callable[[str, Chunk | 
             prompt from its next chunk on.
         deliver: called as (name, chunk) for each chunk, as (name, error) for a request that is not possible.
     """
-    runner, sessions, prompts, receiving = Runner(capacity=8), {}, {}, True
+    runner, receiving = Runner(capacity=8), True
+    sessions: dict[str, Session] = {}
+    prompts: dict[str, str] = {}
     while receiving or sessions:
         while receiving and not (sessions and requests.empty()):  # without sessions: wait
             name, prompt = requests.get()

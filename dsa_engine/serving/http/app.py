@@ -48,8 +48,8 @@ CODES = {
 
 
 class Service:
-    """What an app holds. `drain` may be called before the server closes its connections, and is called at the end of the
-    app's lifespan in any case."""
+    """What an app holds. `drain` may be called before the server closes its connections, and is called at the end of
+    the app's lifespan in any case."""
 
     def __init__(self, backend: Backend, jobs: Jobs | None):
         self.backend, self.jobs = backend, jobs

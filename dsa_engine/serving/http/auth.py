@@ -14,7 +14,8 @@ def token_matches(token: str | None, given: str | None) -> bool:
 
 
 def origin_allowed(origin: str | None, host: str | None, origins: tuple[str, ...]) -> bool:
-    """A request without an Origin is not from a browser's page; others must be from the server's own pages or listed."""
+    """A request without an Origin is not from a browser's page; others must be from the server's own pages or
+    listed."""
     return origin is None or origin in origins or "*" in origins or origin in (f"http://{host}", f"https://{host}")
 
 

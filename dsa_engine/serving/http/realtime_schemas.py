@@ -275,8 +275,8 @@ class Done(ServerMessage):
 
 
 class Error(ServerMessage):
-    """retryable: the same may be possible later; event_id: of the interaction that it answers. The stream goes on unless
-    the connection is closed after it."""
+    """retryable: the same may be possible later; event_id: of the interaction that it answers. The stream goes on
+    unless the connection is closed after it."""
 
     type: Literal["error"] = "error"
     code: str

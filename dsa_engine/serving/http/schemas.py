@@ -196,7 +196,8 @@ class Deleted(BaseModel):
 
 
 class Model(BaseModel):
-    """confidence_threshold: the default; presets: thresholds by name; prompts: grammar of those it knows, null for any."""
+    """confidence_threshold: the default; presets: thresholds by name; prompts: grammar of those it knows, null for
+    any."""
 
     id: str
     object: Literal["model"] = "model"

@@ -175,8 +175,8 @@ class Jobs:
         return {"status": "failed", "error": str(error) or type(error).__name__, "completed": time.time()}
 
     async def _make(self, active: ActiveJob) -> None:
-        """Make the video. One thread opens, writes and closes the file, one call after another: encoding takes long, and
-        an encoder must not be closed while it works."""
+        """Make the video. One thread opens, writes and closes the file, one call after another: encoding takes long,
+        and an encoder must not be closed while it works."""
         job, loop = active.job, asyncio.get_running_loop()
         with ThreadPoolExecutor(1, "dsa-engine-video") as thread:
 

@@ -44,7 +44,8 @@ class Tables(SQLModel, registry=registry()):
 
 
 class Job(Tables, table=True):
-    """Names of columns are the file's format: the field of column `order` is `request`, of `took` it is `duration_s`."""
+    """Names of columns are the file's format: the field of column `order` is `request`, of `took` it is
+    `duration_s`."""
 
     number: int | None = Field(default=None, primary_key=True)  # in the order of arrival
     id: str = Field(unique=True, index=True)

@@ -51,7 +51,8 @@ class NumberedUpdate:
 
 @dataclass(frozen=True)
 class PollResponse:
-    """The next events, up to the first chunk. The event_id of UpdateApplied and UpdateRejected is the update's number."""
+    """The next events, up to the first chunk. The event_id of UpdateApplied and UpdateRejected is the update's
+    number."""
 
     replica_id: str
     run: str  # name of the `ReplicaStream`
@@ -212,8 +213,8 @@ class ReplicaStream:
             self._stream.ack()
 
     def _due_updates(self) -> list[tuple[int, NumberedUpdate]]:
-        """Updates due at the next chunk. Already acknowledged updates are replayed at their original chunk; the rest are
-        applied no earlier than the first chunk that the consumer has not received."""
+        """Updates due at the next chunk. Already acknowledged updates are replayed at their original chunk; the rest
+        are applied no earlier than the first chunk that the consumer has not received."""
         due = []
         while self._pending_updates:
             number = next(iter(self._pending_updates))

@@ -66,8 +66,8 @@ class InMemorySnapshotStore:
         self._entries: dict[str, StoredSnapshot] = {}
 
     def claim(self, id: str, run: str, needed: int) -> bytes | None:
-        """Give the stream to this run. Returns its snapshot; None if there is none, or only one later than chunk `needed`,
-        the consumer's next: then it is of another stream that had the same id."""
+        """Give the stream to this run. Returns its snapshot; None if there is none, or only one later than chunk
+        `needed`, the consumer's next: then it is of another stream that had the same id."""
         old = self._entries.get(id)
         usable = old is not None and old.data is not None and old.index <= needed
         index, data = (old.index, old.data) if usable else (0, None)

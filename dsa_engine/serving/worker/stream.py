@@ -210,7 +210,8 @@ class CloseStream:
 
 @dataclass(frozen=True)
 class ChunkDecoded:
-    """From the decoder's thread. threshold: that the chunk was decided with; outcome: the chunk, or why there is none."""
+    """From the decoder's thread. threshold: that the chunk was decided with; outcome: the chunk, or why there is
+    none."""
 
     stream: ActiveStream
     threshold: float | None

@@ -73,8 +73,8 @@ def test_a_first_chunk_has_no_deadline():
 
 
 def settled(load: float, streams: int = 10) -> tuple[LoadController, list[float]]:
-    """A controller after many chunks whose latency, in deadlines, is `load` on average at full steps, a third of that at
-    the fewest, and half more or less at random; the latencies of the last of them."""
+    """A controller after many chunks whose latency, in deadlines, is `load` on average at full steps, a third of that
+    at the fewest, and half more or less at random; the latencies of the last of them."""
     controller, chance, latencies = LoadController(), random.Random(0), []
     for _ in range(20_000):
         latencies.append(load * (1 - 2 / 3 * controller.pressure) * chance.uniform(0.5, 1.5))

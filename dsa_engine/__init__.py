@@ -2,7 +2,7 @@
 
 from dsa_engine.engine.session import Chunk, Session, Snapshot
 from dsa_engine.pipeline import Pipeline, VideoOutput
-from dsa_engine.sampling.policy import Budget, Change, Confidence, Fixed, PerChunk, Policy
+from dsa_engine.sampling.policy import Budget, Change, Confidence, Convergence, Fixed, PerChunk, Policy
 
 __version__ = "0.1.0"
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Change",
     "Chunk",
     "Confidence",
+    "Convergence",
     "Fixed",
     "PerChunk",
     "Pipeline",

@@ -203,7 +203,7 @@ class Convergence(Policy):
         return REDUCE[self.frame_reduce](values) <= self.threshold
 
 
-Change = Convergence  # the public name
+Change = Convergence  # the earlier public name
 
 
 @dataclass

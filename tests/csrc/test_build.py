@@ -109,8 +109,17 @@ def test_it_loads_without_torch_or_driver_and_then_says_what_is_missing(built):
     )
     assert width == "ValueError: gelu_bias [1, 2, 63]: 63 channels must be a multiple of 8 and at most 16384"
     assert "dtype code 7 must be 0 (float32), 1 (bfloat16) or 2 (float16)" in dtype
-    launchers = {"attention", "attention_blocks", "attention_workspace", "epilogue", "epilogue_workspace", "gelu_bias",
-                 "modulate", "norm_rope", "set_while"}  # fmt: skip
+    launchers = {
+        "attention",
+        "attention_blocks",
+        "attention_workspace",
+        "epilogue",
+        "epilogue_workspace",
+        "gelu_bias",
+        "modulate",
+        "norm_rope",
+        "set_while",
+    }
     assert set(names.split()) == launchers | {"DEVICE", "DTYPES"}
 
 
@@ -212,13 +221,16 @@ def test_nothing_spills(built, source):
     assert spilled == []
 
 
-@pytest.mark.parametrize("source, kernel, rowwise", [
-    ("norm_rope", "norm_rope_kernel<__nv_bfloat16, {V}>", False),
-    ("modulate", "modulate_kernel<__nv_bfloat16, {V}, false>", False),
-    ("modulate", "modulate_kernel<__nv_bfloat16, {V}, true>", True),
-    ("modulate", "gelu_kernel<__nv_bfloat16, {V}, false>", False),
-    ("modulate", "gelu_kernel<__nv_bfloat16, {V}, true>", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, kernel, rowwise",
+    [
+        ("norm_rope", "norm_rope_kernel<__nv_bfloat16, {V}>", False),
+        ("modulate", "modulate_kernel<__nv_bfloat16, {V}, false>", False),
+        ("modulate", "modulate_kernel<__nv_bfloat16, {V}, true>", True),
+        ("modulate", "gelu_kernel<__nv_bfloat16, {V}, false>", False),
+        ("modulate", "gelu_kernel<__nv_bfloat16, {V}, true>", True),
+    ],
+)
 @pytest.mark.parametrize("vectors", [4, 6])
 def test_memory_is_read_and_written_16_bytes_at_a_time(built, source, kernel, rowwise, vectors):
     """e4m3 is written 8 bytes at a time: eight channels. What is narrower is a row's own scalars, not its channels."""

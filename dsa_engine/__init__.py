@@ -2,7 +2,7 @@
 
 from dsa_engine.engine.session import Chunk, Session, Snapshot
 from dsa_engine.pipeline import Pipeline, VideoOutput
-from dsa_engine.sampling.policy import Budget, Change, Confidence, Convergence, Fixed, PerChunk, Policy
+from dsa_engine.sampling.policy import Budget, Change, Confidence, Convergence, Fixed, PerChunk, Policy, Relative
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PerChunk",
     "Pipeline",
     "Policy",
+    "Relative",
     "Session",
     "Snapshot",
     "VideoOutput",

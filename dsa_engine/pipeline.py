@@ -69,9 +69,10 @@ class Pipeline(LoadedModel):
             strength: in (0, 1]: video is noised to the last round(strength * steps) levels and denoised again; the
                 lower, the more of it stays.
             renoise: as in `generate_latents`.
-            step_policy: "dsa", "fixed", one of the model's presets (`config.presets`, such as "fast"), a `Policy`, or
-                its command-line form such as "fixed:4"; default "dsa" if the model has a confidence head.
-            min_steps, max_steps, confidence_threshold: of the policy "dsa".
+            step_policy: "dsa", "relative", "fixed", one of the model's presets (`config.presets`, such as "fast"), a
+                `Policy`, or its command-line form such as "fixed:4"; default "dsa" if the model has a confidence head.
+            min_steps, max_steps: of "dsa" and "relative".
+            confidence_threshold: of "dsa".
             commit: "clean" or "exit_step" (RolloutConfig).
 
         Returns:
@@ -137,7 +138,7 @@ class Pipeline(LoadedModel):
         try:
             for _ in range(count):
                 chunks.append(rollout.denoise(on_step if callback else None))
-                rollout.accept(chunks[-1].latents)
+                rollout.accept(chunks[-1].latents, chunks[-1].confidence)
                 first_chunk = first_chunk or time.perf_counter() - start
         finally:
             rollout.close()

@@ -18,7 +18,7 @@ from dsa_engine.config import RolloutConfig, nearest
 from dsa_engine.engine.engine import Engine
 from dsa_engine.media import preprocess
 from dsa_engine.sampling.noise import Renoise, check_seed
-from dsa_engine.sampling.policy import Confidence, Fixed, Policy, parse_policy
+from dsa_engine.sampling.policy import Confidence, Fixed, Policy, Relative, parse_policy
 from dsa_engine.sampling.schedule import Schedule
 
 GLOBAL = -1  # as a window: the whole clip, Self-Forcing's local_attn_size = -1
@@ -79,11 +79,13 @@ def resolve_policy(
     threshold: float | None = None,
     strength: float | None = None,
 ) -> Policy:
-    """The step policy that a name ("dsa", "fixed", a preset, "fixed:4"), an object or the separate knobs mean.
+    """The step policy that a name ("dsa", "relative", "fixed", a preset, "fixed:4"), an object or the separate knobs
+    mean.
 
     strength: of video to video, which leaves fewer levels to take (`Schedule`).
     """
     config, presets = engine.config, engine.config.presets
+    bounds = 1 if min_steps is None else min_steps, num_inference_steps if max_steps is None else max_steps
     limit = len(Schedule(config.steps, config.shift, 1.0 if strength is None else strength))
     chosen = parse_policy(named) if isinstance(named, str) and ":" in named else named
     if isinstance(chosen, Policy):
@@ -98,12 +100,18 @@ def resolve_policy(
             raise ValueError(f"{', '.join(given)}: already said by step_policy={chosen}; give one or the other")
     elif named == "fixed" or (named is None and engine.head is None and threshold is None):
         chosen = Fixed(limit if num_inference_steps is None else num_inference_steps)
+    elif named == "relative":
+        if threshold is not None:
+            raise ValueError(
+                f"confidence_threshold={threshold}: step_policy='relative' compares a chunk with the one before and "
+                "has none; leave it out, or use 'dsa'"
+            )
+        chosen = Relative(*bounds)
     elif named in ("dsa", None, *presets):
         own = presets.get(named, default_threshold(engine))
-        max_steps = num_inference_steps if max_steps is None else max_steps
-        chosen = Confidence(own if threshold is None else threshold, 1 if min_steps is None else min_steps, max_steps)
+        chosen = Confidence(own if threshold is None else threshold, *bounds)
     else:
-        names = ", ".join(("dsa", "fixed", *presets))
+        names = ", ".join(("dsa", "relative", "fixed", *presets))
         raise ValueError(f"step_policy={named!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
     chosen.check(limit)
     if chosen.signal == "confidence" and engine.head is None:

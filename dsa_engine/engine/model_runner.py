@@ -7,6 +7,7 @@ session, and sessions at different steps and positions share a forward.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from dsa_engine.kernel_types import REDUCE, StopRule
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.interfaces import TextKV
+from dsa_engine.ops.reference import reduce_confidence
 from dsa_engine.sampling.kv_cache import CacheView, KVCache
 from dsa_engine.sampling.policy import ExitRule
 from dsa_engine.sampling.schedule import TIMESTEPS
@@ -81,8 +83,24 @@ class ModelRunner:
         for s, used in zip(slot.tolist(), self.text.used[slot].tolist()):
             self.prompt_lengths[s] = used
 
-    def start_chunk(self, slot: Tensor, noise: Tensor, sigmas: Sequence[float], rules: Sequence[ExitRule]) -> None:
-        """Start a chunk in the slots [B]: noise [B, K, F, C, h, w], entry 0 at level sigmas[0]; one rule a slot."""
+    def start_chunk(
+        self,
+        slot: Tensor,
+        noise: Tensor,
+        sigmas: Sequence[float],
+        rules: Sequence[ExitRule],
+        exit_confidence: Tensor | None = None,
+    ) -> None:
+        """Start a chunk in the slots [B].
+
+        Args:
+            slot: int64 [B].
+            noise: [B, K, F, C, h, w], entry 0 at level sigmas[0].
+            sigmas: the levels.
+            rules: one a slot.
+            exit_confidence: float32 [B, F] of the chunk before, for rules without a threshold. It is read on the
+                device: the host need not know it.
+        """
         self.x[slot] = noise[:, 0]
         self.noise[slot, : noise.shape[1]] = noise
         self.step[slot] = 0
@@ -91,10 +109,13 @@ class ModelRunner:
         levels, threshold, *counts = unpack_chunk_params(host)
         levels[:, : len(sigmas)] = torch.tensor(sigmas)
         for row, rule in enumerate(rules):
-            threshold[row] = _at_least(rule.threshold)
+            threshold[row] = math.nan if rule.threshold is None else _at_least(rule.threshold)
             for count, value in zip(counts, (rule.min_steps, rule.max_steps, REDUCE.index(rule.reduce))):
                 count[row] = value
         self.chunk_params[slot] = self._to_device(host)
+        if any(rule.threshold is None for rule in rules):
+            sent, previous = self.threshold[slot], reduce_confidence(exit_confidence, self.reduce[slot])
+            self.threshold[slot] = torch.where(sent.isnan(), previous, sent)
 
     def rows(self, rows: Sequence[RowSpec], size: int = 0) -> Tensor:
         """Rows as the device reads them: [4, R] slot, commit, frames ahead, counts.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.chunk_plan import Forward, LaunchSpec, chunk_plan, run_plan
-from dsa_engine.engine.device import Moment, on_device
+from dsa_engine.engine.device import Moment, on_device, read
 from dsa_engine.engine.model_runner import ModelRunner
 from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT
@@ -20,7 +20,7 @@ from dsa_engine.models.interfaces import TextKV
 from dsa_engine.sampling.denoise import Denoised, Step, commit_chunk, denoise_chunk, read_policy_signals
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import Noise
-from dsa_engine.sampling.policy import ExitRule, Policy
+from dsa_engine.sampling.policy import ExitRule, Policy, Relative
 from dsa_engine.sampling.schedule import Schedule
 
 
@@ -87,6 +87,8 @@ class Rollout:
         self.index = 0  # of the next chunk to be generated
         self.position = 0  # of its first frame
         self.past: list[tuple[int, Tensor]] = []  # (first frame, latents) of the chunks that a recache replays
+        # [B, F] of the last accepted chunk, what `Relative` compares the next one with; 1 before the first.
+        self.exit_confidence = torch.ones(len(self.slots), self.config.chunk_frames, device=self.device)
         if self.given is not None:
             size = self.config.chunk_frames
             short = self.given.shape[1] % size  # an image is one frame: a partial chunk comes first
@@ -137,6 +139,10 @@ class Rollout:
 
     def _denoise_plain(self, on_step: Callable[[Step], None] | None) -> Denoised:
         self._flush_timed()
+        if any(isinstance(policy, Relative) for policy in self.policies):  # here the host decides
+            for policy, confidence in zip(self.policies, read(self.exit_confidence).tolist()):
+                if isinstance(policy, Relative):
+                    policy.follow(confidence)
         return denoise_chunk(
             self.dit,
             self.head,
@@ -184,7 +190,8 @@ class Rollout:
         self.host_decides = None in rules
         rules = [rule or ExitRule(1, limit) for rule in rules]
         max_steps = max(rule.max_steps for rule in rules)
-        inputs.start_chunk(self.slot, self.noise.draw_chunk(self.index, max_steps), self.schedule.sigmas, rules)
+        noise = self.noise.draw_chunk(self.index, max_steps)
+        inputs.start_chunk(self.slot, noise, self.schedule.sigmas, rules, self.exit_confidence)
         self.steps, self.previous_x0 = dict.fromkeys(self.slots, 0), None
         commit = self.state is not CacheState.COMMITTED
         return chunk_plan(min(rule.min_steps for rule in rules), max_steps, commit, len(self.recache_queue))
@@ -247,8 +254,20 @@ class Rollout:
         confidence = self.inputs.state[self.slot, :-1] if self.head else None
         return Denoised(self.inputs.x0[self.slot], list(self.steps.values()), confidence)
 
-    def accept(self, latents: Tensor) -> None:
-        """Move on to the next chunk."""
+    def accept(self, latents: Tensor, confidence: Tensor | None = None) -> None:
+        """Move on to the next chunk.
+
+        Args:
+            latents: of the chunk that was denoised, [B, F, C, H, W].
+            confidence: of its exit step, float32 [B, F]; None without a head.
+
+        Raises:
+            ValueError: no confidence, but a `Relative` policy, which compares the next chunk with it.
+        """
+        if confidence is not None:
+            self.exit_confidence = confidence
+        elif any(isinstance(policy, Relative) for policy in self.policies):
+            raise ValueError("confidence=None: Relative compares the next chunk with it; give that of the exit step")
         if self.state is not CacheState.STALE:
             self._enter(CacheState.UNCOMMITTED)
         self._remember(latents)
@@ -264,13 +283,26 @@ class Rollout:
 
     # ---- the cache ---------------------------------------------------------------------------------------------------
 
-    def set_prompt(self, text_kv: TextKV, recache: bool = True) -> None:
-        """Go on under another prompt. recache: recompute the past's keys and values under it."""
+    def set_prompt(self, text_kv: TextKV, recache: bool = True, switched: bool | Sequence[bool] = True) -> None:
+        """Go on under another prompt.
+
+        Args:
+            text_kv: the prompt's keys and values.
+            recache: recompute the past's keys and values under it.
+            switched: whether the next chunk is the first under it, of each row or of all: not so where another chunk
+                of a transition was. `Relative.on_prompt_switch` follows it.
+        """
         if not recache:
             self.flush_cache()  # what was generated under the old prompt is committed under it
         self.text_kv = text_kv
         if recache and self.past:
             self._enter(CacheState.STALE)
+        resets = [isinstance(p, Relative) and p.on_prompt_switch == "reset" for p in self.policies]
+        if any(resets):
+            rows = [switched] * len(resets) if isinstance(switched, bool) else switched
+            self.exit_confidence = torch.stack(
+                [torch.ones_like(c) if a and b else c for c, a, b in zip(self.exit_confidence, resets, rows)]
+            )
 
     @on_device
     @torch.inference_mode()
@@ -342,4 +374,4 @@ def _select(x: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 # Replaced, never written to: no copy needed.
-_PLAIN_STATE = ("text_kv", "noise", "given", "index", "position", "state")
+_PLAIN_STATE = ("text_kv", "noise", "given", "index", "position", "state", "exit_confidence")

@@ -203,7 +203,8 @@ class Session:
         transition = self._transition
         if transition is not None and self.index < transition.first + transition.chunks:
             self._embeds = transition.embeds(self.index)
-            self.rollout.set_prompt(self._encoder.text_kv(self._embeds), transition.recache)
+            first = self.index == transition.first
+            self.rollout.set_prompt(self._encoder.text_kv(self._embeds), transition.recache, first)
         self._started = time.perf_counter(), Moment(self.device)
 
     def _times(self) -> DenoiseTimes:
@@ -213,12 +214,13 @@ class Session:
 
     def _finish(self, result: Denoised) -> Chunk:
         chunk = self._decode(result, self.index, self._times())
-        self.rollout.accept(result.latents)  # cannot fail: the session moves on as a whole or not at all
+        # It cannot fail: the session moves on as a whole or not at all.
+        self.rollout.accept(result.latents, result.confidence)
         return chunk
 
     def _detach(self, result: Denoised) -> Callable[[], Chunk]:
         index, times, side_stream = self.index, self._times(), self._side_stream(result)
-        self.rollout.accept(result.latents)
+        self.rollout.accept(result.latents, result.confidence)
 
         def decode() -> Chunk:
             with side_stream:

@@ -191,11 +191,13 @@ def _run(pipe: Pipeline, rollout: Rollout, captions: Captions, recache: bool, on
     """All chunks of a rollout, decoded; of its rows the first one per clip."""
     clips, chunks = len(captions), []
     for i in range(len(captions[0])):
-        if i and any(clip[i] != clip[i - 1] for clip in captions):
-            embeds = _embeds(pipe, [clip[i] for clip in captions], len(rollout.slot))
-            rollout.set_prompt(pipe.engine.text_kv(embeds), recache)
+        switched = [i > 0 and clip[i] != clip[i - 1] for clip in captions]
+        if any(switched):
+            rows = len(rollout.slots)
+            embeds = _embeds(pipe, [clip[i] for clip in captions], rows)
+            rollout.set_prompt(pipe.engine.text_kv(embeds), recache, switched * (rows // clips))
         chunks.append(rollout.denoise(on_step))
-        rollout.accept(chunks[-1].latents)
+        rollout.accept(chunks[-1].latents, chunks[-1].confidence)
     with torch.inference_mode():
         pixels, _ = pipe.engine.decoder.decode(torch.cat([c.latents[:clips] for c in chunks], dim=1), None)
     missing = torch.full(chunks[0].latents.shape[:2], torch.nan)

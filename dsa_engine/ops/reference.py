@@ -208,10 +208,15 @@ def confidence_mlp(features: Tensor, head: HeadWeights) -> Tensor:
     return F.linear(hidden, head.weight2, head.bias2).squeeze(-1).float()
 
 
+def reduce_confidence(confidence: Tensor, reduce: Tensor) -> Tensor:
+    """Confidence [B, F] of the frames, float32 -> [B] of the rows; reduce [B]: index of `REDUCE`."""
+    low, mean, high = confidence.amin(1), confidence.sum(1) / confidence.shape[1], confidence.amax(1)
+    return torch.where(reduce == 0, low, torch.where(reduce == 1, mean, high))
+
+
 def stop_flags(confidence: Tensor, rule: StopRule) -> Tensor:
     """Which rows stop after this step: [B] bool."""
-    low, mean, high = confidence.amin(1), confidence.mean(1), confidence.amax(1)
-    confident = torch.where(rule.reduce == 0, low, torch.where(rule.reduce == 1, mean, high)) >= rule.threshold
+    confident = reduce_confidence(confidence, rule.reduce) >= rule.threshold
     return (rule.step >= rule.max_steps) | ((rule.step >= rule.min_steps) & confident)
 
 

@@ -12,16 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
+
 from dsa_engine.checks import check_choice, check_unit
 
 
 class ExitRule(NamedTuple):
-    """Stop after `max_steps`, or after at least `min_steps` once the reduced confidence reaches `threshold`."""
+    """Stop after `max_steps`, or after at least `min_steps` once the reduced confidence reaches `threshold`.
+
+    threshold: None is the reduced confidence at which the chunk before was left, 1.0 before the first.
+    """
 
     min_steps: int
     max_steps: int
     reduce: str = "min"
-    threshold: float = 2.0  # above every confidence
+    threshold: float | None = 2.0  # above every confidence
 
 
 class Policy(ABC):
@@ -50,10 +55,10 @@ class Policy(ABC):
     def with_threshold(self, threshold: float) -> Policy:
         """A copy with another confidence threshold.
 
-        Raises ValueError for a policy that confidence does not steer and for a threshold outside [0, 1].
+        Raises ValueError for a policy that has none and for a threshold outside [0, 1].
         """
         if self.threshold_field is None:
-            raise ValueError(f"threshold={threshold}: confidence does not steer {self}")
+            raise ValueError(f"threshold={threshold}: {self} has no confidence threshold; Confidence and Budget do")
         check_unit(self.threshold_field, threshold)
         policy = copy.copy(self)
         setattr(policy, self.threshold_field, threshold)
@@ -135,11 +140,12 @@ def _check_range(min_steps: int, max_steps: int | None, frame_reduce: str, limit
     check_choice("frame_reduce", frame_reduce, REDUCE)
 
 
-REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
-    "min": min,
-    "mean": lambda values: sum(values) / len(values),
-    "max": max,
-}
+def _mean(values: Sequence[float]) -> float:
+    """In float32, as the device takes it: else the two could differ on what is at least a threshold."""
+    return (torch.tensor(values, dtype=torch.float32).sum() / len(values)).item()
+
+
+REDUCE: dict[str, Callable[[Sequence[float]], float]] = {"min": min, "mean": _mean, "max": max}
 
 
 @dataclass
@@ -170,6 +176,54 @@ class Confidence(Policy):
     def rule(self, chunk, limit) -> ExitRule:
         max_steps = limit if self.max_steps is None else self.max_steps
         return ExitRule(self.min_steps, max_steps, self.frame_reduce, self.threshold)
+
+
+@dataclass
+class Relative(Policy):
+    """Go on while the chunk's confidence is below that at which the chunk before was left, within [min_steps,
+    max_steps].
+
+        stop chunk i after step k  iff  k >= max_steps, or k >= min_steps and r(c_i,k) >= p_i
+        p_0 = 1,   p_i+1 = r(c_i) at the exit of chunk i,   r = min, mean or max over the chunk's frames
+
+    This is Algorithm 1 of Dynamic Step Allocation (arXiv 2606.04432), told by two summaries of it that agree; the paper
+    itself was not read. It has no threshold. The first chunk takes max_steps unless its confidence is 1. After a chunk
+    that was left very confident the next one takes many steps, and one that was left at max_steps with little
+    confidence lets the next one leave early.
+
+    Args:
+        min_steps, max_steps: of a chunk; max_steps None is the whole schedule.
+        frame_reduce: "min", "mean" or "max", of a chunk's frames.
+        on_prompt_switch: "keep" compares the first chunk under another prompt with the chunk before, as any other (the
+            summaries say nothing of prompts); "reset" compares it with 1, as a clip's first. A switch that is
+            interpolated over several chunks is one, at the first of them.
+        previous: p of the chunk in the making where the host decides; else the device knows it (`Rollout`).
+    """
+
+    min_steps: int = 1
+    max_steps: int | None = None
+    frame_reduce: str = "min"
+    on_prompt_switch: str = "keep"
+    previous: float = field(init=False, default=1.0)
+
+    signal = "confidence"
+
+    def check(self, limit: int) -> None:
+        _check_range(self.min_steps, self.max_steps, self.frame_reduce, limit)
+        check_choice("on_prompt_switch", self.on_prompt_switch, ("keep", "reset"))
+
+    def follow(self, confidence: Sequence[float]) -> None:
+        """The next chunk is compared with one that was left at this confidence, one value per frame."""
+        self.previous = REDUCE[self.frame_reduce](confidence)
+
+    def should_stop(self, chunk, step, values, limit) -> bool:
+        if step >= (limit if self.max_steps is None else self.max_steps):
+            return True
+        return step >= self.min_steps and REDUCE[self.frame_reduce](values) >= self.previous
+
+    def rule(self, chunk, limit) -> ExitRule:
+        max_steps = limit if self.max_steps is None else self.max_steps
+        return ExitRule(self.min_steps, max_steps, self.frame_reduce, None)
 
 
 @dataclass
@@ -254,9 +308,13 @@ class Budget(Policy):
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy from its command-line form: `fixed:4`, `confidence:0.8`, `change:0.02`, `budget:16fps` or
-    `per-chunk:4,2,1,3`."""
+    """A policy from its command-line form: `fixed:4`, `confidence:0.8`, `relative`, `relative:mean`, `change:0.02`,
+    `budget:16fps` or `per-chunk:4,2,1,3`."""
     kind, _, value = text.partition(":")
+    if text == "relative":
+        return Relative()
+    if kind == "relative" and value in REDUCE:
+        return Relative(frame_reduce=value)
     try:
         if kind == "fixed":
             return Fixed(int(value))
@@ -274,5 +332,6 @@ def parse_policy(text: str) -> Policy:
 
 
 POLICY_FORMS = (
-    "must be fixed:N, confidence:THRESHOLD, change:THRESHOLD, budget:FPSfps or per-chunk:N,N,..., e.g. fixed:4"
+    "must be fixed:N, confidence:THRESHOLD, relative, relative:min|mean|max, change:THRESHOLD, budget:FPSfps or "
+    "per-chunk:N,N,..., e.g. fixed:4"
 )

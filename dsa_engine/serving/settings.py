@@ -173,7 +173,7 @@ class WorkerLimits:
     lifetime: float = flag(3600.0, "seconds of a live stream", float, metavar="S")
     max_batch_rows: int = flag(8, "sequences of one forward, at most", int, name="rows", metavar="N")
     steps: str | None = flag(
-        None, "where a request does not say: budget, dsa, fixed, a preset or as generate's", metavar="POLICY"
+        None, "where a request does not say: budget, dsa, relative, fixed, a preset or as generate's", metavar="POLICY"
     )  # None: "budget", or "fixed" for a model without a confidence head
 
     def __post_init__(self):

@@ -28,9 +28,10 @@ class StreamRequest:
     num_frames: int | None = None  # pixel frames; None for no end
     height: int | None = None
     width: int | None = None
-    steps: str | None = None  # "dsa", "fixed", "budget" (`LoadController`), a preset, or a form such as "fixed:4"
+    # "dsa", "relative", "fixed", "budget" (`LoadController`), a preset, or a form such as "fixed:4"
+    steps: str | None = None
     threshold: float | None = None  # confidence in [0, 1] at which a chunk stops; the ceiling for "budget"
-    min_steps: int | None = None  # of "dsa" and "budget"
+    min_steps: int | None = None  # of "dsa", "relative" and "budget"
     max_steps: int | None = None
     image: Any = field(default=None, repr=False)  # the first frame, as `Pipeline.session` takes it
     live: bool = True  # paced to the clip's fps, with deadlines; else a job, made as fast as possible

@@ -48,7 +48,7 @@ class CreateVideo(BaseModel):
     )
     reference_url: str | None = Field(None, description="not possible: the server fetches nothing")
     step_policy: str | None = Field(
-        None, max_length=64, description="dsa, fixed, a preset of the model, or a form such as fixed:2"
+        None, max_length=64, description="dsa, relative, fixed, a preset of the model, or a form such as fixed:2"
     )
     confidence_threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="confidence at which a chunk is done"
@@ -100,6 +100,8 @@ class CreateVideo(BaseModel):
         kind = (self.step_policy or "").partition(":")[0]
         if kind == "budget":
             raise Refusal("step_policy", "='budget': is for realtime streams, a job has no deadline; nearest is 'dsa'")
+        if kind == "relative" and self.confidence_threshold is not None:
+            raise Refusal("step_policy", "='relative': goes with no confidence_threshold; nearest is 'dsa'")
         if kind == "fixed" and (self.min_steps, self.confidence_threshold) != (None, None):
             raise Refusal("step_policy", "='fixed': goes with neither min_steps nor confidence_threshold")
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
+from torch import Tensor
+
 from dsa_engine.engine.batch_runner import BatchRunner
 from dsa_engine.engine.chunk import Chunk
 from dsa_engine.engine.session import Session
 from dsa_engine.pipeline import Pipeline
-from dsa_engine.sampling.policy import Budget, Policy
+from dsa_engine.sampling.policy import REDUCE, Budget, ExitRule, Policy
 from dsa_engine.serving.types import CloseReason, Event, Opened, StreamRequest, UpdateApplied, UpdateRejected
 from dsa_engine.serving.worker.pacing import LoadController, PlaybackPacer
 from dsa_engine.serving.worker.step_policy import resolve_policy
@@ -157,15 +159,14 @@ class ActiveStream:
     def start_decoding(self, max_steps: int) -> Callable[[], ChunkDecoded]:
         """The chunk is denoised. Returns what decodes it, for any thread."""
         session, self.runner, self.state = self.session, None, StreamState.DECODING
-        rule = session.policy.rule(session.index, max_steps)
-        threshold = rule.threshold if rule is not None and rule.threshold <= 1 else None
+        rule, before = session.policy.rule(session.index, max_steps), session.rollout.exit_confidence
         decode = session.detach_decode()
 
         def run() -> ChunkDecoded:
             try:
-                return ChunkDecoded(self, threshold, decode())
+                return ChunkDecoded(self, decode(), _threshold(rule, before))
             except Exception as error:
-                return ChunkDecoded(self, threshold, error)
+                return ChunkDecoded(self, error)
 
         return run
 
@@ -181,6 +182,13 @@ class ActiveStream:
             self.runner = None
         if self.session is not None:
             self.session.close()
+
+
+def _threshold(rule: ExitRule | None, before: Tensor) -> float | None:
+    """That a chunk was decided with, None if confidence is not used; before [1, F]: of the chunk before it."""
+    if rule is None or (rule.threshold is not None and rule.threshold > 1):
+        return None
+    return REDUCE[rule.reduce](before[0].tolist()) if rule.threshold is None else rule.threshold
 
 
 @dataclass(frozen=True)
@@ -210,12 +218,11 @@ class CloseStream:
 
 @dataclass(frozen=True)
 class ChunkDecoded:
-    """From the decoder's thread. threshold: that the chunk was decided with; outcome: the chunk, or why there is
-    none."""
+    """From the decoder's thread. outcome: the chunk, or why there is none; threshold: that it was decided with."""
 
     stream: ActiveStream
-    threshold: float | None
     outcome: Chunk | Exception
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,8 @@ class Worker:
                         stream.pacer.ack(time)
                 case CloseStream(_, reason):
                     self.end(stream, Closed(reason))
-                case ChunkDecoded(_, threshold, outcome):
-                    self._decoded(stream, threshold, outcome)
+                case ChunkDecoded(_, outcome, threshold):
+                    self._decoded(stream, outcome, threshold)
         except Exception as error:  # a fault of one stream does not stop the others
             logger.exception("%s of %s failed", type(message).__name__, stream.id)
             self.end(stream, Closed("failed", str(error)))
@@ -346,7 +346,7 @@ class Worker:
         else:
             self._decoder.submit(lambda: self._post(decode()))
 
-    def _decoded(self, stream: ActiveStream, threshold: float | None, outcome: Chunk | Exception) -> None:
+    def _decoded(self, stream: ActiveStream, outcome: Chunk | Exception, threshold: float | None) -> None:
         if stream.state is not StreamState.DECODING:  # closed meanwhile
             return
         stream.state = StreamState.READY

@@ -111,7 +111,7 @@ def resolve_policy(
         own = presets.get(named, default_threshold(engine))
         chosen = Confidence(own if threshold is None else threshold, *bounds)
     else:
-        names = ", ".join(("dsa", "relative", "fixed", *presets))
+        names = ", ".join(("dsa", "fixed", *presets, "relative"))
         raise ValueError(f"step_policy={named!r}: must be one of {names}, a Policy, or e.g. 'fixed:4'")
     chosen.check(limit)
     if chosen.signal == "confidence" and engine.head is None:

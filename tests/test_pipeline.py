@@ -11,7 +11,7 @@ import torch
 from diffusers import SkyReelsV2Transformer3DModel
 from safetensors.torch import save_file
 
-from dsa_engine import Budget, Confidence, Fixed, PerChunk, Pipeline
+from dsa_engine import Budget, Confidence, Fixed, PerChunk, Pipeline, Relative
 
 FRAMES, CHUNKS, HEIGHT, WIDTH = 3, 4, 4, 6
 RAW = (1000, 750, 500, 250)
@@ -201,7 +201,12 @@ BAD_CALLS = {
     "float frames": (dict(num_frames=9.5), ["num_frames=9.5", "whole number"]),
     "steps 0": (dict(step_policy="fixed", num_inference_steps=0), ["n=0", "1 to 4", "nearest is 1"]),
     "steps 9": (dict(step_policy="fixed", num_inference_steps=9), ["n=9", "1 to 4", "nearest is 4"]),
-    "policy": (dict(step_policy="magic"), ["magic", "dsa"]),
+    "policy": (dict(step_policy="magic"), ["magic", "dsa", "relative"]),
+    "relative": (
+        dict(step_policy="relative", confidence_threshold=0.5),
+        ["confidence_threshold=0.5", "'relative'", "use 'dsa'"],
+    ),
+    "relative bounds": (dict(step_policy="relative", min_steps=3, max_steps=2), ["max_steps=2", "nearest is 3"]),
     "threshold": (dict(confidence_threshold=1.2), ["threshold=1.2", "[0, 1]", "nearest is 1.0"]),
     "twice": (dict(step_policy=Fixed(2), min_steps=1), ["min_steps", "one or the other"]),
     "guidance": (dict(guidance_scale=3.0), ["guidance_scale=3.0", "1.0"]),
@@ -251,7 +256,7 @@ def test_a_model_without_head_decoder_or_text_says_what_it_cannot_do(checkpoint)
         pipe(prompt_embeds=embeds, latents=noise)
     with pytest.raises(ValueError, match="no decoder"):
         pipe.session(prompt_embeds=embeds, num_frames=9)
-    for policy in (Confidence(0.5), Budget(16), "dsa"):
+    for policy in (Confidence(0.5), Budget(16), Relative(), "dsa", "relative", "relative:max"):
         with pytest.raises(ValueError, match="needs a confidence head"):
             pipe.generate_latents(noise, embeds, step_policy=policy)
     with pytest.raises(ValueError, match=re.escape("[B, L, 40]")):

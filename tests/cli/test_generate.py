@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dsa_engine import Relative
 from dsa_engine.cli import generate
 from dsa_engine.config import ModelConfig
 from dsa_engine.engine.session import Session
@@ -34,6 +35,15 @@ def test_the_file_holds_what_the_session_makes(facts, model, tmp_path):
     assert said["steps_per_chunk"] == [4, 2, 1, 3, 3] == [c.steps for c in chunks]
     assert said["confidence"] == pytest.approx(min_confidences(chunks), abs=1e-4)
     assert len(set(said["confidence"])) == 5, "the tiny model's confidences must differ for this to mean anything"
+
+
+def test_steps_relative_to_the_chunk_before(facts, model):
+    said = facts("generate", PROMPT, "--seed", 3, "--steps", "relative:mean")
+    chunks = by_hand(model, seed=3, step_policy=Relative(frame_reduce="mean"), num_frames=15)
+    assert said["policy"] == "relative:mean" and said["steps_per_chunk"] == [c.steps for c in chunks]
+    before = [1.0, *(np.mean(chunk.confidence) for chunk in chunks)]
+    for chunk, least in zip(chunks, before):
+        assert chunk.steps == 4 or np.mean(chunk.confidence) >= least - 1e-6
 
 
 def test_json_says_everything_and_agrees_with_itself(facts, model):

@@ -38,6 +38,10 @@ from tests.support.graph_pools import (
         ("confidence, three rows", 8, 6, "clean"),
         ("confidence, three rows", 8, None, "exit_step"),
         ("one never stops", 8, 6, "clean"),
+        ("relative", 0, 6, "clean"),
+        ("relative", 8, 6, "clean"),
+        ("relative, three rows", 0, 6, "exit_step"),
+        ("relative, three rows", 8, 6, "clean"),
         ("five rows", 8, 6, "clean"),
     ],
 )

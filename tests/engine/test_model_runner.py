@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsa_engine import Change, Confidence, Fixed, PerChunk
+from dsa_engine import Change, Confidence, Fixed, PerChunk, Relative
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.chunk_plan import RowSpec
 from dsa_engine.engine.engine import Engine
@@ -39,6 +39,8 @@ POLICIES = {
     "confidence": [Confidence(0.5), Confidence(0.5, min_steps=2), Confidence(0.5, max_steps=3)],
     "the mean, the surest": [Confidence(0.5, frame_reduce="mean"), Confidence(0.55, frame_reduce="max"), Fixed(2)],
     "one never stops": [Confidence(1.0), Confidence(0.0), Confidence(0.5)],
+    "relative": [Relative(), Relative(2, frame_reduce="mean"), Relative(max_steps=3, frame_reduce="max")],
+    "relative beside a host's": [Relative(), Half(), Relative()],
     "change": [Change(0.5), Change(2.0, min_steps=2), Fixed(1)],
 }
 
@@ -103,12 +105,12 @@ def test_row_by_row_the_bits_are_those_of_the_plain_loop(tiny_dit, head, name, w
             made, expected = a.denoise(), plain(b)
             assert same(made, expected)
             taken.update(made.steps)
-            a.accept(made.latents)
-            b.accept(expected.latents)
+            a.accept(made.latents, made.confidence)
+            b.accept(expected.latents, expected.confidence)
     assert name in ("one count", "change") or len(taken) > 1  # else nothing was decided
 
 
-@pytest.mark.parametrize("name", ["every count", "confidence", "change"])
+@pytest.mark.parametrize("name", ["every count", "confidence", "relative", "relative beside a host's", "change"])
 def test_a_callback_sees_the_steps_of_the_plain_loop_and_changes_nothing(tiny_dit, head, close, name):
     """Three clips in step: each step's rows, level, input, estimate and confidence."""
     ours, theirs, silent = (together(tiny_dit, head, POLICIES[name]) for _ in range(3))
@@ -121,7 +123,7 @@ def test_a_callback_sees_the_steps_of_the_plain_loop_and_changes_nothing(tiny_di
             for name in ("x", "x0", "confidence"):
                 close(getattr(a, name), getattr(b, name), 1e-4)
         for roll in (ours, theirs, silent):
-            roll.accept(made.latents)
+            roll.accept(made.latents, made.confidence)
 
 
 def test_a_callback_that_fails_can_be_tried_again(tiny_dit, head):

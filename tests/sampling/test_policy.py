@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsa_engine import Budget, Change, Confidence, Fixed, PerChunk, Policy
+from dsa_engine import Budget, Change, Confidence, Fixed, PerChunk, Policy, Relative
 from dsa_engine.sampling.policy import parse_policy
 
 LIMIT = 4
@@ -75,8 +75,8 @@ def test_change_knows_nothing_after_one_step_but_obeys_a_schedule_of_one():
 
 
 def test_each_policy_says_what_it_reads():
-    reads = [policy.signal for policy in (Fixed(1), PerChunk([1]), Confidence(), Budget(16), Change(0.1))]
-    assert reads == [None, None, "confidence", "confidence", "change"]
+    policies = Fixed(1), PerChunk([1]), Confidence(), Relative(), Budget(16), Change(0.1)
+    assert [policy.signal for policy in policies] == [None, None, *["confidence"] * 3, "change"]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,10 @@ def test_each_policy_says_what_it_reads():
         (Confidence(0.5, max_steps=7), ["max_steps=7", "nearest is 4"]),
         (Confidence(0.5, min_steps=3, max_steps=2), ["max_steps=2", "min_steps=3", "nearest is 3"]),
         (Confidence(0.5, frame_reduce="median"), ["median", "min, mean, max"]),
+        (Relative(0), ["min_steps=0", "nearest is 1"]),
+        (Relative(3, 2), ["max_steps=2", "min_steps=3", "nearest is 3"]),
+        (Relative(frame_reduce="median"), ["median", "min, mean, max"]),
+        (Relative(on_prompt_switch="forget"), ["on_prompt_switch='forget'", "keep, reset"]),
         (Change(-0.5), ["threshold=-0.5", "at least 0", "nearest is 0.0"]),
         (Change(float("nan")), ["threshold=nan", "at least 0"]),
         (Change("low"), ["threshold='low'", "a number"]),
@@ -150,6 +154,8 @@ def test_streams_do_not_share_a_budget():
     [
         ("fixed:3", Fixed(3)),
         ("confidence:0.8", Confidence(0.8)),
+        ("relative", Relative()),
+        ("relative:mean", Relative(frame_reduce="mean")),
         ("change:0.02", Change(0.02)),
         ("budget:16fps", Budget(16.0)),
         ("budget:12.5", Budget(12.5)),
@@ -161,7 +167,19 @@ def test_command_line_forms(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fixed", "fixed:", "fixed:x", "magic:3", "per-chunk:1,,2", "confidence:high", "change:"]
+    "text",
+    [
+        "",
+        "fixed",
+        "fixed:",
+        "fixed:x",
+        "magic:3",
+        "per-chunk:1,,2",
+        "confidence:high",
+        "change:",
+        "relative:",
+        "relative:0.5",
+    ],
 )
 def test_bad_command_line_forms(text):
     with pytest.raises(ValueError, match="fixed:N"):
@@ -187,6 +205,6 @@ def test_another_threshold_is_a_copy_and_needs_a_policy_of_confidence():
     assert budget.with_threshold(0.6).ceiling == 0.6 and budget.ceiling == 0.9
     with pytest.raises(ValueError, match="threshold=1.5.*nearest is 1.0"):
         policy.with_threshold(1.5)
-    for other in (Fixed(2), PerChunk([1]), Change(0.1)):
-        with pytest.raises(ValueError, match="confidence"):
+    for other in (Fixed(2), PerChunk([1]), Change(0.1), Relative()):
+        with pytest.raises(ValueError, match="no confidence threshold"):
             other.with_threshold(0.5)

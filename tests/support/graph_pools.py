@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from dsa_engine import Confidence, Fixed, PerChunk
+from dsa_engine import Confidence, Fixed, PerChunk, Relative
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.chunk_plan import lower
 from dsa_engine.engine.engine import Engine
@@ -78,7 +78,7 @@ def chunk(roll, made=None, on_device=False):
         else:
             eager(roll.inputs, launch.forwards[0].rows(live))
     result = roll.result()
-    roll.accept(result.latents)
+    roll.accept(result.latents, result.confidence)
     return result, seen
 
 
@@ -101,5 +101,7 @@ POLICIES = {
     "confidence": [Confidence(0.5)],
     "confidence, three rows": [Confidence(0.5), Confidence(0.55, min_steps=2), Confidence(0.45, max_steps=3)],
     "one never stops": [Confidence(1.0), Confidence(0.0)],
+    "relative": [Relative()],
+    "relative, three rows": [Relative(), Relative(2, frame_reduce="mean"), Confidence(0.5)],
     "five rows": [Confidence(0.4 + 0.05 * i) for i in range(5)],
 }

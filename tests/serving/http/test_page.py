@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from dsa_engine import Pipeline
+from dsa_engine import Pipeline, Relative
 from dsa_engine.serving.settings import Settings
 from tests.support.browser import DESKTOP, PHONE, Page, chromium, missing, served
 
@@ -100,6 +100,24 @@ def test_a_second_stream_begins_anew(server, browser):
         assert bars(page) == int(page.text("count")) and page.complaints == []
 
 
+def test_chunks_that_are_compared_with_the_one_before(server, browser):
+    """Each one's dotted line is the least confidence of the chunk before it; there is no threshold to move."""
+    address, backend = server
+    with Page(browser, address) as page:
+        page.page.wait_for_selector("#go:enabled")
+        page.page.select_option("#policy", "relative")
+        assert not page.page.is_visible("#threshold")
+        page.say(FIRST)
+        page.chunks(6)
+        assert page.page.is_disabled("#policy") and "under load" not in page.text("lowered")
+        (stream,) = backend.worker._live
+        assert isinstance(stream.session.policy, Relative)
+        page.page.click("#stop")
+        page.until("document.body.dataset.state === 'idle'")
+        page.page.select_option("#policy", "")
+        assert page.page.is_visible("#threshold") and page.complaints == []
+
+
 @pytest.mark.parametrize("size", [PHONE, {"width": 320, "height": 568}, DESKTOP])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_fits(server, browser, size, scheme):
@@ -109,12 +127,25 @@ def test_everything_fits(server, browser, size, scheme):
         page.chunks(3)
         width = page.page.evaluate("document.documentElement.scrollWidth")
         assert width <= size["width"]
-        for id in ("video", "prompt", "words", "go", "stop", "threshold", "chart", "fps", "behind", "download", "seed"):
+        for id in (
+            "video",
+            "prompt",
+            "words",
+            "go",
+            "stop",
+            "policy",
+            "threshold",
+            "chart",
+            "fps",
+            "behind",
+            "download",
+            "seed",
+        ):
             box = page.page.locator(f"#{id}").bounding_box()
             assert box and box["width"] > 0 and box["x"] >= 0 and box["x"] + box["width"] <= size["width"], id
         assert page.page.locator("#video").bounding_box()["width"] >= min(280, size["width"] - 40)
         unnamed = page.page.evaluate(
-            """() => [...document.querySelectorAll("input, textarea, button, video, canvas, svg")]
+            """() => [...document.querySelectorAll("input, select, textarea, button, video, canvas, svg")]
                 .filter((e) => !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim()))
                 .map((e) => e.id)"""
         )

@@ -56,6 +56,7 @@ WRONG = [
     ({"step_policy": "budget"}, 400, "nearest is 'dsa'"),
     ({"step_policy": "budget:16fps"}, 400, "nearest is 'dsa'"),
     ({"step_policy": "fixed", "confidence_threshold": 0.5}, 400, "fixed"),
+    ({"step_policy": "relative", "confidence_threshold": 0.5}, 400, "no confidence_threshold; nearest is 'dsa'"),
     ({"step_policy": "fixed:2", "min_steps": 1}, 400, "fixed"),
     ({"step_policy": "x" * 65}, 422, "step_policy"),
     ({"min_steps": 0}, 422, "min_steps"),

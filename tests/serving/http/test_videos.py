@@ -67,6 +67,7 @@ def orders(client):
             {"step_policy": "dsa", "min_steps": 2, "confidence_threshold": 0.25},
             {"steps": "dsa", "min_steps": 2, "threshold": 0.25},
         ),
+        ({"step_policy": "relative", "min_steps": 2}, {"steps": "relative", "min_steps": 2, "threshold": None}),
         ({"step_policy": "fixed", "num_inference_steps": 2}, {"steps": "fixed", "max_steps": 2}),
         ({"seed": 2**64 - 1, "negative_prompt": None}, {"seed": 2**64 - 1}),
     ],

@@ -69,6 +69,23 @@ def test_it_goes_on_elsewhere_with_the_same_frames(pipes, every, live):
         assert again.deadline is None  # the player has run out long ago: it begins anew
 
 
+def test_relative_steps_go_on_elsewhere_from_the_chunk_before(pipes):
+    order = StreamRequest(PROMPTS[0], seed=4, num_frames=30, steps="relative", live=False)
+
+    async def scenario(cluster, backend):
+        stream = await backend.open(order)
+
+        async def die():
+            cluster.dead.add(stream.replica_id)
+
+        return await play(stream, {6: die}), stream.moves
+
+    events, moves = run(scenario, pipes, every=2)
+    check_frames(pipes[0], order, events)
+    made = [event for event in events if isinstance(event, ChunkReady)]
+    assert moves == 1 and [m.threshold for m in made] == [1.0, *(min(m.chunk.confidence) for m in made[:-1])]
+
+
 @pytest.mark.parametrize("steps", ["dsa", "budget"])
 @pytest.mark.parametrize("every", [0, 1])
 def test_a_changed_threshold_goes_with_it(pipes, steps, every):

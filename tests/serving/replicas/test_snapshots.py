@@ -30,6 +30,17 @@ def test_a_snapshot_survives_its_bytes(pipes):
                 assert chunk.prompt == PROMPTS[1]
 
 
+def test_a_snapshots_bytes_hold_what_the_next_chunk_is_compared_with(pipes):
+    ours, other = pipes
+    with ours.session(PROMPTS[0], seed=5, step_policy="relative") as session, other.session(PROMPTS[2]) as restored:
+        for _ in range(3):
+            session.next_chunk()
+        data = StreamSnapshot(session.snapshot(), session.index, 0).pack()
+        restored.restore(StreamSnapshot.unpack(data, other.engine.dit.device).snapshot)
+        assert restored.rollout.exit_confidence.equal(session.rollout.exit_confidence)
+        assert [restored.next_chunk().steps for _ in range(5)] == [session.next_chunk().steps for _ in range(5)]
+
+
 def test_snapshots_belong_to_the_run_that_claimed_them_last():
     now = [0.0]
     snapshots = InMemorySnapshotStore(lifetime=10.0, clock=lambda: now[0])

@@ -131,6 +131,19 @@ def test_a_prompt_is_in_force_from_the_chunk_that_it_says(pipe, open_bench):
     assert np.array_equal(shown(bench.of(stream, ChunkReady)), frames_of(pipe, switch=2, prompt=PROMPTS[1]))
 
 
+def test_a_relative_stream_says_what_each_chunk_was_compared_with(pipe, open_bench):
+    """The least confidence of the chunk before, 1 for the first; it has no threshold to be changed."""
+    bench = open_bench()
+    stream = bench.open(steps="relative", live=True)
+    stream.update(threshold=0.5, event_id="e1")
+    bench.run(stream)
+    made = bench.of(stream, ChunkReady)
+    assert np.array_equal(shown(made), frames_of(pipe, step_policy="relative"))
+    assert [event.threshold for event in made] == [1.0, *(min(event.chunk.confidence) for event in made[:-1])]
+    (refused,) = bench.of(stream, UpdateRejected)
+    assert "no confidence threshold" in refused.error
+
+
 def test_who_leaves_in_the_middle_of_a_chunk_changes_nothing_for_others(pipe, open_bench):
     bench = open_bench()
     leaver, stayer = bench.open(0), bench.open(1)
@@ -153,6 +166,8 @@ def test_who_leaves_in_the_middle_of_a_chunk_changes_nothing_for_others(pipe, op
         ({"steps": "fixed:9"}, "nearest is 4"),
         ({"steps": "best"}, "must be one of"),
         ({"threshold": float("nan"), "steps": "budget"}, "within"),
+        ({"steps": "relative", "threshold": 0.5}, "use 'dsa'"),
+        ({"steps": "relative", "min_steps": 9}, "nearest is 4"),
         ({"steps": "budget", "min_steps": 9}, "nearest"),
         ({"steps": "budget", "min_steps": 0}, "nearest is 1"),
         ({"height": 65}, "nearest"),

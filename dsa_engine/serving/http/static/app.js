@@ -112,6 +112,8 @@ function offerQuality() {
   showThreshold();
 }
 
+const relative = () => $("policy").value === "relative"; // each chunk to the one before: no threshold
+
 function showThreshold() {
   const value = Number($("threshold").value);
   $("threshold-value").textContent = value.toFixed(2);
@@ -160,9 +162,10 @@ class Stream {
     this.socket = new WebSocket(address);
     this.socket.binaryType = "arraybuffer";
     this.socket.onopen = () => {
-      const threshold = model.confidence_threshold === null ? {} : { confidence_threshold: Number($("threshold").value) };
+      const threshold = { confidence_threshold: Number($("threshold").value) };
+      const policy = model.confidence_threshold === null ? {} : relative() ? { step_policy: "relative" } : threshold;
       const seed = Number.isSafeInteger(Number($("seed").value)) ? Number($("seed").value) : 0;
-      this.send("session.start", { model: model.id, prompt: $("prompt").value, format: this.format, seed, ...threshold });
+      this.send("session.start", { model: model.id, prompt: $("prompt").value, format: this.format, seed, ...policy });
     };
     this.socket.onmessage = ({ data }) => (typeof data === "string" ? this.receive(JSON.parse(data)) : this.receiveChunk(data));
     this.socket.onclose = ({ code }) => this.onClose(code);
@@ -256,7 +259,7 @@ class Stream {
     const [then, before] = this.samples[0];
     if (now - then > 1500) $("fps").textContent = ((1000 * (this.player.shown - before)) / (now - then)).toFixed(1);
     const wanted = Number($("threshold").value);
-    if (chunk.threshold !== null && chunk.threshold < wanted - 0.006)
+    if (chunk.threshold !== null && chunk.threshold < wanted - 0.006 && !relative())
       $("lowered").textContent = `Lowered to ${chunk.threshold.toFixed(2)} under load`;
     else if ($("lowered").textContent.startsWith("Lowered")) $("lowered").textContent = "";
   }
@@ -309,7 +312,7 @@ function state(name) {
   $("go").textContent = open ? "Change prompt" : "Start";
   $("go").disabled = !["idle", "running", "queued"].includes(name);
   $("stop").disabled = !["running", "queued", "connecting"].includes(name);
-  $("seed").disabled = open;
+  $("seed").disabled = $("policy").disabled = open; // of a stream's start
   show($("live"), name === "running");
 }
 
@@ -374,6 +377,7 @@ $("surprise").addEventListener("click", () => {
   $("prompt").value = compose(grammar.groups.map((group) => group[Math.floor(Math.random() * group.length)]));
   pressWords();
 });
+$("policy").addEventListener("change", () => show($("by-threshold"), !relative()));
 $("threshold").addEventListener("input", showThreshold);
 $("threshold").addEventListener("change", changeThreshold);
 $("reconnect").addEventListener("click", () => (model ? begin() : askModel()));

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsa_engine import ops
 from dsa_engine.config import ModelConfig
@@ -90,6 +91,17 @@ class CrossAttention(Attention):
         return self.o(ops.cross_attention(q, k, v, text.used, text.repeat).flatten(2))
 
 
+class FeedForward(nn.Sequential):
+    def __init__(self, config: ModelConfig):
+        up, down = nn.Linear(config.dim, config.ffn_dim), nn.Linear(config.ffn_dim, config.dim)
+        super().__init__(up, nn.GELU(approximate="tanh"), down)
+
+    def forward(self, x: Tensor | RowwiseFP8, fp8: bool = False) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]. fp8: its two layers are `FP8Linear`."""
+        up, _, down = self
+        return down(up.gelu(x) if fp8 else ops.linear_gelu(x, up.weight, up.bias))
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -99,9 +111,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(dim, eps=config.eps)
         self.cross_attn = CrossAttention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
-        )
+        self.ffn = FeedForward(config)
 
     # x --+----------------------------------(+)-+-----------------------(+)-+----------------------------(+)--> x
     #     |                                   |  |                        |  |                             |
@@ -128,8 +138,7 @@ class Block(nn.Module):
         x, y = ops.residual_modulate(x, y, mod.gate1, mod.shift3, mod.scale3, self.eps, self.fp8)
         y = self.cross_attn(y, layer, text)
         x, y = ops.residual_modulate(x, y, None, mod.shift2, mod.scale2, self.eps, self.fp8)
-        up, _, down = self.ffn
-        y = down(up.gelu(y) if self.fp8 else ops.linear_gelu(y, up.weight, up.bias))
+        y = self.ffn(y, self.fp8)
         if next_mod is None:
             return ops.gate_residual(x, y, mod.gate2), None
         return ops.residual_modulate(x, y, mod.gate2, next_mod.shift1, next_mod.scale1, self.eps, self.fp8)
@@ -153,11 +162,16 @@ class Head(nn.Module):
 
 
 class CausalDiT(nn.Module):
-    """Predicts the flow velocity of a chunk of latent frames from its noisy latents, the prompt and the past."""
+    """Predicts the flow velocity of a chunk of latent frames from its noisy latents, the prompt and the past.
+
+    checkpointing: where gradients are needed, keep only what enters each block and compute the rest again (gradient
+    checkpointing): memory for a third more time.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -229,7 +243,10 @@ class CausalDiT(nn.Module):
         mods = [*self._modulations(mod), None]
         y = ops.modulate(tokens, mods[0].shift1, mods[0].scale1, self.config.eps, self.blocks[0].fp8)
         for layer, block in enumerate(self.blocks):
-            tokens, y = block(tokens, y, *mods[layer : layer + 2], layer, rope, text_kv, memory)
+            args = (tokens, y, *mods[layer : layer + 2], layer, rope, text_kv, memory)
+            # A recomputation that stops early would leave FSDP's hooks of the last module unfinished.
+            again = self.checkpointing and torch.is_grad_enabled()
+            tokens, y = checkpoint(block, *args, use_reentrant=False, early_stop=False) if again else block(*args)
         return tokens, time
 
     def _modulations(self, mod: Tensor) -> list[BlockModulation]:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dsa_engine.training.csv_log import CsvLog
+from dsa_engine.training.wan import sharding
 
 LOG_EVERY = 20  # steps
 Loss = Callable[..., Tensor]
@@ -66,8 +67,9 @@ class Objective(nn.Module):
 class Optimized:
     """A model, the loss it steps on, its optimizers and the running average (EMA) of its weights.
 
-    Gradients are clipped at norm 1 and averaged over all processes (DistributedDataParallel). The EMA's decay warms up
-    as n / (n + 50), so short runs do not average in the initial weights.
+    Gradients are clipped at norm 1 and averaged over all processes. These hold the whole model each
+    (DistributedDataParallel), or with `shard` a part of its weights, gradients, optimizer states and EMA. The EMA's
+    decay warms up as n / (n + 50), so short runs do not average in the initial weights.
 
     Args:
         model: what is trained, in place.
@@ -80,6 +82,7 @@ class Optimized:
         weight_decay: of all optimizers.
         ema_decay: the EMA's, after its warm-up.
         lr_factor: lr_factor(step, steps) multiplies all learning rates.
+        shard: spreads a model over the processes, in place (`sharding.shard`); all must have it with the same weights.
     """
 
     def __init__(
@@ -93,12 +96,16 @@ class Optimized:
         weight_decay: float = 0.01,
         ema_decay: float = 0.999,
         lr_factor: Callable[[int, int], float] = lr_schedule,
+        shard: Callable[[nn.Module], None] | None = None,
     ):
         self.model, self.steps, self.lr_factor, self.ema_decay, self.step = model, steps, lr_factor, ema_decay, 0
         self.objective: nn.Module = Objective(model, loss)
-        if distributed():
+        if distributed() and shard is None:
             self.objective = DistributedDataParallel(self.objective)  # gives every process the first one's weights
         self.ema = copy.deepcopy(model).requires_grad_(False)
+        if distributed() and shard is not None:
+            shard(model)
+            sharding.spread_like(self.ema, model)
         matrices = {p for name, p in model.named_parameters() if muon and "blocks." in name and p.ndim == 2}
         rates = lr if isinstance(lr, Mapping) else {"": lr}
         groups = [
@@ -139,15 +146,27 @@ class Optimized:
             average.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
+        """Whole tensors in every case. Of a sharded model all processes must ask, and process 0 gets them."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
-        return {**parts, "optimizers": optimizers, "step": self.step}
+        return sharding.gathered({**parts, "optimizers": optimizers, "step": self.step})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Of any number of processes, sharded or not; every process takes its part."""
         for name in ("model", "ema"):
-            getattr(self, name).load_state_dict(state[name])
+            module = getattr(self, name)
+            own = module.state_dict()
+            module.load_state_dict({key: sharding.like(value, own[key]) for key, value in state[name].items()})
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            values = {
+                index: {
+                    key: sharding.like(value, parameters[index]) if value.ndim else value  # a step has no shape
+                    for key, value in one.items()
+                }
+                for index, one in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": values})
         self.step = state["step"]
 
 
@@ -196,17 +215,24 @@ class Trainer:
                     bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                     seconds = round(time.perf_counter() - start, 1)
                     self.log.add({"step": main.step, "loss": mean, "seconds": seconds, **report()})
-                if (main.step % save_every == 0 or main.step == main.steps) and rank() == 0:
+                if main.step % save_every == 0 or main.step == main.steps:
                     self.save()
-                    self.log.plot(note)
-                    on_save()
+                    if rank() == 0:
+                        self.log.plot(note)
+                        on_save()
 
     def save(self) -> None:
-        """Write the checkpoint to a temporary name and rename it, so a kill or a full disk leaves the last good one."""
+        """Write the checkpoint to a temporary name and rename it, so a kill or a full disk leaves the last good one.
+
+        Process 0 writes; the others give their part of what is sharded.
+        """
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if rank() > 0:
+            return
         temporary = self.checkpoint.with_suffix(".part")
         try:
             with temporary.open("wb") as f:
-                torch.save({name: part.state_dict() for name, part in self.parts.items()}, f)
+                torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, self.checkpoint)
@@ -217,7 +243,7 @@ class Trainer:
         """Load the folder's checkpoint if there is one; True if there was. Log rows after it are dropped."""
         found = self.checkpoint.exists()
         if found:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
         if rank() == 0:

@@ -1,0 +1,68 @@
+"""A module's weights spread over the processes of a run: FSDP2, and state that does not depend on how many there are.
+
+Source: `torch.distributed.fsdp.fully_shard`. A checkpoint holds whole tensors, gathered one at a time, so a run may be
+resumed by any number of processes, one included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dsa_engine.models.dit import CausalDiT
+
+
+def shard(module: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> None:
+    """Spread a module's parameters over all processes, in place; each is gathered while it is used.
+
+    Of a `CausalDiT` the attentions and feed-forwards of all blocks are gathered one by one, and the rest, which blocks
+    share, as one. dtype: that weights are gathered and used in (None: their own); gradients are averaged in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if isinstance(module, CausalDiT):
+        for block in module.blocks:
+            for part in (block.self_attn, block.cross_attn, block.ffn):
+                fully_shard(part, mp_policy=policy)
+            register_fsdp_forward_method(block.cross_attn, "keys_values")
+    fully_shard(module, mp_policy=policy)
+    if isinstance(module, CausalDiT):
+        register_fsdp_forward_method(module, "text_kv")
+
+
+def spread_like(module: nn.Module, sharded: nn.Module) -> None:
+    """Replace a module's parameters by frozen copies of those of a sharded module of the same structure."""
+    for name, value in sharded.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, in every process; each must ask. A plain tensor is itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(state: Any) -> Any:
+    """A nested state with whole tensors on process 0's CPU; the others, who must all take part, get None for them.
+
+    One tensor at a time is whole on the device.
+    """
+    if isinstance(state, dict):
+        return {name: gathered(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(gathered(value) for value in state)
+    if isinstance(state, DTensor):
+        value = state.full_tensor()
+        return value.cpu() if dist.get_rank() == 0 else None
+    return state
+
+
+def like(value: Tensor, own: Tensor) -> Tensor:
+    """A copy of this process's part of a whole tensor, spread as `own` is. No communication."""
+    if not isinstance(own, DTensor):
+        return value.clone()
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()

@@ -1,4 +1,5 @@
-"""Teacher forcing: all chunks of a clip in one forward, each on the clean past, as the KV cache would serve it."""
+"""All chunks of a clip in one forward: teacher forcing, each on the clean past as the KV cache would serve it, or as a
+base model sees a clip, every frame by every other."""
 
 from __future__ import annotations
 
@@ -62,3 +63,27 @@ def teacher_forced(
     out = model(x, t, position, text_kv, memory)
     noisy_rows = (part.unflatten(0, (clips, 2, chunks))[:, 1].flatten(0, 1) for part in out)
     return DiTOutput(*noisy_rows)
+
+
+class WholeClip:
+    """A `KVMemory` without a past: every token of a row sees every other, as in Wan's bidirectional base models."""
+
+    def attend(self, layer, q, k, v, norm_weights, rope, eps) -> Tensor:
+        (q_weight, k_weight), (cos, sin) = norm_weights, rope
+        q, k = ops.norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
+        return sdpa(q, k, v.unflatten(-1, k.shape[-2:])).flatten(2)
+
+
+def whole_clip(
+    model: CausalDiT, clean: Tensor, noisy: Tensor, sigma: Tensor, clean_text: Tensor, text: Tensor, context: int
+) -> DiTOutput:
+    """`teacher_forced` for a bidirectional model: arguments and rows are the same, what it sees is not.
+
+    A row is a clip: its frames are denoised together, under the prompt of its first chunk. clean, clean_text and
+    context are not used. Source: Self-Forcing (arXiv 2506.08009) `model/dmd.py`, where scores are Wan's base models.
+    """
+    clips, chunks, frames = noisy.shape[:3]
+    t = 1000 * sigma.repeat_interleave(frames, dim=1)
+    position = torch.arange(chunks * frames, device=noisy.device).expand(clips, -1)
+    out = model(noisy.flatten(1, 2), t, position, model.text_kv(text[:, 0]), WholeClip())
+    return DiTOutput(*(part.unflatten(1, (chunks, -1)).flatten(0, 1) for part in out))

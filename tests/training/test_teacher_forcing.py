@@ -8,7 +8,8 @@ import torch
 from dsa_engine.sampling.denoise import commit_chunk
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.training.flow import recached
-from dsa_engine.training.teacher_forcing import teacher_forced
+from dsa_engine.training.teacher_forcing import teacher_forced, whole_clip
+from tests.support.checkpoints import velocity
 
 CLIPS, CHUNKS, FRAMES, SIZE = 2, 5, 2, 4
 
@@ -46,6 +47,16 @@ def test_the_future_does_not_reach_the_past(tiny_dit):
     after = velocity()
     changed = [not before[:, i].equal(after[:, i]) for i in range(CHUNKS)]
     assert changed == [False, False, False, True, True]
+
+
+def test_a_whole_clip_is_one_chunk_without_a_past(tiny_dit, close):
+    """Every frame sees every other, as one chunk of all frames does on an empty cache; rows are (clip, chunk)."""
+    clean, noisy = torch.randn(2, CLIPS, CHUNKS, FRAMES, 16, SIZE, SIZE).unbind(0)
+    sigma, text = torch.rand(CLIPS, 1).expand(-1, CHUNKS), torch.randn(CLIPS, 1, 12, 40).expand(-1, CHUNKS, -1, -1)
+    out = whole_clip(tiny_dit, clean, noisy, sigma, text, text, CHUNKS)
+    expected = velocity(tiny_dit, noisy.flatten(1, 2), 1000 * sigma[:, 0], text[:, 0])
+    close(out.velocity.view_as(noisy), expected.view_as(noisy), 1e-4)
+    assert out.hidden.shape == (CLIPS * CHUNKS, FRAMES * 4, 96) and out.time.shape == (CLIPS * CHUNKS, FRAMES, 96)
 
 
 def test_recached_clips_carry_the_last_prompt_and_learn_only_from_what_follows():

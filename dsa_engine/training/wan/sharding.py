@@ -6,6 +6,8 @@ resumed by any number of processes, one included.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +16,42 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.dit import CausalDiT, DiTOutput
+
+
+class Pass(nn.Module):
+    """A DiT under one way to run it: forward(*args) = function(dit, *args).
+
+    All that a pass needs of the weights happens inside this module's forward, as FSDP's hooks must see it: a DiT's
+    `text_kv` and `forward` one after the other would be two.
+    """
+
+    def __init__(self, dit: CausalDiT, function: Callable[..., DiTOutput]):
+        super().__init__()
+        self.dit, self.function = dit, function
+
+    def forward(self, *args: Any) -> DiTOutput:
+        return self.function(self.dit, *args)
 
 
 def shard(module: nn.Module, dtype: torch.dtype | None = torch.bfloat16) -> None:
     """Spread a module's parameters over all processes, in place; each is gathered while it is used.
 
-    Of a `CausalDiT` the attentions and feed-forwards of all blocks are gathered one by one, and the rest, which blocks
+    Of a `Pass` the attentions and feed-forwards of all blocks are gathered one by one, and the rest, which blocks
     share, as one. dtype: that weights are gathered and used in (None: their own); gradients are averaged in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    if isinstance(module, CausalDiT):
-        for block in module.blocks:
+    # Also the outermost part goes back after its forward: outside of one, parameters and their gradients are always
+    # this process's own, for zero_grad, the optimizer and checkpoints.
+    options: dict[str, Any] = {"mp_policy": policy, "reshard_after_forward": True}
+    if isinstance(module, Pass):
+        for block in module.dit.blocks:
             for part in (block.self_attn, block.cross_attn, block.ffn):
-                fully_shard(part, mp_policy=policy)
+                fully_shard(part, **options)
             register_fsdp_forward_method(block.cross_attn, "keys_values")
-    fully_shard(module, mp_policy=policy)
-    if isinstance(module, CausalDiT):
-        register_fsdp_forward_method(module, "text_kv")
+    fully_shard(module, **options)
+    # A pass changes nothing in place (`tests/training/test_sharding.py` compares the gradients).
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 def spread_like(module: nn.Module, sharded: nn.Module) -> None:

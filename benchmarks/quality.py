@@ -158,6 +158,9 @@ def assemble(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: di
         | {"versus": versus(tables[f"confidence:{value}"], against, curve)}
         for value, r in of("confidence").items()
     ]
+    relative = {
+        how: r | {"versus": versus(tables[f"relative:{how}"], against, curve)} for how, r in of("relative").items()
+    }
     own = tables[f"confidence:{default}"]
     head = head_figures(fixed[limit].trace, [(r.confidence, r.table) for r in fixed.values()], own)
     by_policy = tables | {name: tables[f"confidence:{value}"] for name, value in presets.items()}
@@ -167,6 +170,7 @@ def assemble(args: argparse.Namespace, pipe: Pipeline, clips: Clips, results: di
     found |= {"mix": {"hard": own.hard.mean(), **{kind: (own.kind == kind).mean() for kind in KINDS}}}
     found |= {"thresholds": {"default": default, **presets}}
     found |= {"fixed": {n: rows[f"fixed:{n}"] for n in fixed}, "confidence": confidence}
+    found |= {"relative": relative}
     found["baselines"] = {
         "random": [{"p": float(p), **r} for p, r in of("random").items()],
         "by_index": [{"counts": [int(n) for n in c.split(",")], **r} for c, r in of("by_index").items()],

@@ -17,7 +17,8 @@ a flood of --flood streams gets through, goes up or down by a tenth, a fifth and
 3 %.
 
 policies: fixed, all steps for every chunk; confidence, the model's own threshold; budget, the same with one that falls
-under load. one_at_a_time: the policy of --alone on a server whose forwards have one row. overload: twice the
+under load; relative, where asked for, each chunk measured by the one before it. one_at_a_time: the policy of --alone
+on a server whose forwards have one row. overload: twice the
 streams that `fixed` holds, under each policy; beyond: twice those that `confidence` holds, which may be more than
 budget's floor of one step per chunk can do. pressure, threshold: from /metrics before, in and after the trial.
 latency_ms: of a chunk since it was due to start, by the server's clock; interval_ms: between two chunks at a client;
@@ -54,7 +55,8 @@ from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import check_output_path
 from dsa_engine.media.stream_encoders import FORMATS
 
-POLICIES = {"fixed": "fixed", "confidence": "dsa", "budget": "budget"}  # as `session.start` calls them
+POLICIES = {"fixed": "fixed", "confidence": "dsa", "budget": "budget", "relative": "relative"}  # for `session.start`
+DEFAULT_POLICIES = ("fixed", "confidence", "budget")
 FPS, LATE = 0.98, 0.01  # of a stream that is held: share of its frames per second, and of late chunks
 STRIDE, RESOLUTION = 0.1, 0.03  # of the search, in shares of the streams: the first one, and the last
 PRESSURE = ("pressure", "threshold")  # parts of the names of metrics that say how hard the load presses
@@ -294,7 +296,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="as for serve")
     add("--url", help="of a server that runs, instead of starting one; it needs room for all streams")
     add("--rows", type=int, default=8, help="of a forward of the server that is started")
-    add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    add("--policies", nargs="+", choices=POLICIES, default=list(DEFAULT_POLICIES))
     add("--alone", choices=POLICIES, default="fixed", help="the policy of the server with forwards of one row")
     add("--format", choices=FORMATS, default="rgb24")
     add("--most", type=int, help="streams of the search (default 64)")

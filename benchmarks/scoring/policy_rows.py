@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy
+from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Policy, Relative
 from dsa_engine.evaluation.rollouts import (
     BATCH_CLIPS,
     Table,
@@ -26,6 +26,7 @@ from dsa_engine.evaluation.rollouts import (
     trace,
 )
 from dsa_engine.evaluation.statistics import spread
+from dsa_engine.kernel_types import REDUCE
 from dsa_engine.pipeline_inputs import override_config
 
 SPREAD = np.linspace(1.1, 3.5, 10)  # mean steps at which the confidence policy is tried beside its presets
@@ -138,12 +139,14 @@ def known_jobs(source: Source, clips: Clips, limit: int, brief: bool = False) ->
 
 
 def chosen_jobs(source: Source, seen: Trace, named: Sequence[float], brief: bool = False) -> dict[str, Job]:
-    """Confidence at the named thresholds and a spread, x0_change at a spread: placed by what the trace shows."""
+    """Confidence at the named thresholds and a spread, x0_change at a spread: placed by what the trace shows. And the
+    relative rule, which has nothing to place."""
     if brief:
         return {f"confidence:{t}": Job(source, Confidence(t)) for t in sorted(set(named))}
     limit = seen.confidence.shape[2]
     confidence = seen.confidence.min(axis=3).reshape(-1, limit)
     jobs = {f"confidence:{t}": Job(source, Confidence(t)) for t in sorted({*named, *spread(confidence, SPREAD)})}
+    jobs |= {f"relative:{how}": Job(source, Relative(frame_reduce=how)) for how in REDUCE}
     if limit > 2:
         stillness = -seen.change.max(axis=3).reshape(-1, limit - 1)
         stillness = np.pad(stillness, ((0, 0), (1, 0)), constant_values=-np.inf)  # nothing is known after step 1

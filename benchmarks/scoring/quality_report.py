@@ -86,6 +86,7 @@ def labelled(result: dict) -> Iterator[tuple[str, dict]]:
     yield from ((f"fixed:{n}", r) for n, r in result["fixed"].items())
     for r in result["confidence"]:
         yield f"confidence:{r['threshold']:g}" + (f" {r['preset']}" if r["preset"] else ""), r
+    yield from ((f"relative:{how}", r) for how, r in result.get("relative", {}).items())  # not in older files
     random, by_index, x0_change = result["baselines"].values()
     yield from ((f"random:{r['p']:g}", r) for r in random)
     yield from ((f"by_index:{','.join(map(str, r['counts']))}", r) for r in by_index)
@@ -99,7 +100,8 @@ STYLE = {"random": ("#9a6fb0", "^"), "by_index": ("#c98b2b", "s"), "x0_change": 
 
 
 def draw(result: dict, path: Path) -> None:
-    """valid and motion over mean steps: fixed counts, confidence with its interval, baselines, teacher, truth."""
+    """valid and motion over mean steps: fixed counts, confidence with its interval, relative, baselines, teacher,
+    truth."""
     from matplotlib.patheffects import withStroke
 
     baselines = {kind: sorted(rows, key=lambda r: r["mean_steps"]) for kind, rows in result["baselines"].items()}
@@ -107,6 +109,8 @@ def draw(result: dict, path: Path) -> None:
     lines = {"fixed": (list(result["fixed"].values()), dict(color="#555555", marker="o", ls="--"))}
     for kind, (color, marker) in STYLE.items():
         lines[kind] = baselines[kind], dict(color=color, marker=marker, ms=4.5, lw=1, alpha=0.85)
+    relative = sorted(result.get("relative", {}).values(), key=lambda r: r["mean_steps"])
+    lines["relative"] = relative, dict(color="#b03a2e", marker="*", ms=8, ls="")
     lines["confidence"] = chosen, dict(color=BLUE, marker="o", ms=4, lw=2, zorder=5)
     with png_figure(path, 11, 4.6) as figure:
         for axes, (key, text) in zip(figure.subplots(1, 2), PANELS.items()):

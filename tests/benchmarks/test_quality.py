@@ -145,13 +145,15 @@ def test_the_whole_benchmark(untrained, few, tmp_path, monkeypatch, capsys):
     assert all({"mean_steps", "valid", "valid_hard", "ci", "all_valid", "motion", "mse"} <= set(row) for row in rows)
     assert all({"threshold", "steps_histogram", "versus"} <= set(row) for row in found["confidence"])
     assert [row["mean_steps"] for row in found["fixed"].values()] == [1, 2, 3, 4]
+    assert list(found["relative"]) == ["min", "mean", "max"]
+    assert all({"mean_steps", "valid", "steps_histogram", "versus"} <= set(row) for row in found["relative"].values())
     assert list(found["baselines"]) == ["random", "by_index", "x0_change"] and all(found["baselines"].values())
     assert {"auc_hard", "spearman", "steps_event", "steps_quiet", "clips", "commit", "machine"} <= set(found)
     assert all(sum(row["steps_histogram"]) == 8 and len(row["steps_histogram"]) == 4 for row in rows)
     assert found["clips"] == 2 and found["teacher"]["mean_steps"] == 2
     assert all(row["valid"]["difference"] == 0 for row in found["compare"]["rows"].values())
     assert found["ground_truth"]["distance"]["place"] is not None
-    for name in ("fixed:4", "random:0.45", "by_index:4,2,1", "x0_change:", "teacher", "ground_truth"):
+    for name in ("fixed:4", "random:0.45", "by_index:4,2,1", "x0_change:", "relative:min", "teacher", "ground_truth"):
         assert f"\n{name}" in out
 
 

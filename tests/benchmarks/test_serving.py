@@ -364,7 +364,7 @@ def test_the_whole_benchmark(untrained, tmp_path, capsys):
     result = json.loads(out[-1])
     assert result == json.loads(saved.read_text()) and plot.read_bytes()[:4] == b"\x89PNG"
     assert out[0].split() == " ".join(serving.HEADER).split() and any("one at a time" in line for line in out)
-    assert result["deadline_ms"] == 250.0 and set(result["policies"]) == set(serving.POLICIES)
+    assert result["deadline_ms"] == 250.0 and set(result["policies"]) == set(serving.DEFAULT_POLICIES)
     for name, found in result["policies"].items():
         flood = found["flood"]
         assert flood["streams"] == 3 and flood["chunks"] > 0 and not flood["errors"]

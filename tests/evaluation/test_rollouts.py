@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline
+from dsa_engine import Change, Confidence, Fixed, PerChunk, Pipeline, Relative
 from dsa_engine.evaluation import rollouts
 from dsa_engine.evaluation.rollouts import (
     EvalRollouts,
@@ -56,6 +56,20 @@ def test_each_clip_is_rolled_as_a_session_of_its_own(pipe, batch):
                 frames = rolled.frames[i, 3 * k : 3 * k + 3].astype(int)
                 assert np.abs(frames - chunk.frames).max() <= 1  # of 255: the rounding of another batch size
     assert len(np.unique(rolled.steps)) > 1
+
+
+@pytest.mark.parametrize("how", ["keep", "reset"])
+def test_a_switch_resets_only_the_clips_that_switch(pipe, how):
+    """All clips at once, without a recache: then each has the numbers of a session of its own."""
+    policy = Relative(on_prompt_switch=how)
+    rolled = roll_out(pipe, CLIPS, policy, seed=7, recache=False)
+    for i, clip in enumerate(CLIPS):
+        with pipe.session(str(clip[0]), num_frames=18, step_policy=policy, seed=7 + i) as session:
+            for k, caption in enumerate(clip):
+                if k and caption != clip[k - 1]:
+                    session.update(str(caption), recache=False)
+                assert rolled.steps[i, k] == session.next_chunk().steps
+    assert how == "keep" or [rolled.steps[i, k] for i, k in ((1, 3), (3, 3), (3, 5), (4, 3))] == [4] * 4
 
 
 def test_without_a_switch_all_at_once_is_the_same(pipe):

@@ -101,7 +101,7 @@ def test_a_second_stream_begins_anew(server, browser):
 
 
 def test_chunks_that_are_compared_with_the_one_before(server, browser):
-    """Each one's dotted line is the least confidence of the chunk before it; there is no threshold to move."""
+    """Chosen before a stream starts; there is no threshold to move, and none that load lowers."""
     address, backend = server
     with Page(browser, address) as page:
         page.page.wait_for_selector("#go:enabled")

@@ -227,11 +227,11 @@ def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
     model.to(ctx.device)
     losses = StudentLosses(
         teacher["dit"],
-        teacher["text"],
+        teacher["text"].null(1),
         model,
         rollout,
         ctx.past_chunks,
-        world.SIZE // codec.spatial_stride,
+        (world.SIZE // codec.spatial_stride,) * 2,
         stage.guidance,
         stage.motion_weight,
         ctx.compiled,
@@ -247,10 +247,10 @@ def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
 
     def prepare(generator: torch.Generator) -> tuple:
         latents, tokens = next(clips)
-        rolled = losses.rollout(tokens, generator)
+        rolled = losses.rollout(teacher["text"].table(tokens), generator)
         for _ in range(stage.critic_steps):  # the critic must keep up with the student
             critic.update(rolled, generator)
-        return rolled, latents, tokens, generator
+        return rolled, latents, generator
 
     return run_trainer(
         ctx,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,13 @@ from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import SeededNoise
 from dsa_engine.sampling.policy import PerChunk
 from dsa_engine.sampling.schedule import warp
-from dsa_engine.shapes.text_encoder import SlotTextEncoder
 from dsa_engine.training.attenuation import attenuation_loss, attenuation_weight
 from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, weight_motion
 from dsa_engine.training.flow import weighted_error
 from dsa_engine.training.head import refine_loss
 from dsa_engine.training.head_dataset import Recorder
-from dsa_engine.training.teacher_forcing import teacher_forced
+from dsa_engine.training.teacher_forcing import teacher_forced, whole_clip
+from dsa_engine.training.wan.sharding import Pass, copy_weights
 
 ANCHOR, ANCHOR_SIGMA = 0.2, 0.7  # a little flow matching on data keeps the late steps from drifting
 HEAD_WEIGHT = 0.02
@@ -47,7 +48,7 @@ class StudentRollout(NamedTuple):
 
 @torch.inference_mode()
 def self_rollout(
-    dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: int
+    dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: tuple[int, int]
 ) -> StudentRollout:
     """Roll out as inference does: the same KV cache, the same `denoise_chunk`, commit passes and all.
 
@@ -60,13 +61,16 @@ def self_rollout(
         model.num_layers,
         model.num_heads,
         model.head_dim,
-        model.tokens_per_frame(size, size),
-        config.window,
+        model.tokens_per_frame(*size),
+        config.window or chunks * config.chunk_frames,
         config.sink,
         slots=clips,
         device=dit.device,
+        dtype=dit.dtype,
+        rope=config.rope,
+        theta=model.rope_theta,
     )
-    shape = (config.chunk_frames, model.in_dim, size, size)
+    shape = (config.chunk_frames, model.in_dim, *size)
     noise = SeededNoise([seed + i for i in range(clips)], shape, dit.device, torch.float32)
     policies = [PerChunk(row) for row in counts.tolist()]
     text_kv = [dit.text_kv(text[:, i]) for i in range(chunks)]
@@ -99,63 +103,89 @@ def self_rollout(
 class StudentLosses:
     """What the student's and the critic's optimizers step on, for one batch of prompts at a time.
 
-    The real score is the frozen teacher with guidance, the fake score a critic that follows the student; both are
-    causal and conditioned on the student's own past, so the loss is known per frame: what the head learns from.
+    The real score is the frozen teacher with guidance, the fake score a critic that follows the student. Where both
+    are causal they are conditioned on the student's own past; a bidirectional teacher (Wan's base models) sees the
+    whole clip at one noise level. In either case the loss is known per frame: what the head learns from.
 
-    model: children `dit`, `refine` (a head that learns self-refinement, without touching the generator) and, for the
-    joint objective, `confidence`; without that one the same recipe runs unattenuated.
+    Args:
+        teacher: the real score.
+        null: embedding of the empty prompt [1, L, text_dim], for guidance.
+        model: children `dit`, optionally `refine` (a head that learns self-refinement, without touching the generator)
+            and, for the joint objective, `confidence`; without that one the same recipe runs unattenuated.
+        config: the student's rollout.
+        context: past chunks in the student's window.
+        size: latent height and width.
+        guidance: of the teacher.
+        motion_weight: see `weight_motion`.
+        compiled: with torch.compile.
+        score: how teacher and critic are run: `teacher_forced` where they are causal, `whole_clip` where they are not.
+        critic: the fake score (default: a copy of the teacher).
+        actor: a copy of the student that rolls out, given its weights each time; None: the student itself.
+        shift: of the noise levels that scores are compared at.
     """
 
     def __init__(
         self,
         teacher: CausalDiT,
-        text: SlotTextEncoder,
+        null: Tensor,
         model: nn.ModuleDict,
         config: RolloutConfig,
         context: int,
-        size: int,
+        size: tuple[int, int],
         guidance: float = 1.5,
         motion_weight: float = 0.0,
         compiled: bool = False,
+        score: Callable[..., DiTOutput] = teacher_forced,
+        critic: CausalDiT | None = None,
+        actor: CausalDiT | None = None,
+        shift: float = SHIFT,
     ):
         self.model: Any = model
-        self.teacher, self.text, self.config = teacher, text, config
+        self.null, self.config, self.actor = null, config, actor
         self.context, self.size, self.guidance, self.motion_weight = context, size, guidance, motion_weight
-        self.critic = copy.deepcopy(teacher).requires_grad_(True)
-        self.norm = LevelNorm()
+        self.critic = copy.deepcopy(teacher).requires_grad_(True) if critic is None else critic
+        self.whole, self.shift = score is whole_clip, shift
+        self.norm = LevelNorm().to(teacher.device)
         self.report: dict[str, float] = {}  # of the last student step
 
         def own(function):  # a wrapper of its own each, so that each compiles for its own weights and grad mode
             return torch.compile(function, dynamic=False) if compiled else function
 
-        self.student_forward, self.critic_forward, self.teacher_forward = (own(teacher_forced) for _ in range(3))
+        self.student_pass = Pass(self.model["dit"], own(teacher_forced))
+        self.critic_pass, self.teacher_pass = Pass(self.critic, own(score)), Pass(teacher, own(score))
 
-    def rollout(self, tokens: Tensor, generator: torch.Generator) -> StudentRollout:
-        """Fresh clips of the student for prompts [B, N, 4], exits drawn evenly from 1..S."""
-        counts = torch.randint(1, len(self.config.steps) + 1, tokens.shape[:2], generator=generator)
+    def rollout(self, text: Tensor, generator: torch.Generator) -> StudentRollout:
+        """Fresh clips of the student for prompts [B, N, L, text_dim], exits drawn evenly from 1..S."""
+        counts = torch.randint(1, len(self.config.steps) + 1, text.shape[:2], generator=generator)
         seed = int(torch.randint(2**62, (1,), generator=generator))
-        text = self.text.table(tokens).detach()
-        made = self_rollout(self.model["dit"], self.config, text, counts, seed, self.size)
+        dit = self.model["dit"]
+        if self.actor is not None:
+            copy_weights(dit, self.actor)
+            dit = self.actor
+        made = self_rollout(dit, self.config, text, counts, seed, self.size)
         return StudentRollout(*(part.clone() for part in made))  # out of inference mode
 
-    def student_loss(
-        self, rolled: StudentRollout, latents: Tensor, tokens: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """DMD on the exit estimates, attenuated per frame, with the heads' losses and the anchor on real clips."""
+    def student_loss(self, rolled: StudentRollout, latents: Tensor | None, generator: torch.Generator) -> Tensor:
+        """DMD on the exit estimates, attenuated per frame, with the heads' losses and the anchor on real clips.
+
+        latents: of real clips for the same prompts, None where there are none: no anchor.
+        """
         video, text, model = rolled.video, rolled.text, self.model
-        out, x0 = self._x0(self.student_forward, model["dit"], video, rolled.x, rolled.sigma, text)
-        sigma = warp(torch.rand(video.shape[:2], generator=generator), SHIFT).clamp(0.02, 0.98).to(video.device)
+        out, x0 = self._x0(self.student_pass, video, rolled.x, rolled.sigma, text)
+        sigma = self._levels(video, 0.98, generator).to(video.device)
         s = sigma[:, :, None, None, None, None]
         noisy = (1 - s) * x0.detach().view_as(video) + s * like(video, generator)
         with torch.no_grad():
-            fake = self._x0(self.critic_forward, self.critic, video, noisy, sigma, text)[1]
-            null = self.text.null(1).expand(*text.shape[:2], -1, -1).contiguous()
+            fake = self._x0(self.critic_pass, video, noisy, sigma, text)[1]
+            null = self.null.expand(*text.shape[:2], -1, -1).contiguous()
             real = guided(
-                self._x0(self.teacher_forward, self.teacher, video, noisy, sigma, text)[1],
-                self._x0(self.teacher_forward, self.teacher, video, noisy, sigma, null)[1],
+                self._x0(self.teacher_pass, video, noisy, sigma, text)[1],
+                self._x0(self.teacher_pass, video, noisy, sigma, null)[1],
                 self.guidance,
             )
-        loss = dmd_loss(x0, weight_motion(dmd_gradient(x0, real, fake), self.motion_weight))
+        rows = video.flatten(1, 2) if self.whole else x0  # what shares a noise level shares a normalizer
+        gradient = dmd_gradient(x0.view_as(rows), real.view_as(rows), fake.view_as(rows)).view_as(x0)
+        loss = dmd_loss(x0, weight_motion(gradient, self.motion_weight))
         self.report = {"dmd": loss.mean().item()}
         if "confidence" in model:
             logit = model["confidence"](out.hidden, out.time)
@@ -165,35 +195,45 @@ class StudentLosses:
             self.report |= {"joint": head.item(), "confidence": logit.sigmoid().mean().item()}
         else:
             total = loss.mean()
-        refine = refine_loss(model["refine"].mlp(rolled.features).squeeze(-1), rolled.distance)
-        anchor = self._anchor(latents, tokens, generator)
-        self.report |= {"refine": refine.item(), "anchor": anchor.item()}
-        return total + HEAD_WEIGHT * refine + ANCHOR * anchor
+        if "refine" in model:
+            refine = refine_loss(model["refine"].mlp(rolled.features).squeeze(-1), rolled.distance)
+            total = total + HEAD_WEIGHT * refine
+            self.report |= {"refine": refine.item()}
+        if latents is not None:
+            anchor = self._anchor(latents, text, generator)
+            total = total + ANCHOR * anchor
+            self.report |= {"anchor": anchor.item()}
+        return total
 
     def critic_loss(self, rolled: StudentRollout, generator: torch.Generator) -> Tensor:
         """Flow matching of the critic on the student's clips."""
-        sigma = warp(torch.rand(rolled.video.shape[:2], generator=generator), SHIFT).clamp(0.02, 1.0)
-        return self._flow(self.critic_forward, self.critic, rolled.video, sigma, rolled.text, generator)
+        sigma = self._levels(rolled.video, 1.0, generator)
+        return self._flow(self.critic_pass, rolled.video, sigma, rolled.text, generator)
 
-    def _anchor(self, latents: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    def _levels(self, video: Tensor, high: float, generator: torch.Generator) -> Tensor:
+        """Noise levels to run the scores at: one a chunk, or one a clip where they see it whole. [B, N] on the CPU."""
+        clips, chunks = video.shape[:2]
+        drawn = torch.rand((clips, 1 if self.whole else chunks), generator=generator)
+        return warp(drawn, self.shift).clamp(0.02, high).expand(-1, chunks)
+
+    def _anchor(self, latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
         sigma = ANCHOR_SIGMA * torch.rand(latents.shape[:2], generator=generator)
-        text = self.text.table(tokens).detach()
-        return self._flow(self.student_forward, self.model["dit"], latents, sigma, text, generator)
+        return self._flow(self.student_pass, latents, sigma, text, generator)
 
-    def _flow(self, forward, dit, video: Tensor, sigma: Tensor, text: Tensor, generator) -> Tensor:
+    def _flow(self, run: Pass, video: Tensor, sigma: Tensor, text: Tensor, generator) -> Tensor:
         sigma, noise = sigma.to(video.device), like(video, generator)
         s = sigma[:, :, None, None, None, None]
-        out = self._run(forward, dit, video, (1 - s) * video + s * noise, sigma, text)
+        out = self._run(run, video, (1 - s) * video + s * noise, sigma, text)
         return weighted_error(out.velocity.float().view_as(video) - (noise - video), self.motion_weight).mean()
 
-    def _x0(self, forward, dit, video, noisy, sigma, text) -> tuple[DiTOutput, Tensor]:
+    def _x0(self, run: Pass, video, noisy, sigma, text) -> tuple[DiTOutput, Tensor]:
         """The denoised estimate of every chunk on the student's own past: rows (clip, chunk)."""
-        out = self._run(forward, dit, video, noisy, sigma, text)
+        out = self._run(run, video, noisy, sigma, text)
         return out, noisy.flatten(0, 1) - sigma.reshape(-1, 1, 1, 1, 1) * out.velocity.float()
 
-    def _run(self, forward, dit, video, noisy, sigma, text) -> DiTOutput:
+    def _run(self, run: Pass, video, noisy, sigma, text) -> DiTOutput:
         with torch.autocast(video.device.type, torch.bfloat16):
-            return forward(dit, video, noisy, sigma, text, text, self.context)
+            return run(video, noisy, sigma, text, text, self.context)
 
 
 def like(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -41,7 +41,7 @@ def parts(pipe):
 
 
 def losses_of(pipe, model):
-    return StudentLosses(pipe.engine.dit, pipe.engine.text, model, ROLLOUT, 2, 8)
+    return StudentLosses(pipe.engine.dit, pipe.engine.text.null(1), model, ROLLOUT, 2, (8, 8))
 
 
 def tokens(clips=2, chunks=3):
@@ -55,7 +55,7 @@ def test_a_self_rollout_is_what_the_pipeline_makes(pipe, close):
     of the exit step, and the distances those of the estimates to the exit's."""
     counts = torch.tensor([[4, 1, 3], [2, 4, 1]])
     text = pipe.engine.text.table(tokens()[:, :1]).expand(-1, 3, -1, -1)
-    rolled = self_rollout(pipe.engine.dit, ROLLOUT, text, counts, 11, 8)
+    rolled = self_rollout(pipe.engine.dit, ROLLOUT, text, counts, 11, (8, 8))
     for row in range(2):
         seen = []
         rollout = pipe.engine.rollout(
@@ -95,14 +95,14 @@ def rows_of(counts: torch.Tensor, row: int) -> list[int]:
 
 def test_without_a_confidence_head_the_loss_is_plain_and_with_one_it_is_attenuated(pipe, parts):
     """From the same draws: total = dmd (+ weights) + .02 (heads) + .2 anchor, recomputed from the parts."""
-    latents, said = torch.randn(2, 3, 3, 16, 8, 8), tokens()
+    latents, said = torch.randn(2, 3, 3, 16, 8, 8), pipe.engine.text.table(tokens())
     totals, reports = {}, {}
     for kind in ("student", "joint"):
         model = nn.ModuleDict({k: v for k, v in parts.items() if kind == "joint" or k != "confidence"})
         losses = losses_of(pipe, model)
         generator = torch.Generator().manual_seed(4)
         rolled = losses.rollout(said, generator)
-        totals[kind] = losses.student_loss(rolled, latents, said, generator)
+        totals[kind] = losses.student_loss(rolled, latents, generator)
         reports[kind] = losses.report
     assert reports["student"]["dmd"] == reports["joint"]["dmd"]
     plain = reports["student"]
@@ -113,7 +113,7 @@ def test_without_a_confidence_head_the_loss_is_plain_and_with_one_it_is_attenuat
 
 def test_the_refine_head_does_not_reach_the_generator(pipe, parts):
     losses = losses_of(pipe, nn.ModuleDict({"dit": parts["dit"], "refine": parts["refine"]}))
-    rolled = losses.rollout(tokens(), torch.Generator().manual_seed(4))
+    rolled = losses.rollout(pipe.engine.text.table(tokens()), torch.Generator().manual_seed(4))
     assert not rolled.features.requires_grad and not rolled.video.requires_grad
 
 

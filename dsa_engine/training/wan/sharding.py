@@ -61,6 +61,13 @@ def spread_like(module: nn.Module, sharded: nn.Module) -> None:
         setattr(module.get_submodule(path), leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Whole parameters of a module, sharded or not, into one of the same structure that is not, in its dtype."""
+    for value, own in zip(source.parameters(), target.parameters()):
+        own.copy_(whole(value))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in every process; each must ask. A plain tensor is itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -20,22 +20,12 @@ from dsa_engine.serving.examples import asyncio_server, custom_worker
 from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
+from tests.support.serving.sessions import session_chunks
 
 
 @pytest.fixture(scope="module")
 def exact(untrained):
     return Pipeline.from_pretrained(untrained, device="cpu", max_sessions=4, deterministic=True)
-
-
-def session_frames(pipe, prompts, frames, **options):
-    """Of a session that is told each prompt from its chunk on: {index: prompt}."""
-    made = []
-    with pipe.session(prompts[0], num_frames=frames, **options) as session:
-        while not session.exhausted:
-            if session.index and session.index in prompts:
-                session.update(prompts[session.index])
-            made.append(session.next_chunk().frames)
-    return made
 
 
 # The asyncio server.
@@ -92,7 +82,7 @@ def test_the_server_sends_a_sessions_frames(exact):
 
     last, frames = served(exact, scenario)
     assert last == {"reason": "done", "error": None}
-    expected = session_frames(exact, {0: "a red circle rests"}, 12, seed=4, step_policy="fixed")
+    expected = session_chunks(exact, "a red circle rests", seed=4, step_policy="fixed")
     assert len(frames) == len(expected) and all(map(np.array_equal, frames, expected))
 
 
@@ -115,10 +105,9 @@ def test_another_prompt_changes_the_video(exact):
 
     refused, frames = served(exact, scenario)
     assert "must read" in refused["error"]
-    options = {"frames": 30, "step_policy": "fixed"}
-    possible = [
-        session_frames(exact, {0: "a red circle rests", i: "a blue square jumps"}, **options) for i in (1, 2, 3)
-    ]
+    options = {"num_frames": 30, "step_policy": "fixed"}
+    switched = ({i: ["a blue square jumps"]} for i in (1, 2, 3))
+    possible = [session_chunks(exact, "a red circle rests", changes, **options) for changes in switched]
     assert any(all(map(np.array_equal, frames, expected)) for expected in possible)
 
 
@@ -171,16 +160,22 @@ def worked(pipe, requests, feed=None):
     return given
 
 
-def test_the_worker_makes_sessions_frames(exact):
+@pytest.fixture(scope="module")
+def default(exact):
+    """Options of a session that the worker makes."""
+    return {"num_frames": exact.frames, "step_policy": None}
+
+
+def test_the_worker_makes_sessions_frames(exact, default):
     prompts = {"one": "a red circle rests", "two": "a blue square jumps", "three": "a cyan cross rests"}
     given = worked(exact, [*prompts.items(), custom_worker.END])
     for name, prompt in prompts.items():
-        expected = session_frames(exact, {0: prompt}, exact.frames)
+        expected = session_chunks(exact, prompt, **default)
         assert [chunk.index for chunk in given[name]] == list(range(len(expected)))
         assert all(np.array_equal(chunk.frames, frames) for chunk, frames in zip(given[name], expected))
 
 
-def test_it_takes_prompts_while_it_runs(exact):
+def test_it_takes_prompts_while_it_runs(exact, default):
     def feed(wanted, name, made):
         if name == "one" and getattr(made, "index", None) == 1:
             for request in (("one", "a blue square jumps"), ("two", "a green cross rests"), ("three", "nonsense")):
@@ -191,12 +186,11 @@ def test_it_takes_prompts_while_it_runs(exact):
 
     given = worked(exact, [("one", "a red circle rests")], feed)
     frames = [chunk.frames for chunk in given["one"]]
-    possible = [
-        session_frames(exact, {0: "a red circle rests", i: "a blue square jumps"}, exact.frames) for i in (2, 3)
-    ]
+    switched = ({i: ["a blue square jumps"]} for i in (2, 3))
+    possible = [session_chunks(exact, "a red circle rests", changes, **default) for changes in switched]
     assert any(all(map(np.array_equal, frames, expected)) for expected in possible)
     chunks = [made for made in given["two"] if not isinstance(made, ValueError)]
-    expected = session_frames(exact, {0: "a green cross rests"}, exact.frames)
+    expected = session_chunks(exact, "a green cross rests", **default)
     assert len(given["two"]) == len(expected) + 1
     assert all(np.array_equal(chunk.frames, one) for chunk, one in zip(chunks, expected))
     assert [type(made) for made in given["three"]] == [ValueError]

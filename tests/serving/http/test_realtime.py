@@ -12,11 +12,12 @@ from PIL import Image
 from dsa_engine.media import stream_encoders
 from dsa_engine.serving.http import realtime
 from tests.support.live_server import until
-from tests.support.serving.realtime_client import FRAMES, PROMPTS, Client, engine, of, quiet, raw_frames
+from tests.support.serving.realtime_client import Client, engine, of, raw_frames
+from tests.support.serving.sessions import FRAMES, PROMPTS, session_frames
 
 
 def test_a_stream_in_each_format(pipe):
-    expected = quiet(pipe, seed=3)
+    expected = session_frames(pipe, seed=3)
     with engine(pipe) as (host, _):
         for format in stream_encoders.FORMATS:
             with Client(host).start(format=format, num_frames=FRAMES, seed=3, step_policy="fixed:2") as client:
@@ -76,7 +77,7 @@ def test_a_prompt_is_queued_then_applied_and_the_frames_are_those_of_a_quiet_run
     assert applied["event_id"] == "e1" and 0 < k < 4 and seen.index(queued[1]) < seen.index(applied)
     prompts = [c["prompt"] for c in of(seen, "video.chunk_metadata")]
     assert prompts == [PROMPTS[0]] * k + [PROMPTS[1]] * (4 - k)
-    assert np.array_equal(raw_frames(seen), quiet(pipe, switch=k, then=PROMPTS[1]))
+    assert np.array_equal(raw_frames(seen), session_frames(pipe, changes={k: [PROMPTS[1]]}))
 
 
 def test_a_prompt_may_come_gradually(pipe):
@@ -134,7 +135,7 @@ def test_fixed_steps_have_no_threshold_and_nothing_of_such_a_change_is_done(pipe
         client.rest()
     (error,) = of(client.seen, "error")
     assert error["event_id"] == "e1" and "fixed" in error["message"].lower()
-    assert np.array_equal(raw_frames(client.seen), quiet(pipe))
+    assert np.array_equal(raw_frames(client.seen), session_frames(pipe))
 
 
 def test_nothing_that_is_said_wrongly_ends_or_changes_a_stream(pipe):
@@ -153,7 +154,7 @@ def test_nothing_that_is_said_wrongly_ends_or_changes_a_stream(pipe):
     assert len(of(seen, "error")) == len(wrong) + 4 and len(of(seen, "session.pong")) == 1 and code == 1000
     assert [m["code"] for m in of(seen, "error")][5:8] == ["binary_message", "invalid_json", "already_started"]
     assert {m["event_id"] for m in of(seen, "error")} == {None, "e1", "e2"}
-    assert np.array_equal(raw_frames(seen), quiet(pipe))
+    assert np.array_equal(raw_frames(seen), session_frames(pipe))
 
 
 def test_queue_positions_and_a_full_house(pipe):
@@ -193,7 +194,7 @@ def test_a_client_that_vanishes_frees_its_place_at_once(pipe, when):
         assert sum(pool.cache.in_use for pool in pipe.engine._pools.values()) == 0
         with Client(host).start(format="rgb24", num_frames=FRAMES, step_policy="fixed:2") as other:
             seen, _ = other.rest()
-        assert np.array_equal(raw_frames(seen), quiet(pipe))
+        assert np.array_equal(raw_frames(seen), session_frames(pipe))
 
 
 def test_an_order_that_is_not_possible_may_be_said_again(pipe):

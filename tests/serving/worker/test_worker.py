@@ -16,7 +16,8 @@ from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.types import ChunkReady, Closed, Opened, Queued, StreamRequest, UpdateApplied, UpdateRejected
 from dsa_engine.serving.worker.stream import StreamState
 from dsa_engine.serving.worker.worker import Worker
-from tests.support.serving.worker_bench import FRAMES, PROMPTS, Bench, frames_of, shown
+from tests.support.serving.sessions import FRAMES, PROMPTS, session_chunks, session_frames
+from tests.support.serving.worker_bench import Bench, shown
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_streams_together_are_each_the_one_alone(pipe, open_bench, live):
         kinds = [type(event) for event in bench.events[stream.id]]
         assert kinds == [Opened, ChunkReady, ChunkReady, ChunkReady, ChunkReady, Closed]
         assert bench.events[stream.id][-1] == Closed("done")
-        assert np.array_equal(shown(bench.of(stream, ChunkReady)), frames_of(pipe, i))
+        assert np.array_equal(shown(bench.of(stream, ChunkReady)), session_frames(pipe, PROMPTS[i % 3], seed=i))
     assert bench.slots == 0
 
 
@@ -78,7 +79,7 @@ def test_who_does_not_take_a_chunk_gets_no_other_and_holds_nobody_up(pipe, open_
     assert len(bench.of(slow, ChunkReady)) == 1 and len(bench.of(quick, ChunkReady)) == 4
     slow.ack()
     bench.run(slow)
-    assert np.array_equal(shown(bench.of(slow, ChunkReady)), frames_of(pipe, 0))
+    assert np.array_equal(shown(bench.of(slow, ChunkReady)), session_frames(pipe, seed=0))
 
 
 def test_places_queue_and_positions(pipe, open_bench):
@@ -128,7 +129,7 @@ def test_a_prompt_is_in_force_from_the_chunk_that_it_says(pipe, open_bench):
     assert refused.event_id == "e1" and "nearest" in refused.error
     assert applied == UpdateApplied("e2", PROMPTS[1], 2)
     assert [event.chunk.prompt for event in bench.of(stream, ChunkReady)] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
-    assert np.array_equal(shown(bench.of(stream, ChunkReady)), frames_of(pipe, switch=2, prompt=PROMPTS[1]))
+    assert np.array_equal(shown(bench.of(stream, ChunkReady)), session_frames(pipe, changes={2: [PROMPTS[1]]}, seed=0))
 
 
 def test_a_relative_stream_says_what_each_chunk_was_compared_with(pipe, open_bench):
@@ -153,7 +154,7 @@ def test_who_leaves_in_the_middle_of_a_chunk_changes_nothing_for_others(pipe, op
     bench.turn()
     assert bench.events[leaver.id][-1] == Closed("closed") and bench.slots == 1
     bench.run(stayer)
-    assert np.array_equal(shown(bench.of(stayer, ChunkReady)), frames_of(pipe, 1))
+    assert np.array_equal(shown(bench.of(stayer, ChunkReady)), session_frames(pipe, PROMPTS[1], seed=1))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_a_fault_of_one_stream_is_not_the_others(pipe, open_bench, monkeypatch):
     monkeypatch.setattr(bad.session, "detach_decode", lambda: lambda: 1 / 0)
     bench.run(bad, good)
     assert bench.events[bad.id][-1].reason == "failed" and bench.events[good.id][-1] == Closed("done")
-    assert np.array_equal(shown(bench.of(good, ChunkReady)), frames_of(pipe, 1))
+    assert np.array_equal(shown(bench.of(good, ChunkReady)), session_frames(pipe, PROMPTS[1], seed=1))
     assert bench.slots == 0
 
 
@@ -210,13 +211,13 @@ def test_a_forward_that_fails_is_tried_again_once(pipe, open_bench, monkeypatch)
     monkeypatch.setattr(stream.session.rollout.inputs, "run", fails)
     count = 1
     bench.run(stream)
-    assert faults and np.array_equal(shown(bench.of(stream, ChunkReady)), frames_of(pipe))
+    assert faults and np.array_equal(shown(bench.of(stream, ChunkReady)), session_frames(pipe, seed=0))
     faults, count, again = [], 2, bench.open()
     bench.run(again)
     assert bench.events[again.id][-1] == Closed("failed", "out of memory") and bench.slots == 0
     after = bench.open()
     bench.run(after)
-    assert np.array_equal(shown(bench.of(after, ChunkReady)), frames_of(pipe))
+    assert np.array_equal(shown(bench.of(after, ChunkReady)), session_frames(pipe, seed=0))
 
 
 def test_a_listener_that_fails_does_not_stop_the_worker(pipe, open_bench):
@@ -296,12 +297,7 @@ def test_a_stream_goes_on_from_a_snapshot(pipe, open_bench):
     again = bench.open(snapshot=snapshot)
     bench.run(again)
     assert bench.of(again, Opened)[0].index == 1
-    assert np.array_equal(shown(bench.of(again, ChunkReady)), frames_of(pipe)[len(snapshot_frames(pipe)) :])
-
-
-def snapshot_frames(pipe):
-    with pipe.session(PROMPTS[0], seed=0, num_frames=FRAMES, step_policy="fixed:2") as session:
-        return session.next_chunk().frames
+    assert np.array_equal(shown(bench.of(again, ChunkReady)), np.concatenate(session_chunks(pipe, seed=0)[1:]))
 
 
 ACTIONS = st.lists(
@@ -351,7 +347,7 @@ def test_in_its_thread(pipe):
 
     stream = worker.open(StreamRequest(PROMPTS[0], num_frames=FRAMES, live=False, steps="fixed:2"), listener)
     assert closed.wait(30)
-    assert np.array_equal(shown([e for e in events if isinstance(e, ChunkReady)]), frames_of(pipe))
+    assert np.array_equal(shown([e for e in events if isinstance(e, ChunkReady)]), session_frames(pipe, seed=0))
     worker.stop()
     late = []
     worker.open(StreamRequest(PROMPTS[0]), late.append)  # the thread has gone; who asks is told at once all the same

@@ -15,6 +15,7 @@ from dsa_engine.serving.types import (
     UpdateApplied,
 )
 from dsa_engine.serving.worker.worker import Worker
+from tests.support.serving.sessions import session_chunks
 
 PROMPTS = ("a red circle rests", "a blue square jumps", "a green triangle rests", "a cyan cross moves sideways on navy")
 
@@ -100,17 +101,10 @@ def run(scenario, pipes, **options):
     return asyncio.run(main())
 
 
-def undisturbed(pipe, request, changes):
-    """The frames of a session in this process that is told the same at the same chunks: {index: [prompt, ...]}."""
-    frames = []
-    with pipe.session(
-        request.prompt, seed=request.seed, num_frames=request.num_frames, step_policy=request.steps or "fixed"
-    ) as session:
-        while not session.exhausted:
-            for prompt in changes.get(session.index, ()):
-                session.update(prompt)
-            frames.append(session.next_chunk().frames)
-    return frames
+def request_chunks(pipe, request, changes):
+    """Frames by chunk of a session in this process that is told the same at the same chunks: {index: [prompt, ...]}."""
+    options = {"seed": request.seed, "num_frames": request.num_frames, "step_policy": request.steps or "fixed"}
+    return session_chunks(pipe, request.prompt, changes, **options)
 
 
 def check_order(events):
@@ -130,7 +124,7 @@ def check_frames(pipe, request, events):
     for event in events:
         if isinstance(event, UpdateApplied):
             changes.setdefault(event.index, []).append(event.prompt)
-    expected = undisturbed(pipe, request, changes)
+    expected = request_chunks(pipe, request, changes)
     assert [chunk.index for chunk in made] == list(range(len(expected)))
     for chunk, frames in zip(made, expected):
         assert np.array_equal(chunk.frames, frames), f"chunk {chunk.index}"

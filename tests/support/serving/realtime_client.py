@@ -16,12 +16,7 @@ from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
 from tests.support.live_server import PATIENCE, FakeBackend, serving, until
-
-PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
-
-
-FRAMES = 12  # four chunks
-
+from tests.support.serving.sessions import PROMPTS
 
 SERVER = {
     "session.queued",
@@ -119,14 +114,3 @@ def fake(wanted=Settings(), send_timeout=realtime.SEND_TIMEOUT_S, **options):  #
     with serving(realtime.router(backend, wanted, send_timeout)) as host:
         yield host, backend
         until(lambda: not backend.open_streams)  # whatever a test did: no stream is left behind
-
-
-def quiet(pipe, prompt=PROMPTS[0], switch=None, then=None, **options):
-    """The frames of a run alone."""
-    with pipe.session(prompt, num_frames=FRAMES, **{"step_policy": "fixed:2"} | options) as session:
-        made = []
-        while not session.exhausted:
-            if session.index == switch:
-                session.update(then)
-            made.append(session.next_chunk().frames)
-    return np.concatenate(made)

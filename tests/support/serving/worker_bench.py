@@ -7,11 +7,7 @@ import numpy as np
 from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.types import ChunkReady, Closed, StreamRequest
 from dsa_engine.serving.worker.worker import Worker
-
-PROMPTS = ["a red circle jumps", "a blue square moves sideways on navy", "a green cross rests"]
-
-
-FRAMES = 12  # four chunks
+from tests.support.serving.sessions import FRAMES, PROMPTS
 
 
 class Bench:
@@ -57,16 +53,6 @@ class Bench:
     @property
     def slots(self) -> int:
         return sum(pool.cache.in_use for pool in self.pipe.engine._pools.values())
-
-
-def frames_of(pipe, i=0, switch=None, prompt=None, **options):
-    with pipe.session(PROMPTS[i % 3], seed=i, num_frames=FRAMES, **{"step_policy": "fixed:2"} | options) as session:
-        made = []
-        for index in range(4):
-            if index == switch:
-                session.update(prompt)
-            made.append(session.next_chunk().frames)
-    return np.concatenate(made)
 
 
 def shown(events) -> np.ndarray:

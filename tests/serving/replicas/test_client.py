@@ -89,7 +89,7 @@ def test_what_cannot_be_is_refused_and_what_cannot_be_reached_fails(pipes):
             await backend.check(StreamRequest(PROMPTS[0]))
         return last
 
-    last = run(scenario, pipes)
+    last = run(scenario, pipes, failover_timeout=0.1)
     assert last.reason == "failed" and "is dead" in last.error
 
 
@@ -97,7 +97,8 @@ def test_the_backend_closes_its_streams(pipes):
     async def scenario(cluster, backend):
         streams = [await backend.open(StreamRequest(PROMPTS[0], live=live)) for live in (True, False)]
         playing = [asyncio.create_task(play(stream)) for stream in streams]
-        await asyncio.sleep(0.3)
+        while not all(replica.worker.forwards for replica in cluster.replicas.values()):  # never is an error, of `run`
+            await asyncio.sleep(0.01)
         await backend.close()
         lasts = [(await one)[-1] for one in playing]
         with pytest.raises(Overloaded, match="stopping"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -95,7 +96,8 @@ def test_a_changed_threshold_goes_with_it(pipes, steps, every):
         stream = await backend.open(order)
 
         async def die():
-            await asyncio.sleep(0.3)
+            if every:
+                await cluster.stored(stream, 5)  # with the change; chunks 5 and 6 may have come as one answer
             cluster.dead.add(stream.replica_id)
 
         return await play(stream, {1: lambda: stream.update(threshold=0.25), 6: die}), stream.moves
@@ -119,7 +121,7 @@ def test_what_the_snapshot_has_is_not_applied_again(pipes):
             return replace(answer, persisted=0) if isinstance(answer, PollResponse) else answer
 
         async def die():
-            await asyncio.sleep(0.3)
+            await cluster.stored(stream, 6)
             cluster.dead.add(stream.replica_id)
             for replica in cluster.replicas.values():
                 replica.worker.observers.append(lambda task, event: applied.append(event))
@@ -166,11 +168,12 @@ def test_a_stream_gives_nothing_twice(pipes):
 def test_only_what_is_after_the_snapshot_is_made_again(pipes):
     order = StreamRequest(PROMPTS[0], seed=2, num_frames=36, live=False)
 
-    async def scenario(cluster, backend):
+    async def scenario(cluster, backend, every):
         stream, before = await backend.open(order), {}
 
         async def die():
-            await asyncio.sleep(0.3)  # the snapshot is on its way
+            if every:
+                await cluster.stored(stream, 8)
             before.update({name: replica.worker.forwards for name, replica in cluster.replicas.items()})
             cluster.dead.add(stream.replica_id)
             before["home"] = stream.replica_id
@@ -180,8 +183,8 @@ def test_only_what_is_after_the_snapshot_is_made_again(pipes):
         return cluster.replicas[other].worker.forwards - before[other]
 
     most = pipes[0].max_steps
-    assert run(scenario, pipes, every=1) <= 4 * most  # 9 or 10, and 11, of 12
-    assert run(scenario, pipes, every=0) >= 11 * most
+    assert run(partial(scenario, every=1), pipes, every=1) <= 4 * most  # from 8 or 9 on, of 12
+    assert run(partial(scenario, every=0), pipes, every=0) >= 11 * most
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -82,19 +82,24 @@ class Cluster:
             await asyncio.sleep(0.01)
         return self.keeper.snapshots.sizes()
 
+    async def stored(self, stream, index):
+        """Once a snapshot before chunk `index` or a later one is stored; never is an error of `run`."""
+        while (entry := self.keeper.snapshots._entries.get(stream.id)) is None or entry.index < index:
+            await asyncio.sleep(0.01)
+
     async def stop(self):
         for replica in self.replicas.values():
             await replica.stop()
 
 
-def run(scenario, pipes, **options):
+def run(scenario, pipes, failover_timeout=1.0, **options):
     """A scenario(cluster, backend) on two replicas, whose workers end with it."""
 
     async def main():
         cluster = Cluster(pipes, **options)
         try:
             async with asyncio.timeout(60):
-                return await scenario(cluster, await RemoteBackend.connect(cluster, failover_timeout=1.0))
+                return await scenario(cluster, await RemoteBackend.connect(cluster, failover_timeout=failover_timeout))
         finally:
             await cluster.stop()
 

@@ -26,7 +26,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.cli import first_line, format_table, positive_int
+from benchmarks.common.cli import complete, first_line, format_table, positive_int
 from benchmarks.common.environment import commit, machine, save, versions
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
 from benchmarks.e2e import protocol
@@ -38,7 +38,6 @@ from benchmarks.e2e.timeline import EngineStream, columns, draw, figures, play, 
 from benchmarks.micro.backends import refuse_others
 from dsa_engine import Fixed, Pipeline, pipeline_inputs
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.files import check_output_path
 from dsa_engine.models.fp8 import QUANTIZATIONS, quantization, quantize_linears
 
 BASELINES = ("eager", "compile")
@@ -346,13 +345,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     usual = {"clips": 5, "steady_chunks": 40, "steady_clips": 1 if cuda else 3, "cold": True}
     usual |= {"clips": 1, "steady_chunks": 8, "steady_clips": 1, "cold": False} if args.quick else {}
     usual |= {"baseline": list(BASELINES) if cuda and not args.quick else ["eager"]}
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
-        if path is not None:
-            check_output_path(path, suffix)  # before the work, not after it
-    return args
+    return complete(args, **usual)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,7 +45,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.cli import format_table
+from benchmarks.common.cli import complete, format_table
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.common.isolation import Worker, WorkerDied
 from benchmarks.common.limit import UNFINISHED, WHY, Limit
@@ -56,7 +56,6 @@ from benchmarks.micro.roofline import GPUS, PRACTICAL, PRECISIONS, STEPS, Row, S
 from benchmarks.micro.summary import absent, choices, measured_forwards, report, twins
 from dsa_engine.config import PRESETS, ModelConfig
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.files import check_output_path
 
 WAN = "wan2.1-t2v-1.3b"
 SMALL = 1000  # tokens of a chunk, up to which a CPU times it
@@ -280,9 +279,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known = sorted({r.op for r in roofline.rows(Sizes(ModelConfig.preset(args.model), args.height, args.width))})
     if args.ops and not set(args.ops) <= set(known):
         parser.error(f"--ops {' '.join(args.ops)}: must be of {', '.join(known)}")
-    if args.save:
-        check_output_path(args.save, ".json")  # before the work, not after it
-    return args
+    return complete(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

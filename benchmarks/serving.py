@@ -46,13 +46,12 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.cli import format_table
+from benchmarks.common.cli import complete, format_table
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.loadgen.client import figures, percentiles, run_client, scenarios
 from benchmarks.loadgen.plot import draw
 from benchmarks.loadgen.server_process import Server, ServerUnderTest
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.files import check_output_path
 from dsa_engine.media.stream_encoders import FORMATS
 
 POLICIES = {"fixed": "fixed", "confidence": "dsa", "budget": "budget", "relative": "relative"}  # for `session.start`
@@ -311,13 +310,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plot", type=Path, metavar="PNG", help="draw latency over streams, and the steps")
     args = parser.parse_args(argv)
     usual |= {"ramp": 0.3, "settle": 0.3, "measure": 1.5, "most": 2, "flood": 3} if args.quick else {}
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
-        if path is not None:
-            check_output_path(path, suffix)  # before the work, not after it
-    return args
+    return complete(args, **usual)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.cli import first_line
+from benchmarks.common.cli import complete, first_line
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.e2e import protocol
 from benchmarks.micro import inputs
@@ -43,7 +43,6 @@ from dsa_engine import Confidence, Fixed, Pipeline, pipeline_inputs
 from dsa_engine.config import PRESETS
 from dsa_engine.engine import device_loop
 from dsa_engine.evaluation.summary import rounded
-from dsa_engine.files import check_output_path
 
 CHUNKS, STEPS = 2, 2
 ABSENT = 77  # exit code
@@ -153,9 +152,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     side = (64, 64) if args.model == "shapes" else (480, 832)
     args.height, args.width = args.height or side[0], args.width or side[1]
-    if args.save:
-        check_output_path(args.save, ".json")  # before the work, not after it
-    return args
+    return complete(args)
 
 
 @torch.inference_mode()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
+
+from dsa_engine.files import check_output_path
 
 
 def positive_int(text: str) -> int:
@@ -12,6 +15,18 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be at least 1, the nearest legal value")
     return number
+
+
+def complete(args: argparse.Namespace, **usual: Any) -> argparse.Namespace:
+    """Fill in the usual value of each option that was not given. Raises ValueError, before the work and not after it,
+    where --save or --plot cannot be written."""
+    for name, value in usual.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name, suffix in (("save", ".json"), ("plot", ".png")):
+        if (path := getattr(args, name, None)) is not None:
+            check_output_path(path, suffix)
+    return args
 
 
 def first_line(error: Exception) -> str:

@@ -6,27 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dsa_engine.files import atomic_write
+from benchmarks.common.plot import png_figure
 
 COLORS = {"fixed": "#a03030", "confidence": "#1f5fbf", "budget": "#3b8f5a"}
 ALONE = "#8a8a8a"
 
 
 def draw(result: dict, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((11, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    latencies(left, result)
-    steps(right, result)
-    for axes, corner in ((left, "outside lower left"), (right, "outside lower right")):
-        figure.legend(*axes.get_legend_handles_labels(), loc=corner, ncol=4, fontsize=8)
-    held = ", ".join(f"{label} {part['held']}" for part, _, label in capacities(result))
-    figure.suptitle(f"{result['model']}: live streams held at their pace: {held}", size=11)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with png_figure(path, 11, 4.8) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        latencies(left, result)
+        steps(right, result)
+        for axes, corner in ((left, "outside lower left"), (right, "outside lower right")):
+            figure.legend(*axes.get_legend_handles_labels(), loc=corner, ncol=4, fontsize=8)
+        held = ", ".join(f"{label} {part['held']}" for part, _, label in capacities(result))
+        figure.suptitle(f"{result['model']}: live streams held at their pace: {held}", size=11)
 
 
 def capacities(result: dict) -> list[tuple[dict, str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from dsa_engine.serving.http import app as module
 from dsa_engine.serving.jobs.store import StorageError, Store
 from dsa_engine.serving.types import Overloaded
-from tests.support.instant import CARD
+from tests.support.fake_backend import CARD
 from tests.support.serving.http_client import ID, ask, metrics, refused, served
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from dsa_engine.serving.http.app import create_app
 from dsa_engine.serving.settings import Settings
-from tests.support.instant import Instant
+from tests.support.fake_backend import FakeBackend
 from tests.support.serving.http_client import FORM, ID, JSON, refused, served
 
 
@@ -73,7 +73,7 @@ def handed(app, method: str, path: bytes, headers=(), body: bytes = b"", parts: 
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    app = create_app(Instant(), Settings(data=tmp_path_factory.mktemp("bare"), max_body=1000))
+    app = create_app(FakeBackend(), Settings(data=tmp_path_factory.mktemp("bare"), max_body=1000))
     yield app
     app.state.service.jobs.store.close()
 

@@ -8,7 +8,7 @@ import pytest
 from dsa_engine.engine.chunk import Chunk
 from dsa_engine.serving.http import prometheus
 from dsa_engine.serving.types import ChunkReady, Closed, StreamRequest
-from tests.support.instant import TIMINGS
+from tests.support.fake_backend import TIMINGS
 from tests.support.serving.http_client import ask, finished, metrics, served
 
 

@@ -13,7 +13,8 @@ from dsa_engine.media import stream_encoders
 from dsa_engine.serving.http import realtime
 from dsa_engine.serving.settings import Settings
 from dsa_engine.serving.types import Closed, Queued
-from tests.support.live_server import PATIENCE, FakeStream, until
+from tests.support.fake_backend import FakeStream
+from tests.support.live_server import PATIENCE, until
 from tests.support.serving.realtime_client import Client, fake, of
 
 
@@ -56,11 +57,7 @@ def test_the_longest_prompt_fits_into_a_message():
 def test_how_a_stream_may_end(closed, code, last):
     with fake(period=60) as (host, backend), Client(host) as client:
         client.start().until("video.start")
-        stream = backend.streams[0]
-        stream.events.append(closed)
-        stream.backend.period = 0.001
-        stream._make = lambda: None
-        stream.closed.set()
+        backend.streams[0].events.append(closed)
         (said,), got = client.rest()
     assert got == code and last == said.get("reason", said.get("code")) and said["message"] == closed.error
 
@@ -102,7 +99,7 @@ def test_a_ping_is_a_sign_of_life():
 
 def test_a_slow_client_holds_up_nobody_and_gathers_nothing():
     """Half a megabyte a chunk: what is not read stays unmade once the sockets are full."""
-    with fake(height=400, width=448, period=0.001) as (host, backend):
+    with fake(size=(400, 448), period=0.001) as (host, backend):
         slow = Client(host).start(format="rgb24")
         until(lambda: backend.streams and backend.streams[0].made)
         with Client(host).start(format="rgb24", num_frames=200) as quick:
@@ -118,7 +115,7 @@ def test_a_slow_client_holds_up_nobody_and_gathers_nothing():
 
 
 def test_a_client_that_takes_nothing_loses_its_place():
-    with fake(height=400, width=448, send_timeout=0.3) as (host, backend):
+    with fake(size=(400, 448), send_timeout=0.3) as (host, backend):
         stuck = Client(host).start(format="rgb24")
         until(lambda: backend.streams and not backend.open_streams)
         stuck.abort()
@@ -165,7 +162,7 @@ def test_positions_come_before_the_place():
             self.events.extendleft([Queued(1), Queued(2)])
 
     with fake() as (host, backend), Client(host) as client:
-        backend.open = lambda order, id=None, own=backend.open: _as(Waiting, own(order, id))
+        backend.kind = Waiting
         client.start(num_frames=1)
         seen, _ = client.rest()
     assert [m.get("position") for m in seen[:3]] == [2, 1, None] and seen[2]["type"] == "video.start"
@@ -190,18 +187,10 @@ def test_who_waits_in_the_queue_is_not_idle(monkeypatch):
                 self.opened = None
 
     with fake() as (host, backend), Client(host) as client:
-        backend.open = lambda request, id=None, own=backend.open: _as(Waiting, own(request, id))
+        backend.kind = Waiting
         client.start(num_frames=1)
         assert client.until("session.queued")["position"] == 1
         assert client.until("video.start")
-
-
-async def _as(kind, opening):
-    stream = await opening
-    again = kind(stream.backend, stream.request, stream.id)
-    stream.backend.open_streams.discard(stream)
-    stream.backend.open_streams.add(again)
-    return again
 
 
 @pytest.mark.parametrize(

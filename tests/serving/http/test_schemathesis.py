@@ -13,7 +13,7 @@ from schemathesis.config import SchemathesisConfig
 
 from dsa_engine.serving.http.app import create_app
 from dsa_engine.serving.settings import Settings
-from tests.support.instant import Instant
+from tests.support.fake_backend import FakeBackend
 
 PHASES = {"coverage": 1, "fuzzing": 40, "stateful": 15}  # examples of each
 JOBS = {
@@ -28,7 +28,7 @@ OTHERS = {"GET /v1/models", "GET /metrics", "GET /health", "GET /readyz"}  # whi
 
 @pytest.fixture
 def app(tmp_path):
-    return create_app(Instant(), Settings(data=tmp_path, token="secret"))
+    return create_app(FakeBackend(), Settings(data=tmp_path, token="secret"))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from PIL import Image
 from dsa_engine.media import image
 from dsa_engine.media.mp4 import read_mp4, write_mp4
 from dsa_engine.media.preprocess import to_video_tensor
-from tests.support.instant import CARD, frames_of
+from tests.support.fake_backend import CARD, frames_of
 from tests.support.serving.http_client import ID, PICTURE, ask, finished, png, refused
 
 

@@ -17,7 +17,7 @@ from dsa_engine.serving.settings import WorkerLimits
 from dsa_engine.serving.types import Overloaded, StreamRequest
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
-from tests.support.instant import CARD, frames_of
+from tests.support.fake_backend import CARD, frames_of
 from tests.support.serving.job_bench import PROMPT, Bench, left, until, written
 
 
@@ -32,7 +32,7 @@ def test_every_frame_of_every_job_is_in_its_file(tmp_path):
                 assert bench.store.video(id).read_bytes() == written(tmp_path, frames_of(seed, 12))
                 assert (job.steps, job.confidence) == ([2] * 4, [[0.5, 0.25, 0.75]] * 4)
                 assert job.completed >= job.created and job.duration_s >= 0
-            assert bench.backend.seen == [("open", seed) for seed in range(1, 6)]
+            assert [stream.request.seed for stream in bench.backend.streams] == [1, 2, 3, 4, 5]
             assert left(bench.store) == sorted(f"{id}.mp4" for id in ids)
 
     asyncio.run(run())
@@ -91,7 +91,7 @@ def test_deleting_one_that_waits_or_is_made(tmp_path):
             assert not await bench.jobs.delete("video_" + "0" * 32)
             bench.backend.go.set()
             await bench.done([last])
-            assert bench.backend.seen == [("open", 1), ("open", 3)]
+            assert [stream.request.seed for stream in bench.backend.streams] == [1, 3]
             assert left(bench.store) == [f"{last}.mp4"] and bench.store.counts()["completed"] == 1
 
     asyncio.run(run())

@@ -12,7 +12,7 @@ from dsa_engine.media.mp4 import Mp4Writer
 from dsa_engine.serving.jobs import queue as module
 from dsa_engine.serving.jobs.store import Store
 from dsa_engine.serving.types import Overloaded
-from tests.support.instant import frames_of
+from tests.support.fake_backend import frames_of
 from tests.support.serving.job_bench import Bench, left, order, until, written
 
 

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from dsa_engine.serving.http.app import create_app
 from dsa_engine.serving.settings import Settings
-from tests.support.instant import CARD, Instant
+from tests.support.fake_backend import CARD, FakeBackend
 
 ID = "video_" + "0" * 32
 
@@ -23,8 +23,7 @@ JSON = {"content-type": "application/json"}
 
 @contextmanager
 def served(folder, jobs=True, card=CARD, **options):
-    backend = Instant()
-    backend.card = card
+    backend = FakeBackend(card)
     app = create_app(backend, Settings(data=folder, **options), jobs=jobs)
     backend.observers.append(app.state.metrics.observe)
     with TestClient(app, raise_server_exceptions=False) as client:

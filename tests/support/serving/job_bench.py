@@ -10,7 +10,7 @@ from dsa_engine.media.mp4 import Mp4Writer
 from dsa_engine.serving.jobs.queue import Jobs
 from dsa_engine.serving.jobs.store import Store
 from dsa_engine.serving.types import StreamRequest
-from tests.support.instant import CARD, Instant
+from tests.support.fake_backend import CARD, FakeBackend
 
 PROMPT = "a red circle jumps"
 
@@ -30,7 +30,7 @@ class Bench:
     """A runner on a store, which a test may leave and take up again."""
 
     def __init__(self, folder, backend=None, **options):
-        self.backend = backend or Instant(**options)
+        self.backend = backend or FakeBackend(**options)
         self.store = Store(folder)
         self.jobs = Jobs(self.backend, self.store)
 

@@ -6,6 +6,7 @@ import json
 import socket
 import struct
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed
@@ -15,7 +16,8 @@ from dsa_engine.serving.http import realtime
 from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
-from tests.support.live_server import PATIENCE, FakeBackend, serving, until
+from tests.support.fake_backend import CARD, FakeBackend
+from tests.support.live_server import PATIENCE, serving, until
 from tests.support.serving.sessions import PROMPTS
 
 SERVER = {
@@ -109,8 +111,10 @@ def engine(pipe, wanted=Settings(), send_timeout=realtime.SEND_TIMEOUT_S, **limi
 
 
 @contextmanager
-def fake(wanted=Settings(), send_timeout=realtime.SEND_TIMEOUT_S, **options):  # noqa: B008 frozen
-    backend = FakeBackend(**options)
+def fake(wanted=Settings(), send_timeout=realtime.SEND_TIMEOUT_S, size=(16, 16), period=0.001, **options):  # noqa: B008
+    """Streams whose chunks are single frames."""
+    card = replace(CARD, height=size[0], width=size[1], chunks=(1, 1))
+    backend = FakeBackend(card, period, **options)
     with serving(realtime.router(backend, wanted, send_timeout)) as host:
         yield host, backend
         until(lambda: not backend.open_streams)  # whatever a test did: no stream is left behind

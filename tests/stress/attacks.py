@@ -24,6 +24,7 @@ TEXT, BINARY, CLOSE, PING = 1, 2, 8, 9  # RFC 6455, section 5.2
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset, whatever is still under way
 PROMPT = "a red circle moves sideways on black"
 MIB = 2**20
+HOLD = 1.0  # scales how long a client holds on to what it has, and waits for what never comes
 
 
 @dataclass
@@ -39,7 +40,7 @@ class ResponseLog:
         """The status of the HTTP response; None where the server only closes, or leaves half a request unanswered."""
         status = None
         with suppress(TimeoutError, asyncio.IncompleteReadError):
-            async with asyncio.timeout(10.0):
+            async with asyncio.timeout(HOLD * 10.0):
                 status = await raw.status()
         self.statuses[what, status] += 1
 
@@ -262,7 +263,7 @@ async def slow(log: ResponseLog, rng: Random) -> None:
     """Requests a stream and does not read it."""
     async with streaming(log, rng, small=True) as raw:
         raw.writer.transport.pause_reading()
-        await asyncio.sleep(rng.uniform(2.0, 15.0))
+        await asyncio.sleep(HOLD * rng.uniform(2.0, 15.0))
         if rng.random() < 0.3:
             raw.writer.transport.resume_reading()
             await until_closed(log, raw, "slow", 2.0)
@@ -272,7 +273,7 @@ async def silent(log: ResponseLog, rng: Random) -> None:
     """Connects and says nothing: no request, half a request, or no `session.start`."""
     async with connected(log) as raw:
         await raw.send(rng.choice((b"", b"GET /health HT", upgrade())))
-        await asyncio.sleep(rng.uniform(1.0, 12.0))
+        await asyncio.sleep(HOLD * rng.uniform(1.0, 12.0))
 
 
 async def flood(log: ResponseLog, rng: Random) -> None:

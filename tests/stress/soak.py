@@ -42,7 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # run as a script, Py
 
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.loadgen.client import change_message, converse, dial, start_message
-from benchmarks.loadgen.server_process import ProcessStats, Server
+from benchmarks.loadgen.server_process import COMMAND, ProcessStats, Server
 from dsa_engine import Pipeline
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.sampling.policy import Budget
@@ -214,7 +214,7 @@ def soak(model: str, clients: int, seconds: float, growth: float, seed: int = 0)
     torch.set_num_threads(pipe.cpu_threads)  # as the server does: other sums have other bits
     chunk_frames = pipe.engine.decoder.frames_of(pipe.config.chunk_frames, False)
     options = ["--model", model, "--device", "cpu", "--deterministic", "--idle-timeout", f"{IDLE:g}"]
-    with Server(options) as server:
+    with Server(options, COMMAND) as server:
         first = server.stats()
         asyncio.run(Swarm(server, clients, seed + 1, chunk_frames).run(min(WARM, seconds)))
         asyncio.run(fill_thread_pools(server.url))

@@ -4,27 +4,41 @@ four more those near the shared memory's limit; `python tests/support/triton_com
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from tests.support.triton_cases import ARCHES, all_cases
+from tests.support.triton_cases import ARCHES, OPS, all_cases
 from tests.support.triton_compile import STACK, WHOLE, Kernel, blocks_per_sm, breaks, missing, table
 
 CASES = all_cases()
+OTHERS = tuple(op for op in OPS if op != "attention")
+GROUPS = {  # architectures and ops that are compiled for at once
+    "sm_80 attention": ((80,), ("attention",)),
+    "sm_80 others": ((80,), OTHERS),
+    "sm_90 attention": ((90,), ("attention",)),
+    "sm_90 others": ((90,), OTHERS),
+    "other architectures": ((86, 89, 100, 120), tuple(OPS)),
+}
 
 
-@pytest.fixture(scope="module")
-def kernels() -> list[Kernel]:
-    """Compiled in a process of its own, since in this one the kernels may belong to the interpreter."""
+@functools.cache
+def compiled(group: str) -> list[Kernel]:
+    """In a process of its own, since in this one the kernels may belong to the interpreter."""
+    arches, ops = GROUPS[group]
     program = Path(__file__).parents[1] / "support" / "triton_compile.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, program, "--json", "--suite"], env=environment, capture_output=True, text=True
+        [sys.executable, program, "--json", "--suite", "--arches", *map(str, arches), "--ops", *ops],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     kernels = [Kernel(**k) for k in json.loads(done.stdout.splitlines()[-1])]
@@ -32,10 +46,11 @@ def kernels() -> list[Kernel]:
     return kernels
 
 
-def test_shared_memory_fits_and_nothing_spills(kernels):
+@pytest.mark.parametrize("group", GROUPS)
+def test_shared_memory_fits_and_nothing_spills(group):
     """But what STACK names, with a reason."""
-    assert [rule for rule in map(breaks, kernels) if rule] == []
-    assert {k.arch for k in kernels} == set(ARCHES) and set(STACK) <= {case.name for case in CASES}
+    assert [rule for rule in map(breaks, compiled(group)) if rule] == []
+    assert {k.arch for k in compiled(group)} == set(GROUPS[group][0])
 
 
 def test_a_rule_that_is_broken_is_named():
@@ -46,19 +61,28 @@ def test_a_rule_that_is_broken_is_named():
     assert "72 bytes on the stack" in breaks(spills) and breaks(dataclasses.replace(spills, stack=64)) is None
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_instructions(case, kernels):
-    """Wide accesses and the tensor cores' instructions are there on every architecture of the case."""
-    for arch in set(case.arches) & set(WHOLE):
-        mine = {k.name: k for k in kernels if k.case == case.name and k.arch == arch}
-        assert set(case.needs) <= set(mine), f"sm_{arch}: {set(case.needs)} not all in {set(mine)}"
-        lacking = {name: missing(mine[name], needs) for name, needs in case.needs.items()}
-        assert not any(lacking.values()), f"sm_{arch}: {lacking}, has {[k.opcodes for k in mine.values()]}"
+@pytest.mark.parametrize(
+    "group, case",
+    [
+        pytest.param(group, case, id=f"{group} {case.name}")
+        for group, (arches, ops) in GROUPS.items()
+        for case in all_cases(ops)
+        if {*arches} <= {*WHOLE} & {*case.arches}
+    ],
+)
+def test_instructions(group, case):
+    """Wide accesses and the tensor cores' instructions are there."""
+    mine = {k.name: k for k in compiled(group) if k.case == case.name}
+    assert set(case.needs) <= set(mine), f"{set(case.needs)} not all in {set(mine)}"
+    lacking = {name: missing(mine[name], needs) for name, needs in case.needs.items()}
+    assert not any(lacking.values()), f"{lacking}, has {[k.opcodes for k in mine.values()]}"
 
 
 def test_every_case_names_what_it_needs():
     assert all(case.needs and set(case.arches) <= set(ARCHES) for case in CASES)
-    assert len({case.name for case in CASES}) == len(CASES)
+    assert len({case.name for case in CASES}) == len(CASES) and set(STACK) <= {case.name for case in CASES}
+    pairs = [(arch, op) for arches, ops in GROUPS.values() for arch in arches for op in ops]
+    assert sorted(pairs) == sorted(product(ARCHES, OPS))
 
 
 @pytest.mark.parametrize(

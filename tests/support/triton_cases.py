@@ -1,11 +1,11 @@
 """Launches of the Triton kernels at the models' shapes, on meta tensors: what `triton_compile.py` compiles.
 
-To add an op, write a function that returns its cases and name it in `all_cases`.
+To add an op, write a function that returns its cases and name it in `OPS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -212,7 +212,15 @@ def norm_silu_cases() -> list[Case]:
     ]
 
 
-def all_cases() -> list[Case]:
-    """One function an op module."""
-    functions = norm_rope_cases, row_cases, epilogue_cases, attention_cases, norm_silu_cases, noise_cases
-    return [case for function in functions for case in function()]
+OPS = {
+    "norm_rope": norm_rope_cases,
+    "rows": row_cases,
+    "epilogue": epilogue_cases,
+    "attention": attention_cases,
+    "norm_silu": norm_silu_cases,
+    "noise": noise_cases,
+}
+
+
+def all_cases(ops: Iterable[str] = OPS) -> list[Case]:
+    return [case for op in ops for case in OPS[op]()]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # run as a script, Python looks only beside this file
-from tests.support.triton_cases import ARCHES, Case, all_cases
+from tests.support.triton_cases import ARCHES, OPS, Case, all_cases
 
 
 class Chip(NamedTuple):
@@ -170,8 +171,8 @@ def inspect(case: str, arch: int, compiled, sass: bool) -> Kernel:
     )
 
 
-def compile_cases(cases: list[Case], suite: bool = False) -> list[Kernel]:
-    """Every kernel that the cases launch, for every architecture of theirs; suite: for those that the tests hold."""
+def compile_cases(cases: list[Case], arches: Sequence[int], suite: bool = False) -> list[Kernel]:
+    """Every kernel that the cases launch, for those architectures of theirs; suite: for those that the tests hold."""
     kernels, run = {}, JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -184,7 +185,7 @@ def compile_cases(cases: list[Case], suite: bool = False) -> list[Kernel]:
     JITFunction.run = compile_only
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # a kernel is inspected while the next is compiled
-            for arch in ARCHES:
+            for arch in arches:
                 driver.set_active(AheadOfTime(arch))
                 for case in cases:
                     if arch in case.arches and (not suite or case.everywhere or arch in WHOLE):
@@ -223,9 +224,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the kernels as JSON")
     parser.add_argument("--only", default="", help="only launches whose name holds this")
     parser.add_argument("--suite", action="store_true", help="only what the tests hold")
+    parser.add_argument("--arches", type=int, nargs="+", choices=ARCHES, default=ARCHES, help="only for these")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="only cases of these")
     args = parser.parse_args()
-    cases = [case for case in all_cases() if args.only in case.name]
-    kernels = compile_cases(cases, args.suite)
+    cases = [case for case in all_cases(args.ops) if args.only in case.name]
+    kernels = compile_cases(cases, args.arches, args.suite)
     if args.json:
         sys.stdout.write(json.dumps([asdict(k) for k in kernels]) + "\n")
         return

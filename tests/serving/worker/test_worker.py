@@ -139,7 +139,7 @@ def test_a_relative_stream_says_what_each_chunk_was_compared_with(pipe, open_ben
     stream.update(threshold=0.5, event_id="e1")
     bench.run(stream)
     made = bench.of(stream, ChunkReady)
-    assert np.array_equal(shown(made), frames_of(pipe, step_policy="relative"))
+    assert np.array_equal(shown(made), session_frames(pipe, seed=0, step_policy="relative"))
     assert [event.threshold for event in made] == [1.0, *(min(event.chunk.confidence) for event in made[:-1])]
     (refused,) = bench.of(stream, UpdateRejected)
     assert "no confidence threshold" in refused.error

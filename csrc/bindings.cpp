@@ -68,7 +68,7 @@ template <> struct type_caster<dsa::Ring> : struct_caster<dsa::Ring, Address, bo
 template <> struct type_caster<dsa::LatentShape>
     : struct_caster<dsa::LatentShape, int, int64_t, int64_t, int64_t, int64_t> {};
 template <> struct type_caster<dsa::HeadWeights>
-    : struct_caster<dsa::HeadWeights, int, int64_t, Address, Address, Address, Address, dsa::PerFrame> {};
+    : struct_caster<dsa::HeadWeights, int, int64_t, Address, Address, Address, Address, dsa::PerFrame, Address> {};
 template <> struct type_caster<dsa::StopRule>
     : struct_caster<dsa::StopRule, Address, Address, Address, Address, Address> {};
 // clang-format on

@@ -15,7 +15,8 @@ struct LatentShape {
     int64_t channels, height, width, patch;
 };
 
-// The confidence head: weight1 [M, 3 C] (null: there is none), bias1 [M], weight2 [M], bias2 [1], all of one dtype.
+// The confidence head: weight1 [M, 3 C], bias1 [M], weight2 [M], bias2 [1], all of one dtype. weight1 is null where there
+// is no head, or where it has been evaluated already: then logits has what it gave.
 struct HeadWeights {
     int dtype;
     int64_t units;  // M
@@ -23,7 +24,8 @@ struct HeadWeights {
     const void* bias1;
     const void* weight2;
     const void* bias2;
-    PerFrame time;  // [B, F, C], what the head reads beside the statistics
+    PerFrame time;        // [B, F, C], what the head reads beside the statistics
+    const float* logits;  // [B, F]
 };
 
 // [B] each; reduce: 0 min, 1 mean, 2 max

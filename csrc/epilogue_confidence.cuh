@@ -82,7 +82,7 @@ __device__ __forceinline__ void set_stop_flag(const ConfidenceParams& p, int b) 
     state[p.frames] = stop ? 1.0f : 0.0f;
 }
 
-// blockIdx: slice of the hidden layer, frame. Without a head one block.
+// blockIdx: slice of the hidden layer, frame. One block where no head is to be evaluated.
 template <class T>
 __global__ void __launch_bounds__(THREADS) confidence_kernel(const __grid_constant__ ConfidenceParams p) {
     DSA_DYNAMIC_SHARED(float, features);
@@ -111,9 +111,10 @@ __global__ void __launch_bounds__(THREADS) confidence_kernel(const __grid_consta
         }
         sum = warp_sum(sum);
         if (lane == 0) {
-            float& confidence = p.state[frame / p.frames * (p.frames + 1) + frame % p.frames];
-            confidence =
-                p.head.weight1 ? sigmoid(sum + load_scalar(p.head.bias2, dtype, 0)) : __int_as_float(0x7fc00000);
+            float logit = __int_as_float(0x7fc00000);  // NaN: no head
+            if (p.head.weight1) logit = sum + load_scalar(p.head.bias2, dtype, 0);
+            if (p.head.logits) logit = p.head.logits[frame];
+            p.state[frame / p.frames * (p.frames + 1) + frame % p.frames] = sigmoid(logit);
         }
     }
     __syncthreads();

@@ -20,7 +20,7 @@ from benchmarks.common.limit import UNFINISHED, Limit
 from dsa_engine import Pipeline
 from dsa_engine.checkpoints.model_folder import save_model_folder
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.shapes.text_encoder import SlotTextEncoder
@@ -99,7 +99,7 @@ def untrained(tmp_path_factory):
     dit = CausalDiT(config)
     for parameter in dit.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    head = ConfidenceHead(config)
+    head = PooledHead(config)
     torch.nn.init.normal_(head.mlp[2].weight, std=2.0)
     folder = tmp_path_factory.mktemp("untrained")
     modules = {"generator": dit, "confidence": head, "codec": PixelCodec(), "text": SlotTextEncoder(16)}

@@ -2,7 +2,7 @@
 
 Four launches, each of which needs all of the one before it: tiles of tokens (final GEMM, clean estimate, next input,
 moments of the hidden states), the frames' statistics, the head's MLP spread over its hidden units, and the decision.
-Without a head the two in the middle are left out, and so are the moments.
+Without a head to evaluate the two in the middle are left out, and so are the moments.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def stop_kernel(
     FRAMES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One row: the confidence of its frames from the parts of their logits, and whether it stops."""
+    """One row: the confidence of its frames from the parts of their logits, and whether it stops. Without logits it is
+    NaN; without bias2 the logits are whole."""
     row, frame = tl.program_id(0), tl.arange(0, FRAMES)
     inside = frame < frames
     confidence = tl.full((FRAMES,), float("nan"), tl.float32)  # never above a threshold
@@ -148,7 +149,9 @@ def stop_kernel(
         part = tl.arange(0, PARTS)
         at = (row * frames + frame)[:, None] * parts + part[None, :]
         logit = tl.sum(tl.load(logits + at, mask=inside[:, None] & (part < parts)[None, :], other=0.0), axis=1)
-        confidence = tl.sigmoid(logit + tl.load(bias2).to(tl.float32))
+        if bias2 is not None:
+            logit += tl.load(bias2).to(tl.float32)
+        confidence = tl.sigmoid(logit)
         mean = tl.sum(tl.where(inside, confidence, 0.0), axis=0) / frames
         low = tl.min(tl.where(inside, confidence, float("inf")), axis=0)
         high = tl.max(tl.where(inside, confidence, -float("inf")), axis=0)
@@ -197,17 +200,18 @@ def epilogue(
     sigma: Tensor,
     next_sigma: Tensor,
     final: FinalLayer,
-    head: HeadWeights | None,
+    head: HeadWeights | Tensor | None,
     rule: StopRule,
     eps: float,
 ) -> Epilogue:
     frames, tokens = x.shape[1], hidden.shape[1] // x.shape[1]
-    moments = None if head is None else empty_moments(hidden, frames)
+    weights = head if isinstance(head, HeadWeights) else None
+    moments = None if weights is None else empty_moments(hidden, frames)
     x0, next_x = _tokens(hidden, x, noise, sigma, next_sigma, final, moments, eps)
-    logits = None
-    if head is not None:
-        logits = _confidence_logits(join(moments, time.contiguous(), frames, tokens, eps), head)
-    return Epilogue(x0, next_x, _stop_state(x, logits, head, rule))
+    logits = head.contiguous()[..., None] if isinstance(head, Tensor) else None
+    if weights is not None:
+        logits = _confidence_logits(join(moments, time.contiguous(), frames, tokens, eps), weights)
+    return Epilogue(x0, next_x, _stop_state(x, logits, weights, rule))
 
 
 def _tokens(hidden, x, noise, sigma, next_sigma, final, moments, eps) -> tuple[Tensor, Tensor]:

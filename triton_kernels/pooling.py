@@ -1,7 +1,9 @@
-"""Mean and deviation over a frame's tokens of the normalised hidden states. Contract: `dsa_engine.ops.pooling`.
+"""A frame's normalised tokens as a few vectors: mean and deviation, or softmax-weighted means. Contracts:
+`dsa_engine.ops.pooling`.
 
-One launch takes the moments of tiles of tokens, a second one joins them: always in the same order, so the result is the
-same every time, and always as squares about a mean, so nothing cancels. `epilogue.py` takes its moments on its way.
+One launch takes the parts of tiles of tokens, a second one joins them: always in the same order, so the result is the
+same every time. Moments are always squares about a mean, so nothing cancels; shares of a softmax are relative to their
+tile's largest score until they are joined. `epilogue.py` takes its moments on its way.
 """
 
 from __future__ import annotations
@@ -125,3 +127,88 @@ def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     moments = empty_moments(hidden, frames)
     moments_kernel[moments.shape[1::-1]](hidden, moments, tokens, eps, channels, TILE, block(hidden))
     return join(moments, None, frames, tokens, eps)
+
+
+@triton.jit
+def weighted_kernel(
+    hidden,
+    queries,
+    sums,
+    scores,
+    tokens,
+    count,
+    eps,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One tile of one frame's tokens: their softmax-weighted sums [count, C] for each query, relative to the tile's
+    largest score, which goes to scores [2, count] with the sum of the weights."""
+    tile, frame = tl.program_id(0), tl.program_id(1)
+    token, query = tile * TILE + tl.arange(0, TILE), tl.arange(0, QUERIES)
+    valid, used = token < tokens, query < count
+    rows = hidden + (frame * tokens + token).to(tl.int64) * C
+    mean, rate = row_statistics(rows, valid, eps, C, BLOCK)
+    score = tl.zeros((TILE, QUERIES), tl.float32)
+    for start in range(0, C, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        at = queries + query[None, :] * C + col[:, None]
+        q = tl.load(at, mask=used[None, :] & (col < C)[:, None], other=0.0).to(tl.float32)
+        score = tl.dot(normalised(rows, valid, col, mean, rate, C), q, score, input_precision="ieee")
+    score = tl.where(valid[:, None], score, float("-inf"))
+    high = tl.max(score, axis=0)
+    weight = tl.exp(score - high[None, :])
+    part = (frame * tl.num_programs(0) + tile).to(tl.int64) * count
+    tl.store(scores + 2 * part + query, high, mask=used)
+    tl.store(scores + 2 * part + count + query, tl.sum(weight, axis=0), mask=used)
+    weight = tl.trans(weight)
+    for start in range(0, C, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        total = tl.dot(weight, normalised(rows, valid, col, mean, rate, C), input_precision="ieee")
+        at = sums + (part + query)[:, None] * C + col[None, :]
+        tl.store(at, total, mask=used[:, None] & (col < C)[None, :])
+
+
+@triton.jit
+def join_weighted_kernel(sums, scores, out, tiles, count, C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """One query of one frame, a block of channels: the tiles' sums as one weighted mean."""
+    frame, query = tl.program_id(0) // count, tl.program_id(0) % count
+    col, tile = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, TILES)
+    part = (frame * tiles + tile).to(tl.int64) * count
+    high = tl.load(scores + 2 * part + query, mask=tile < tiles, other=float("-inf"))
+    share = tl.exp(high - tl.max(high, axis=0))
+    whole = tl.sum(share * tl.load(scores + 2 * part + count + query, mask=tile < tiles, other=0.0), axis=0)
+    inside = (tile < tiles)[:, None] & (col < C)[None, :]
+    total = tl.sum(
+        tl.load(sums + (part + query)[:, None] * C + col[None, :], mask=inside, other=0.0) * share[:, None], 0
+    )
+    tl.store(out + tl.program_id(0) * C + col, total / whole, mask=col < C)
+
+
+def attention_pool(hidden: Tensor, queries: Tensor, frames: int, eps: float) -> Tensor:
+    hidden, queries = hidden.contiguous(), queries.contiguous()
+    batch, tokens, channels = hidden.shape
+    count, tiles = len(queries), triton.cdiv(tokens // frames, TILE)
+    sums = torch.empty(batch * frames, tiles, count, channels, dtype=torch.float32, device=hidden.device)
+    scores = sums.new_empty(batch * frames, tiles, 2, count)
+    weighted_kernel[(tiles, batch * frames)](
+        hidden,
+        queries,
+        sums,
+        scores,
+        tokens // frames,
+        count,
+        eps,
+        channels,
+        TILE,
+        max(16, triton.next_power_of_2(count)),
+        block(hidden),
+    )
+    padded = triton.next_power_of_2(tiles)
+    width = max(16, min(128, 4096 // padded))
+    out = sums.new_empty(batch, frames, count, channels)
+    join_weighted_kernel[(batch * frames * count, triton.cdiv(channels, width))](
+        sums, scores, out, tiles, count, channels, padded, width
+    )
+    return out

@@ -20,7 +20,7 @@ from dsa_engine.checkpoints.families import FAMILIES
 from dsa_engine.config import PRESETS, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.engine.session import Session
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
@@ -211,7 +211,7 @@ def random_pipeline(name: str, device: str, vae: str | None) -> Pipeline:
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     rollout = RolloutConfig(window=9, shift=3.0) if small else FAMILIES["self-forcing"].rollout
     with torch.device(device):
-        parts = CausalDiT(config), ConfidenceHead(config), PixelCodec() if small else VAES[vae or "wan"]()
+        parts = CausalDiT(config), PooledHead(config), PixelCodec() if small else VAES[vae or "wan"]()
     # Some buffers stay on the CPU whatever the default device is, so every part is moved as a loaded one is.
     dit, head, decoder = (part.to(device, dtype).requires_grad_(False).eval() for part in parts)
     clip = {"height": 480, "width": 832, "frames": 81, "fps": 16.0}

@@ -21,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsa_engine.config import ModelConfig
+from dsa_engine.models.confidence import TOKENS
 from dsa_engine.models.wan_vae import WanVAE
 
 TEXT_KEYS = 60  # of a usual prompt with its padding collapsed into the last
@@ -209,15 +210,18 @@ def linears(s: Sizes) -> list[Row]:
 
 
 def step_ops(s: Sizes) -> list[Row]:
-    """What a denoising step does besides its forward; `epilogue` pools by itself."""
+    """What a denoising step does besides its forward; `epilogue` pools by itself. A step with a `TokenHead` has three
+    `attention_pool` instead, after blocks of its forward."""
     tokens, per_frame, latents = s.T * s.C * BF16, s.F * s.C, s.F * s.config.in_dim * s.latent[0] * s.latent[1] * BF16
     hidden = s.C // 2
     weights = (s.patch * s.C + s.patch + hidden * 3 * s.C + hidden + hidden + 1) * BF16
     modulation, rule = 2 * per_frame * FP32, 5 * FP32
     read = tokens + per_frame * BF16 + 2 * latents + 2 * s.F * FP32 + modulation + weights + rule
     flop = 2 * s.T * s.patch * s.C + 2 * s.F * hidden * (3 * s.C + 1)
+    queries = TOKENS * s.C
     return [
         Row("pool_frames", "", "bf16", 0, tokens, 2 * per_frame * FP32, calls(0)),
+        Row("attention_pool", "", "bf16", 0, tokens + queries * BF16, s.F * queries * FP32, calls(0)),
         Row("epilogue", "", "bf16", flop, read, 2 * latents + (s.F + 1) * FP32, calls(1)),
         Row("gaussian", "", "bf16", 0, 3 * INDEX, latents // BF16 * FP32, calls(1)),
     ]

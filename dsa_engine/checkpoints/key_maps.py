@@ -152,7 +152,7 @@ FILE_KINDS = (
     (r"^decoder\.upsamples\.0\.residual\.0\.gamma$", WAN_VAE),
     (r"^decoder\.up_blocks\.0\.resnets\.0\.norm1\.gamma$", DIFFUSERS_VAE),
     (r"^decoder\.\d+\.conv\.0\.weight$", TAEHV),
-    (r"^mlp\.2\.weight$", HEAD),
+    (r"^(mlp\.2\.weight|token)$", HEAD),
     (r"^prompt_embeds$", PROMPTS),
 )
 # How a file of each kind is put to use.

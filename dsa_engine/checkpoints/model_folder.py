@@ -23,18 +23,13 @@ from dsa_engine.checkpoints.tensor_io import open_checkpoint, read_json, write_t
 from dsa_engine.checkpoints.weights import load_weights_streaming
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.files import atomic_write, check_output_path
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import ConfidenceHead, PooledHead, new_head
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.shapes.text_encoder import SlotTextEncoder
 
 FORMAT, HEAD_FORMAT = f"{ENGINE_FORMAT}1", "dsa_engine.head/1"
-# The optional components of a folder.
-OPTIONAL_MODULES = {
-    "confidence": ConfidenceHead,
-    "codec": lambda config: PixelCodec(),
-    "text": lambda config: SlotTextEncoder(config.text_dim),
-}
+POOLED = {"kind": PooledHead.kind}  # what a file that names no head has: `ConfidenceHead.settings`
 
 
 def is_model_folder(path: Path) -> bool:
@@ -56,9 +51,14 @@ def load_model_folder(folder: Path, device: torch.device | str, dtype: torch.dty
     tensors = open_checkpoint(source).tensors
     with torch.device("meta"):  # the others are small, and some hold more than their parameters
         modules: dict[str, Any] = {"generator": CausalDiT(config)}
-    for name, make in OPTIONAL_MODULES.items():
+    optional = {
+        "confidence": lambda: _head(config, values.get("head", POOLED), folder / "config.json"),
+        "codec": PixelCodec,
+        "text": lambda: SlotTextEncoder(config.text_dim),
+    }
+    for name, make in optional.items():
         if any(key.startswith(name + ".") for key in tensors):
-            modules[name] = make(config)
+            modules[name] = make()
     load_weights_streaming(nn.ModuleDict(modules), tensors, source, device, dtype)
     for module in modules.values():
         module.to(device=device).eval()
@@ -96,6 +96,8 @@ def save_model_folder(
         "video": dict(video),
         "calibration": check_calibration(calibration, folder),
     }
+    if "confidence" in modules and modules["confidence"].settings() != POOLED:
+        values["head"] = modules["confidence"].settings()
     states = {component: module.state_dict() for component, module in modules.items()}
     tensors = {f"{component}.{key}": value for component, state in states.items() for key, value in state.items()}
     write_tensors(folder / "model.safetensors", tensors, dtype=dtype)
@@ -136,6 +138,7 @@ def save_head(
         "threshold": rollout.threshold,
         "presets": dict(rollout.presets),
         "calibration": check_calibration(calibration, path),
+        "head": head.settings(),
     }
     header = {"format": HEAD_FORMAT} | {name: json.dumps(value) for name, value in about.items()}
     write_tensors(path, head.state_dict(), header)
@@ -163,9 +166,17 @@ def load_head(
         raise ValueError(f"{path}: its header does not say what a head's must ({error})") from error
     if dim != config.dim:
         raise ValueError(f"{path}: a head for models of dim={dim}, this one has dim={config.dim}; train one for it")
-    head = ConfidenceHead(config)
+    head = _head(config, json.loads(about["head"]) if "head" in about else POOLED, path)
     load_weights_streaming(head, file.tensors, path, device, dtype)
     return HeadFile(head.to(device=device).eval(), threshold, presets, check_calibration(points, path))
+
+
+def _head(config: ModelConfig, settings: Any, source: Path) -> ConfidenceHead:
+    """An untrained head of the form that a file names. ValueError where there is no such form."""
+    try:
+        return new_head(config, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: head={settings!r}: {error}") from error
 
 
 def check_calibration(points: Any, source: str | Path) -> Calibration:

@@ -21,7 +21,7 @@ from dsa_engine.cli.options import Result, table
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.media import mp4
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import unavailable
 from dsa_engine.ops import dispatch, smoke
@@ -149,7 +149,7 @@ def try_engine() -> str:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = ModelConfig.preset("shapes")
     dit = CausalDiT(model).to(device, dtype).requires_grad_(False)
-    head = ConfidenceHead(model).to(device, dtype).requires_grad_(False)
+    head = PooledHead(model).to(device, dtype).requires_grad_(False)
     engine = Engine(dit, head, None, None, RolloutConfig())
     pipe = Pipeline(engine, name="random", height=64, width=64, frames=6, fps=12.0)
     start = time.perf_counter()

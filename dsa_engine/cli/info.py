@@ -15,7 +15,7 @@ from dsa_engine.cli.options import Result, add_family, add_quantization, table
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.models import memory_estimate
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import E4M3, QUANTIZATIONS
 from dsa_engine.pipeline import Pipeline
@@ -105,6 +105,6 @@ def lines(facts: dict[str, Any]) -> list[str]:
 def without_weights(preset: str) -> Pipeline:
     """Wan's sizes on the meta device, with the video size and length that Wan is trained for."""
     with torch.device("meta"):
-        dit, head = CausalDiT(ModelConfig.preset(preset)), ConfidenceHead(ModelConfig.preset(preset))
+        dit, head = CausalDiT(ModelConfig.preset(preset)), PooledHead(ModelConfig.preset(preset))
     engine = Engine(dit.bfloat16(), head, None, None, RolloutConfig())
     return Pipeline(engine, name=preset, height=480, width=832, frames=81, fps=16.0)

@@ -6,6 +6,7 @@ import argparse
 import os
 
 from dsa_engine.cli.options import Result, table
+from dsa_engine.models.confidence import HEADS
 from dsa_engine.training import launch
 
 OF_MODEL = ("prompts", "frames", "window", "sink", "shift")  # flags that go with --model only
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="instead of the recipe's")
     add("--batch", type=int, help="clips a step over all processes, instead of the recipe's")
     add("--seed", type=int, help="instead of the recipe's")
+    add("--head", choices=tuple(HEADS), help="recipes joint, paper: form of the head that is trained (default pooled)")
+    add("--student", default="joint", metavar="NAME", help="recipe head: stage folder of the student (default joint)")
     add("--eager", action="store_true", help="without torch.compile: starts a minute earlier, runs slower")
     add("--model", metavar="FILE", help="recipe head: a checkpoint or folder to train a head for, on its own rollouts")
     add("--prompts", metavar="FILE", help="with --model: text, a prompt a line, or safetensors with prompt_embeds")
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> Result:
             only = "only for --recipe head with --model, a head for a given checkpoint"
             raise ValueError(f"{', '.join(misplaced)}: {only}")
         options = {"steps": args.steps, "seed": args.seed, "compiled": not args.eager}
+        options |= {"head": args.head or "pooled", "student": args.student}
         facts = launch.train(args.recipe, args.config, args.out, **options, **common)
     else:
         if args.prompts is None:

@@ -182,7 +182,9 @@ class ModelRunner:
         step = self.step[slot] - stopped.long()  # one that has takes its last step again, and writes the same keys
         level = torch.where(commit, 0.0, self.sigmas[slot, step])[:, None].expand(-1, self.frames)
         x = torch.where(commit[:, None, None, None, None], self.x0[slot], self.x[slot])
-        tokens, time = self.dit.forward_features(x, TIMESTEPS * level, memory.frames, self._text(slot, longest), memory)
+        taps = () if self.head is None else self.head.taps
+        text = self._text(slot, longest)
+        tokens, time, hidden = self.dit.forward_features(x, TIMESTEPS * level, memory.frames, text, memory, taps)
         if not steps:
             return
         levels = self.noise.shape[1]  # nothing follows the last step, whose next level is 0
@@ -196,7 +198,7 @@ class ModelRunner:
             level,
             after,
             self.dit.head.final_layer(time),
-            None if self.head is None else self.head.weights,
+            None if self.head is None else self.head.for_epilogue(hidden, time),
             self._rule(slot, step),
             self.dit.config.eps,
         )

@@ -7,6 +7,7 @@ Source: Wan 2.1 `wan/modules/model.py`; per-frame modulation as in Self-Forcing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,10 +37,11 @@ class BlockModulation(NamedTuple):
 
 
 class DiTOutput(NamedTuple):
-    """velocity [B, F, C, H, W]; hidden [B, T, dim] of the last block; time [B, F, dim], the timestep embedding."""
+    """velocity [B, F, C, H, W]; hidden: tokens [B, T, dim] after each block that was asked for; time [B, F, dim], the
+    timestep embedding."""
 
     velocity: Tensor
-    hidden: Tensor
+    hidden: tuple[Tensor, ...]
     time: Tensor
 
 
@@ -215,24 +217,28 @@ class CausalDiT(nn.Module):
         text = self.text_embedding(embeds)
         return TextKV(torch.stack([block.cross_attn.keys_values(text) for block in self.blocks]), used, repeat)
 
-    def forward(self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: KVMemory) -> DiTOutput:
+    def forward(
+        self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: KVMemory, taps: Sequence[int] = ()
+    ) -> DiTOutput:
         """One forward over a chunk.
 
         x [B, F, C, H, W] noisy latents; t [B, F] timesteps in [0, 1000] (1000 sigma); frames [B, F] absolute positions;
-        text_kv: of `text_kv()`; memory supplies the past and takes this chunk's keys and values.
+        text_kv: of `text_kv()`; memory supplies the past and takes this chunk's keys and values; taps: blocks, from 0,
+        whose output tokens are wanted (`ConfidenceHead.taps`).
         """
         batch, count, _, height, width = x.shape
         p = self.config.patch_size[1]
-        tokens, time = self.forward_features(x, t, frames, text_kv, memory)
+        tokens, time, hidden = self.forward_features(x, t, frames, text_kv, memory, taps)
         out = self.head(tokens, time)
         out = out.view(batch, count, height // p, width // p, p, p, self.config.out_dim)
         velocity = out.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, count, self.config.out_dim, height, width)
-        return DiTOutput(velocity, tokens, time)
+        return DiTOutput(velocity, hidden, time)
 
     def forward_features(
-        self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: KVMemory
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` without the head: tokens [B, T, dim] of the last block and the time embedding [B, F, dim]."""
+        self, x: Tensor, t: Tensor, frames: Tensor, text_kv: TextKV, memory: KVMemory, taps: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """`forward` without the head: tokens [B, T, dim] of the last block, the time embedding [B, F, dim] and the
+        tokens after the blocks `taps`."""
         _, _, _, height, width = x.shape
         self.config.tokens_per_frame(height, width)  # raises for a size off the patch grid
         p = self.config.patch_size[1]
@@ -242,12 +248,15 @@ class CausalDiT(nn.Module):
         rope = rope_table(frames, height // p, width // p, self.config.head_dim, self.config.rope_theta)
         mods = [*self._modulations(mod), None]
         y = ops.modulate(tokens, mods[0].shift1, mods[0].scale1, self.config.eps, self.blocks[0].fp8)
+        hidden = []
         for layer, block in enumerate(self.blocks):
             args = (tokens, y, *mods[layer : layer + 2], layer, rope, text_kv, memory)
             # A recomputation that stops early would leave FSDP's hooks of the last module unfinished.
             again = self.checkpointing and torch.is_grad_enabled()
             tokens, y = checkpoint(block, *args, use_reentrant=False, early_stop=False) if again else block(*args)
-        return tokens, time
+            if layer in taps:
+                hidden.append(tokens)
+        return tokens, time, tuple(hidden)
 
     def _modulations(self, mod: Tensor) -> list[BlockModulation]:
         """Every block's, from the projected timesteps [B, F, 6, dim], at once: not in small ops block by block."""

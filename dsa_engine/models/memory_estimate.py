@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import E4M3, quantize_linears
 from dsa_engine.models.offload import OffloadedCodec
@@ -184,7 +184,7 @@ def _dit_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> int:
 @cache
 def _head_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     with torch.device("meta"):
-        return module_bytes(ConfidenceHead(config).to(dtype))
+        return module_bytes(PooledHead(config).to(dtype))
 
 
 def count_sessions(model: ModelConfig, rollout: RolloutConfig, load: Workload, available: int, **parts: Any) -> int:

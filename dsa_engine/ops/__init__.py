@@ -8,7 +8,7 @@ from dsa_engine.ops.modulate import gate_residual, gelu_bias, linear_gelu, modul
 from dsa_engine.ops.noise import gaussian
 from dsa_engine.ops.norm_rope import norm_rope, norm_rope_append, rms_norm
 from dsa_engine.ops.norm_silu import bias_residual, norm_silu
-from dsa_engine.ops.pooling import pool_frames
+from dsa_engine.ops.pooling import attention_pool, pool_frames
 
 quantise = quantize  # the former spelling
 
@@ -20,6 +20,7 @@ __all__ = [
     "RowwiseFP8",
     "StopRule",
     "attention",
+    "attention_pool",
     "bias_residual",
     "cross_attention",
     "epilogue",

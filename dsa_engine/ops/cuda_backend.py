@@ -32,7 +32,7 @@ OPS = (
     "rms_norm",
 )
 NO_CACHE, NO_ANGLES, NO_RING = (0, 0, 0, 0, 0, 0), (0, 0, 0, 0), (0, False, 0, False, 1)
-NO_HEAD = (0, 0, 0, 0, 0, 0, launch_args.NO_FRAMES)
+NO_HEAD = (0, 0, 0, 0, 0, 0, launch_args.NO_FRAMES, 0)
 
 
 # The condition of a loop on the device (engine/device_loop.py): a kernel, not an op.
@@ -260,7 +260,7 @@ def epilogue(
     sigma: Tensor,
     next_sigma: Tensor,
     final: FinalLayer,
-    head: HeadWeights | None,
+    head: HeadWeights | Tensor | None,
     rule: StopRule,
     eps: float,
 ) -> Epilogue:
@@ -276,7 +276,7 @@ def epilogue(
         raise ValueError(f"{op}: noise of {noise.dtype} must be of x's dtype, {x.dtype}")
     x0, after = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     state = torch.empty(batch, frames + 1, dtype=torch.float32, device=x.device)
-    units = 0 if head is None else head.weight1.shape[0]
+    units = head.weight1.shape[0] if isinstance(head, HeadWeights) else 0
     size = csrc.epilogue_workspace(batch=batch, frames=frames, tokens=tokens, channels=hidden.shape[2], units=units)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     csrc.epilogue(
@@ -304,25 +304,19 @@ def epilogue(
     return Epilogue(x0, after, state)
 
 
-def _head(op: str, head: HeadWeights | None, time: Tensor, hidden: Tensor):
+def _head(op: str, head: HeadWeights | Tensor | None, time: Tensor, hidden: Tensor):
     if head is None:
         return NO_HEAD
+    if isinstance(head, Tensor):
+        launch_args.check_contiguous(op, "logits", head, torch.float32)
+        return (*NO_HEAD[:-1], head.data_ptr())
     for name, x in zip(head._fields, head):
         launch_args.check_contiguous(op, name, x, head.weight1.dtype, step=16 if name == "weight1" else 1)
-    time_of = (
-        time.data_ptr(),
-        launch_args.dtype_code(op, "time", time),
-        *launch_args.strides(time),
-        hidden.shape[1] // time.shape[1],
-    )
     if time.stride(2) != 1:
         raise ValueError(f"{op}: time with strides {time.stride()} must have contiguous channels")
-    return (
-        launch_args.dtype_code(op, "weight1", head.weight1),
-        head.weight1.shape[0],
-        *(w.data_ptr() for w in head),
-        time_of,
-    )
+    dtype, time_dtype = launch_args.dtype_code(op, "weight1", head.weight1), launch_args.dtype_code(op, "time", time)
+    time_of = (time.data_ptr(), time_dtype, *launch_args.strides(time), hidden.shape[1] // time.shape[1])
+    return (dtype, head.weight1.shape[0], *(w.data_ptr() for w in head), time_of, 0)
 
 
 def _latents(op: str, name: str, x: Tensor):

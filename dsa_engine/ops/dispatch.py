@@ -29,7 +29,7 @@ OP_GROUPS = {
     "norm_rope": ("rms_norm", "norm_rope", "norm_rope_append"),
     "attention": ("attention", "cross_attention"),
     "modulate": ("modulate", "gate_residual", "residual_modulate", "gelu_bias", "linear_gelu"),
-    "pooling": ("pool_frames",),
+    "pooling": ("pool_frames", "attention_pool"),
     "epilogue": ("velocity_to_x0", "renoise", "epilogue"),
     "fp8_linear": ("quantize", "fp8_linear"),
     "noise": ("gaussian",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from dsa_engine.kernel_types import Epilogue, FinalLayer, HeadWeights, StopRule
@@ -40,7 +41,7 @@ def epilogue(
     sigma: Tensor,
     next_sigma: Tensor,
     final: FinalLayer,
-    head: HeadWeights | None,
+    head: HeadWeights | Tensor | None,
     rule: StopRule,
     eps: float,
 ) -> Epilogue:
@@ -62,7 +63,8 @@ def epilogue(
         sigma: Current noise level [B, F] float32.
         next_sigma: Next noise level [B, F] float32.
         final: The DiT's last layer.
-        head: Confidence head; None: confidences are NaN and rows stop by their step count alone.
+        head: Confidence head, or the logits [B, F] float32 of one that has run already, c = sigmoid(logits); None:
+            confidences are NaN and rows stop by their step count alone.
         rule: Stop rule of each row.
         eps: Of the LayerNorm.
 
@@ -86,5 +88,9 @@ def epilogue(
             f"epilogue: noise {list(noise.shape)}, time {list(time.shape)}, sigma {list(sigma.shape)} and next_sigma "
             f"{list(next_sigma.shape)} must be {list(x.shape)}, {[batch, frames, hidden.shape[2]]} and twice "
             f"{[batch, frames]}"
+        )
+    if isinstance(head, Tensor) and (head.shape != x.shape[:2] or head.dtype != torch.float32):
+        raise ValueError(
+            f"epilogue: logits {head.dtype} {list(head.shape)} must be float32 {[batch, frames]}, one per frame"
         )
     return resolve("epilogue", hidden)(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps)

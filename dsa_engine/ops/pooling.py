@@ -1,4 +1,4 @@
-"""Per-frame statistics of the last hidden states, the input of the confidence head."""
+"""A frame's hidden states as a few vectors, the input of a confidence head."""
 
 from __future__ import annotations
 
@@ -21,6 +21,36 @@ def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     Raises:
         ValueError: The tokens do not divide into frames.
     """
-    if hidden.ndim != 3 or frames < 1 or hidden.shape[1] % frames:
-        raise ValueError(f"pool_frames: hidden {list(hidden.shape)} must be [B, F * S, C] with F = {frames}")
+    _check_frames("pool_frames", hidden, frames)
     return resolve("pool_frames", hidden)(hidden, frames, eps)
+
+
+def attention_pool(hidden: Tensor, queries: Tensor, frames: int, eps: float) -> Tensor:
+    """Softmax-weighted means over a frame's tokens of n = LayerNorm(hidden):
+
+        out_q = sum_s softmax_s(queries_q . n_s) n_s
+
+    Cross-attention of a query u to keys K n and values V n is V out_q with queries_q = K^T u / sqrt(E).
+
+    Args:
+        hidden: [B, F * S, C].
+        queries: [Q, C].
+        frames: F.
+        eps: Of the LayerNorm.
+
+    Returns:
+        [B, F, Q, C] float32.
+
+    Raises:
+        ValueError: The tokens do not divide into frames, or the queries are not as wide.
+    """
+    _check_frames("attention_pool", hidden, frames)
+    if queries.ndim != 2 or not len(queries) or queries.shape[1] != hidden.shape[2]:
+        raise ValueError(f"attention_pool: queries {list(queries.shape)} must be [Q, C] with C = {hidden.shape[2]}")
+    leading = queries if queries.requires_grad else hidden  # a gradient of either needs plain torch
+    return resolve("attention_pool", leading)(hidden, queries, frames, eps)
+
+
+def _check_frames(op: str, hidden: Tensor, frames: int) -> None:
+    if hidden.ndim != 3 or frames < 1 or hidden.shape[1] % frames:
+        raise ValueError(f"{op}: hidden {list(hidden.shape)} must be [B, F * S, C] with F = {frames}")

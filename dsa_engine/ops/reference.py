@@ -185,6 +185,11 @@ def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     return torch.cat((mean.squeeze(2), variance.add_(eps).sqrt_()), dim=-1)
 
 
+def attention_pool(hidden: Tensor, queries: Tensor, frames: int, eps: float) -> Tensor:
+    y = F.layer_norm(hidden.float(), (hidden.shape[-1],), eps=eps).unflatten(1, (frames, -1))
+    return (y @ queries.float().T).softmax(dim=2).mT @ y
+
+
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     return (x.float() - sigma.float()[:, :, None, None, None] * velocity.float()).to(x.dtype)
 
@@ -225,7 +230,9 @@ def epilogue(hidden, time, x, noise, sigma, next_sigma, final, head, rule, eps) 
     velocity = unpatchify(F.linear(tokens, final.weight, final.bias), x)
     x0 = velocity_to_x0(x, velocity, sigma)
     confidence = x.new_full(x.shape[:2], float("nan"), dtype=torch.float32)  # never above a threshold
-    if head is not None:
+    if isinstance(head, Tensor):
+        confidence = head.float().sigmoid()
+    elif head is not None:
         features = torch.cat((pool_frames(hidden, time.shape[1], eps), time.float()), dim=-1)
         confidence = confidence_mlp(features, head).sigmoid()
     state = torch.cat((confidence, stop_flags(confidence, rule).float()[:, None]), dim=1)

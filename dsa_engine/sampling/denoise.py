@@ -72,7 +72,7 @@ def denoise_chunk(
     previous = None  # x0 of the active rows after the previous step
     for step, sigma in enumerate(sigmas, 1):
         level = x.new_full(x.shape[:2], sigma, dtype=torch.float32)
-        out = model(x, TIMESTEPS * level, rows.frames, text_kv, rows)
+        out = model(x, TIMESTEPS * level, rows.frames, text_kv, rows, head.taps if head else ())
         x0 = ops.velocity_to_x0(x, out.velocity, level)
         step_confidence = head(out.hidden, out.time).sigmoid() if head else None
         if on_step is not None:

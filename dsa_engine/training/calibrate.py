@@ -23,9 +23,8 @@ ROWS = 4096  # frames per GEMM
 @torch.no_grad()
 def logits(head: ConfidenceHead, rollouts: HeadDataset) -> Tensor:
     """The head's logit for every frame after every step, computed as the engine does: [C, N, S, F] float32, CPU."""
-    weight = head.mlp[0].weight
-    rows = rollouts.features.flatten(0, 3).split(ROWS)
-    parts = [head.mlp(part.to(weight.device, weight.dtype)).squeeze(-1).float().cpu() for part in rows]
+    device = next(head.parameters()).device
+    parts = [head.logits(part.to(device)).cpu() for part in rollouts.features.flatten(0, 3).split(ROWS)]
     return torch.cat(parts).view(rollouts.features.shape[:4])
 
 

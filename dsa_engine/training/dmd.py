@@ -51,6 +51,7 @@ def weight_motion(gradient: Tensor, weight: float) -> Tensor:
 def score_difference(real_x0: Tensor, fake_x0: Tensor) -> Tensor:
     """Per frame mean((fake_x0 - real_x0)^2): how far the student is from the teacher. [R, F, C, H, W] -> [R, F].
 
+    With the student's own estimate for fake_x0 it is the square of the distance that the paper's head learns from.
     Unlike `dmd_loss` it is not divided by |x0 - real_x0|, which is large just where a sample is bad and would hide it.
     """
     return (fake_x0 - real_x0).square().mean(dim=(2, 3, 4)).detach()

@@ -31,7 +31,7 @@ from dsa_engine.checkpoints.model_folder import save_head
 from dsa_engine.evaluation.statistics import spearman
 from dsa_engine.evaluation.summary import rounded
 from dsa_engine.files import atomic_write
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import ConfidenceHead, PooledHead, new_head
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.training import calibrate
 from dsa_engine.training.head_dataset import HeadDataset, Prompts, check_prompts, collect, num_chunks
@@ -72,32 +72,33 @@ def fit_head(pipe: Pipeline, rollouts: HeadDataset, held_out: HeadDataset, itera
     AdamW with a falling rate on random batches of 1024 frames, in float32 on the pipeline's device; the head then takes
     the pipeline's dtype, and is measured as such. Raises FloatingPointError where the loss is not finite.
     """
-    head = pipe.engine.head or _new_head(pipe, seed)
+    head = pipe.engine.head or untrained_head(pipe, seed)
     device, shape = pipe.engine.dit.device, rollouts.distance.shape
-    mlp = copy.deepcopy(head.mlp).float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(mlp.parameters(), lr=2e-3, weight_decay=1e-3)
+    trained = copy.deepcopy(head).float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = torch.Generator().manual_seed(seed)
     for _ in tqdm(range(iterations), desc="head", mininterval=1):
         # [C, N, S - 1, F]: frames after the last step, where nothing is left to refine, are never drawn
         index = torch.unravel_index(torch.randint(shape.numel(), (BATCH,), generator=generator), shape)
         features, distance = rollouts.features[index].to(device), rollouts.distance[index].to(device)
-        loss = refine_loss(mlp(features).squeeze(-1), distance)
+        loss = refine_loss(trained.logits(features), distance)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     if not loss.isfinite():
         raise FloatingPointError(f"the head's loss is {loss.item()} after {iterations} iterations: must be finite")
-    head.mlp.load_state_dict(mlp.state_dict())
+    head.load_state_dict(trained.state_dict())
     pipe.engine.head = head
     return measure(head, rollouts, held_out)
 
 
-def _new_head(pipe: Pipeline, seed: int) -> ConfidenceHead:
+def untrained_head(pipe: Pipeline, seed: int, kind: str = PooledHead.kind) -> ConfidenceHead:
+    """A head of a kind (`confidence.HEADS`) for a pipeline, in its dtype and on its device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = ConfidenceHead(pipe.engine.dit.config)
+        head = new_head(pipe.engine.dit.config, kind)
     return head.to(pipe.engine.dit.device, pipe.engine.dit.dtype).requires_grad_(False).eval()
 
 

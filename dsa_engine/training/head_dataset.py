@@ -21,10 +21,9 @@ from tqdm import tqdm
 from dsa_engine import pipeline_inputs
 from dsa_engine.checkpoints.tensor_io import open_checkpoint, write_tensors
 from dsa_engine.checks import check_min
-from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.evaluation.rollouts import group_by_prompt_switches
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import ConfidenceHead, PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.denoise import Step
@@ -42,10 +41,10 @@ Prompts: TypeAlias = Tensor | Sequence[Text | Sequence[Text]]
 
 @dataclass(frozen=True)
 class HeadDataset:
-    """C clips of N chunks of F latent frames, S steps each; float32 on the CPU.
+    """C clips of N chunks of F latent frames, S steps each; on the CPU.
 
-    features [C, N, S, F, 3 dim]: what a head reads after each step; distance [C, N, S - 1, F]: `refinement` after each
-    step but the last, where it is 0.
+    features [C, N, S, F, n]: what a head reads after each step (`ConfidenceHead.features`); distance [C, N, S - 1, F]:
+    `refinement` after each step but the last, where it is 0.
     """
 
     features: Tensor
@@ -66,17 +65,16 @@ def refinement(estimates: Tensor) -> Tensor:
 
 
 class Recorder(nn.Module):
-    """Stands in for the head during a rollout, and keeps what a head would have read."""
+    """Stands in for a head during a rollout, and keeps the features that it would have read."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, head: ConfidenceHead):
         super().__init__()
-        with torch.device("meta"):  # only its features are needed, which have no weights
-            self.head = ConfidenceHead(config)
+        self.of, self.taps = (head,), head.taps  # in a tuple: its weights are not this module's
         self.features: list[Tensor] = []
 
-    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        self.features.append(self.head.features(hidden, time).cpu())
-        return hidden.new_zeros(time.shape[:2], dtype=torch.float32)
+    def forward(self, hidden: Sequence[Tensor], time: Tensor) -> Tensor:
+        self.features.append(self.of[0].features(hidden, time).cpu())
+        return time.new_zeros(time.shape[:2], dtype=torch.float32)
 
 
 def num_chunks(pipe: Pipeline, frames: int | None = None) -> int:
@@ -98,6 +96,7 @@ def collect(
     batch: int = 16,
     seed: int = 0,
     folder: Path | None = None,
+    head: ConfidenceHead | None = None,
 ) -> HeadDataset:
     """Roll out one clip per prompt with all steps, and keep what a head reads and how far each estimate still moves.
 
@@ -109,6 +108,7 @@ def collect(
         order: which prompt each clip shows (default: each once).
         batch: clips rolled out together, which changes the result by rounding at most.
         seed: clip i has the noise of seed + i.
+        head: whose features are kept (default: the pipeline's; a new `PooledHead` where it has none).
         folder: where each batch leaves a file `features-*.safetensors`. A run that was killed goes on after the last
             of these, and ends with the same bits.
 
@@ -124,7 +124,8 @@ def collect(
     pipe.engine.dit.config.tokens_per_frame(*size)  # raises for a size off the patch grid
     order = range(len(prompts)) if order is None else order
     shape = (len(order), chunks, pipe.max_steps, pipe.config.chunk_frames)
-    features = torch.empty(*shape, 3 * pipe.engine.dit.config.dim)
+    head = head or pipe.engine.head or PooledHead(pipe.engine.dit.config)
+    features: Tensor | None = None
     distance = torch.empty(*shape[:2], pipe.max_steps - 1, shape[3])
     model = fingerprint(pipe.engine.dit) if folder is not None else ""
     batches = group_by_prompt_switches([_switches(prompts[row], chunks) for row in order], batch)
@@ -132,11 +133,11 @@ def collect(
         for index, clips in enumerate(batches):
             shown, seeds = _select(prompts, [order[i] for i in clips]), [(seed + i) % 2**64 for i in clips]
             path = Path(folder) / f"features-{index:05d}.safetensors" if folder else None
-            about = {"format": FORMAT, "model": model, **_about(pipe, shown, chunks, seeds, size)} if path else {}
+            about = {"format": FORMAT, "model": model, **_about(pipe, head, shown, chunks, seeds, size)} if path else {}
             if path and path.exists():
                 part = _read(path, about)
             else:
-                part = record_batch(pipe, _by_chunk(shown, chunks), seeds, size)
+                part = record_batch(pipe, head, _by_chunk(shown, chunks), seeds, size)
                 if not (part.features.isfinite().all() and part.distance.isfinite().all()):
                     raise FloatingPointError(
                         f"clips {clips}: the model gives values that are not finite; check the weights, the prompt "
@@ -144,20 +145,27 @@ def collect(
                     )
                 if path:
                     write_tensors(path, vars(part), about)
+            if features is None:
+                features = part.features.new_empty(*shape, part.features.shape[-1])
             features[clips], distance[clips] = part.features, part.distance
             bar.update(len(clips))
     return HeadDataset(features, distance)
 
 
 def record_batch(
-    pipe: Pipeline, prompts: Tensor | list[list[str]], seeds: Sequence[int], size: tuple[int, int]
+    pipe: Pipeline,
+    head: ConfidenceHead,
+    prompts: Tensor | list[list[str]],
+    seeds: Sequence[int],
+    size: tuple[int, int],
 ) -> HeadDataset:
     """A batch of clips that switch prompts at the same chunks, as sessions would; all steps for every chunk.
 
-    prompts: embeddings [B, N, L, text_dim], or texts by clip and chunk; size: latent height and width.
+    head: whose features are kept; prompts: embeddings [B, N, L, text_dim], or texts by clip and chunk; size: latent
+    height and width.
     """
     engine, config, chunks = pipe.engine, pipe.config, len(prompts[0])
-    recorder = Recorder(engine.dit.config)
+    recorder = Recorder(head)
     rollout = engine.rollout(
         _embeds(engine, prompts, 0),
         height=size[0],
@@ -175,7 +183,7 @@ def record_batch(
         seen: list[Step] = []
         rollout.accept(rollout.denoise(seen.append).latents)
         distance.append(refinement(torch.stack([step.x0 for step in seen])))
-    features = torch.stack(recorder.features).unflatten(0, (chunks, pipe.max_steps))  # [N, S, B, F, 3 dim]
+    features = torch.stack(recorder.features).unflatten(0, (chunks, pipe.max_steps))  # [N, S, B, F, n]
     return HeadDataset(
         features=features.permute(2, 0, 1, 3, 4).contiguous(),
         distance=torch.stack(distance).permute(2, 0, 1, 3).contiguous().cpu(),
@@ -240,7 +248,9 @@ def fingerprint(dit: CausalDiT) -> str:
     return digest.hexdigest()[:16]
 
 
-def _about(pipe: Pipeline, prompts: Prompts, chunks: int, seeds: list[int], size: tuple[int, int]) -> dict[str, str]:
+def _about(
+    pipe: Pipeline, head: ConfidenceHead, prompts: Prompts, chunks: int, seeds: list[int], size: tuple[int, int]
+) -> dict[str, str]:
     """Everything else that a batch's features depend on, as the header of its file holds it."""
     if isinstance(prompts, Tensor):
         content = str(list(prompts.shape)).encode() + prompts.cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -254,7 +264,7 @@ def _about(pipe: Pipeline, prompts: Prompts, chunks: int, seeds: list[int], size
         "size": f"{size[0]}x{size[1]}",
         "dtype": str(pipe.engine.dit.dtype),
         "rollout": json.dumps({name: getattr(pipe.config, name) for name in names}),
-    }
+    } | ({} if isinstance(head, PooledHead) else {"head": json.dumps(head.settings())})
 
 
 def _read(path: Path, about: dict[str, str]) -> HeadDataset:

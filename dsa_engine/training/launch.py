@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from dsa_engine.training import head, head_dataset, recipe, stages
 from dsa_engine.training.prompts import read_prompts
 from dsa_engine.training.trainer import distributed, rank
 
-RECIPES = (*stages.STAGES, "all")
+STAGES: dict[str, Callable[[stages.StageContext], dict[str, Any]]] = {
+    "codec": stages.train_codec,
+    "teacher": stages.train_teacher,
+    "student": partial(stages.train_student, kind="student"),
+    "joint": partial(stages.train_student, kind="joint"),
+    "paper": partial(stages.train_student, kind="paper"),
+    "head": stages.fit_heads,
+}
+RECIPES = (*STAGES, "all")
 ALL = ("codec", "teacher", "joint", "head")
-PARALLEL = ("teacher", "student", "joint")  # the other stages run in one process, the rest waits
+PARALLEL = ("teacher", "student", "joint", "paper")  # the other stages run in one process, the rest waits
 
 
 @contextmanager
@@ -49,6 +58,8 @@ def train(
     seed: int | None = None,
     device: str | None = None,
     compiled: bool = True,
+    head: str = "pooled",
+    student: str = "joint",
 ) -> dict[str, Any]:
     """Run one stage of a recipe, or all, from where its folder under `out` was left.
 
@@ -61,6 +72,8 @@ def train(
         seed: instead of the recipe's.
         device: cpu, cuda or cuda:N (default: cuda where there is one).
         compiled: with torch.compile.
+        head: the form of the head that `joint` and `paper` train, pooled or token.
+        student: whose heads the stage `head` fits, the folder of a student's stage.
 
     Returns:
         The recipe, and the figures of each stage by its name.
@@ -79,10 +92,10 @@ def train(
     if (steps, batch) != (None, None):
         plan = plan.replace("student" if stage == "joint" else stage, steps=steps, batch=batch)
     with process_device(device) as local:
-        ctx = stages.StageContext(plan, Path(out), local, compiled)
+        ctx = stages.StageContext(plan, Path(out), local, compiled, head, student)
         facts: dict[str, Any] = {"recipe": stage, "config": plan.name, "seed": plan.seed, "out": str(out)}
         for name in ALL if stage == "all" else (stage,):
-            facts[name] = stages.STAGES[name](ctx) if rank() == 0 or name in PARALLEL else None
+            facts[name] = STAGES[name](ctx) if rank() == 0 or name in PARALLEL else None
             if distributed():
                 dist.barrier()
     return facts

@@ -52,13 +52,17 @@ class StudentStage:
     motion_weight: float = 0.0
 
 
+# The paper's 5 updates of the critic to one of the student, at a fifth of its rate (2e-6 and 4e-7 for its 1.3B).
+PAPER = StudentStage(critic_steps=5, critic_rate=4e-5)
+
+
 @dataclass(frozen=True)
 class HeadStage:
-    """The confidence head of the frozen student. kind: which ships, `joint` or `refine`, trained with the student, or
-    `fitted` now; clips: whose rollouts that one learns from, in iterations of 1024 frames; calibration_clips: others,
-    that the thresholds of all three come from."""
+    """The confidence heads of the frozen student. kind: which ships, `joint` or `refine`, trained with the student, or
+    `fitted-pooled` or `fitted-token` now (`fitted` is the former name of the first); clips: whose rollouts these learn
+    from, in iterations of 1024 frames; calibration_clips: others, that the thresholds of all come from."""
 
-    kind: str = "fitted"
+    kind: str = "fitted-pooled"
     clips: int = 512
     iterations: int = 600
     calibration_clips: int = 256
@@ -76,6 +80,7 @@ class Recipe:
     codec: CodecStage = field(default_factory=CodecStage)
     teacher: TeacherStage = field(default_factory=TeacherStage)
     student: StudentStage = field(default_factory=StudentStage)
+    paper: StudentStage = PAPER
     head: HeadStage = field(default_factory=HeadStage)
 
     def replace(self, stage: str, **changes: Any) -> Recipe:
@@ -90,8 +95,15 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     return dataclasses.replace(recipe, seed=seed)
 
 
-HEADS = ("joint", "refine", "fitted")
-STAGES = {"codec": CodecStage, "teacher": TeacherStage, "student": StudentStage, "head": HeadStage}
+HEADS = ("joint", "refine", "fitted-pooled", "fitted-token")
+STAGES = {
+    "codec": CodecStage,
+    "teacher": TeacherStage,
+    "student": StudentStage,
+    "paper": StudentStage,
+    "head": HeadStage,
+}
+DEFAULTS = {"paper": PAPER}  # of stages whose defaults are not their class's
 
 
 def shipped() -> list[str]:
@@ -108,7 +120,10 @@ def load(config: str | Path) -> Recipe:
         values = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not a TOML file: {error}") from error
-    stages = {name: _build(kind, values.pop(name, {}), f"{path}: [{name}]") for name, kind in STAGES.items()}
+    stages = {}
+    for name, kind in STAGES.items():
+        given = dataclasses.asdict(DEFAULTS[name]) if name in DEFAULTS else {}
+        stages[name] = _build(kind, given | values.pop(name, {}), f"{path}: [{name}]")
     rollout = RolloutConfig.from_dict(values.pop("rollout", {}))
     values.setdefault("name", path.stem)
     return _build(Recipe, {**values, "rollout": rollout, **stages}, str(path))
@@ -129,6 +144,9 @@ def _build(kind: type, values: Mapping[str, Any], where: str):
             if wrong or (value < low if low is not None else value <= 0):
                 rule = f"a whole number of at least {low}" if whole else f"a number {'>= 0' if low == 0 else '> 0'}"
                 raise ValueError(f"{where}: {key}={value!r}: must be {rule}; nearest is {fields[key].default}")
-    if kind is HeadStage and values.get("kind", "fitted") not in HEADS:
-        raise ValueError(f"{where}: kind={values['kind']!r}: must be one of {', '.join(HEADS)}; nearest is fitted")
+    if kind is HeadStage and "kind" in values:
+        values = {**values, "kind": HeadStage.kind if values["kind"] == "fitted" else values["kind"]}
+        if values["kind"] not in HEADS:
+            known = f"must be one of {', '.join(HEADS)}; nearest is {HeadStage.kind}"
+            raise ValueError(f"{where}: kind={values['kind']!r}: {known}")
     return kind(**values)

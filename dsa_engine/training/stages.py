@@ -2,7 +2,8 @@
 
     dsa-engine train --recipe all --config shapes --out runs
 
-`codec` -> `teacher` -> `student` (control) or `joint` (DSA) -> `head`, which writes the model folder.
+`codec` -> `teacher` -> `student` (control), `joint` (our objective) or `paper` (the paper's) -> `head`,
+which writes the model folder.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dsa_engine.config import ModelConfig
 from dsa_engine.engine.engine import Engine
 from dsa_engine.evaluation.rollouts import BATCH_CLIPS, EvalRollouts, held_out, roll_out, roll_out_teacher
 from dsa_engine.media.report import write_sheet
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import HEADS, ConfidenceHead, new_head
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import Fixed
@@ -35,9 +35,10 @@ from dsa_engine.shapes import world
 from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.shapes.text_encoder import SlotTextEncoder
 from dsa_engine.training import calibrate, pixel_codec
+from dsa_engine.training.attenuation import JOINT, PAPER
 from dsa_engine.training.csv_log import CsvLog
 from dsa_engine.training.flow import flow_loss
-from dsa_engine.training.head import draw_head, fit_head, measure, set_thresholds
+from dsa_engine.training.head import draw_head, fit_head, measure, set_thresholds, untrained_head
 from dsa_engine.training.head_dataset import collect
 from dsa_engine.training.init_weights import init_weights
 from dsa_engine.training.recipe import Recipe
@@ -46,9 +47,10 @@ from dsa_engine.training.teacher_forcing import teacher_forced
 from dsa_engine.training.trainer import LOG_EVERY, Optimized, Trainer, batches, lr_warmup, rank, world_size
 
 HEAD_SEED, SHEET_SEED = 246_813_579, 86_420  # of prompts; training pools and held-out clips use others
+JOINTLY_TRAINED = {"joint": "confidence", "refine": "refine"}  # heads by their name in a student's weights
 CHUNKS = 4  # of a training clip
 HEAD_RATE = 1e-3  # of the heads while the student trains
-SAVE_EVERY = {"teacher": 500, "student": 100, "joint": 100}  # steps
+SAVE_EVERY = {"teacher": 500, "student": 100, "joint": 100, "paper": 100}  # steps
 SHEET_STEPS = 16  # of the teacher, for its contact sheet
 PER_POOL = 2000  # steps until a pool of clips is drawn anew
 # How an object without a past moves is learned last: more cuts, and little of what does not move. The prompt says all
@@ -66,6 +68,8 @@ class StageContext:
     out: Path
     device: torch.device = torch.device("cpu")
     compiled: bool = True
+    head: str = "pooled"  # the form of the head that `joint` and `paper` train
+    student: str = "joint"  # whose heads `head` fits: a stage's folder
 
     @property
     def past_chunks(self) -> int:
@@ -73,16 +77,19 @@ class StageContext:
         return self.recipe.rollout.window // self.recipe.rollout.chunk_frames - 1
 
 
-def load_weights(module: nn.Module, path: Path, stage: str) -> None:
-    """Into a module, strictly; FileNotFoundError names the stage that writes the file."""
+def weights_of(ctx: StageContext, folder: str) -> Path:
+    """The weights that a stage has left in its folder; FileNotFoundError names the stage that writes them."""
+    path = ctx.out / folder / "weights.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there yet; `dsa-engine train --recipe {stage}` writes it")
-    module.load_state_dict(load_file(path))
+        stage, _, head = folder.partition("-")
+        recipe = f"{stage} --head {head}" if head else stage
+        raise FileNotFoundError(f"{path} is not there yet; `dsa-engine train --recipe {recipe}` writes it")
+    return path
 
 
 def load_codec(ctx: StageContext) -> PixelCodec:
     codec = PixelCodec()
-    load_weights(codec, ctx.out / "codec" / "weights.safetensors", "codec")
+    codec.load_state_dict(load_file(weights_of(ctx, "codec")))
     return codec.requires_grad_(False).eval()
 
 
@@ -95,7 +102,7 @@ def new_generator(seed: int) -> nn.ModuleDict:
 def load_teacher(ctx: StageContext) -> nn.ModuleDict:
     """The teacher's averaged weights."""
     teacher = new_generator(0)
-    load_weights(teacher, ctx.out / "teacher" / "weights.safetensors", "teacher")
+    teacher.load_state_dict(load_file(weights_of(ctx, "teacher")))
     return teacher.requires_grad_(False).to(ctx.device)
 
 
@@ -159,7 +166,7 @@ def run_trainer(
         title = f"{stage}, {preview_steps}, after {trainer.main.step} training steps"
         write_sheet(folder / "sheet.png", preview(pipe).frames, labels, title)
 
-    trainer.run(prepare, SAVE_EVERY[stage], stage, report, on_save)
+    trainer.run(prepare, SAVE_EVERY[stage.partition("-")[0]], stage, report, on_save)
     if rank() > 0:
         return {}
     modules = {"generator": ema["dit"], "codec": codec, "text": text}
@@ -217,13 +224,18 @@ def train_teacher(ctx: StageContext) -> dict[str, float]:
 
 
 def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
-    """DMD from the teacher: `joint` with the confidence head's attenuation, `student` without it, all else alike."""
-    stage, rollout, codec = ctx.recipe.student, ctx.recipe.rollout, load_codec(ctx)
+    """DMD from the teacher: `joint` with the confidence head's attenuation, `student` without it, all else alike;
+    `paper` with the paper's objective and updates. With a head of another form than `pooled` the folder is named so."""
+    stage = ctx.recipe.paper if kind == "paper" else ctx.recipe.student
+    rollout, codec = ctx.recipe.rollout, load_codec(ctx)
     teacher: Any = load_teacher(ctx)
     torch.manual_seed(ctx.recipe.seed)
     model = nn.ModuleDict({"dit": copy.deepcopy(teacher["dit"]).requires_grad_(True)})
-    for name in ("refine", "confidence") if kind == "joint" else ("refine",):
-        model[name] = ConfidenceHead(teacher["dit"].config)
+    if kind != "paper":
+        model["refine"] = new_head(teacher["dit"].config)
+    if kind != "student":
+        model["confidence"] = new_head(teacher["dit"].config, ctx.head)
+        kind = kind if ctx.head == "pooled" else f"{kind}-{ctx.head}"
     model.to(ctx.device)
     losses = StudentLosses(
         teacher["dit"],
@@ -235,6 +247,7 @@ def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
         stage.guidance,
         stage.motion_weight,
         ctx.compiled,
+        PAPER if stage is ctx.recipe.paper else JOINT,
     )
     options: dict[str, Any] = {"betas": (0.0, 0.99), "ema_decay": 0.995, "lr_factor": lr_warmup}
     rates = {name: stage.rate if name == "dit" else HEAD_RATE for name in model}
@@ -266,52 +279,60 @@ def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
 
 
 def fit_heads(ctx: StageContext) -> dict[str, Any]:
-    """Three heads for the frozen student of the joint stage, calibrated alike, and the model folder with one of them.
+    """Heads for a frozen student, calibrated alike, and the model folder with one of them.
 
-    `joint` learned the attenuation objective with the generator, `refine` self-refinement beside it, `fitted` learns
-    self-refinement now, on rollouts of the frozen generator. `head/<kind>.safetensors` holds each; the folder `model`
-    has the one that the recipe names.
+    `joint` was trained with the generator, `refine` learned self-refinement beside it, where the student's stage trains
+    them; `fitted-pooled` and `fitted-token` learn self-refinement now, on rollouts of the frozen generator.
+    `head/<kind>.safetensors` holds each; the folder `model` has the one that the recipe names. Of another student than
+    `joint` the folders are `head-<student>` and `model-<student>`.
     """
     stage, codec = ctx.recipe.head, load_codec(ctx)
     teacher: Any = load_teacher(ctx)
-    head: Any
-    model = nn.ModuleDict({name: ConfidenceHead(teacher["dit"].config) for name in ("refine", "confidence")})
-    model["dit"] = teacher["dit"]
-    load_weights(model, ctx.out / "joint" / "weights.safetensors", "joint")
-    modules = {"generator": model["dit"], "codec": codec, "text": teacher["text"]}
-    folder = ctx.out / "model"
+    weights = load_file(weights_of(ctx, ctx.student))
+    teacher["dit"].load_state_dict(part(weights, "dit"))
+    suffix = "" if ctx.student == "joint" else f"-{ctx.student}"
+    folder, modules = ctx.out / f"model{suffix}", {"generator": teacher["dit"], "codec": codec, "text": teacher["text"]}
     save_model_folder(folder, ctx.recipe.name, modules, ctx.recipe.rollout, VIDEO)
     pipe = Pipeline.from_pretrained(folder, device=ctx.device)  # heads are for the weights as they ship, rounded
     captions = held_out(stage.clips + stage.calibration_clips, chunks=CHUNKS, seed=HEAD_SEED)
-    dataset = collect(pipe, captions, batch=BATCH_CLIPS, seed=HEAD_SEED)
-    fitted, other = dataset[: stage.clips], dataset[stage.clips :]
     facts: dict[str, Any] = {}
-    for kind, head in {"joint": model["confidence"], "refine": model["refine"], "fitted": None}.items():
-        pipe.engine.head = None if head is None else head.half().float().to(ctx.device).requires_grad_(False).eval()
-        if head is None:
-            fit_head(pipe, fitted, other, stage.iterations, ctx.recipe.seed)
-        head = pipe.engine.head
-        table, by_step = set_thresholds(pipe, other), calibrate.confidence_by_step(head, other)
-        fit, presets = measure(head, fitted, other), pipe.config.presets
-        facts[kind] = {
-            "spearman": fit.spearman,
-            "spearman_by_step": fit.spearman_by_step,
-            "presets": presets,
-            "median_confidence_by_step": np.median(by_step, axis=0).round(3).tolist(),
-        }
-        path = ctx.out / "head" / f"{kind}.safetensors"
-        save_head(path, head, pipe.engine.dit.config, pipe.config, pipe.calibration)
-        draw_head(path.with_suffix(".png"), table, by_step, presets)
-        if kind == stage.kind:
-            modules["confidence"] = head
-            save_model_folder(folder, ctx.recipe.name, modules, pipe.config, VIDEO, calibration=pipe.calibration)
+    for form in HEADS:
+        fresh = untrained_head(pipe, ctx.recipe.seed, form)
+        dataset = collect(pipe, captions, batch=BATCH_CLIPS, seed=HEAD_SEED, head=fresh)
+        fitted, other = dataset[: stage.clips], dataset[stage.clips :]
+        for kind, head in {**trained_heads(pipe, weights, form), f"fitted-{form}": fresh}.items():
+            pipe.engine.head = head
+            if head is fresh:
+                fit_head(pipe, fitted, other, stage.iterations, ctx.recipe.seed)
+            table, by_step = set_thresholds(pipe, other), calibrate.confidence_by_step(head, other)
+            fit, presets = measure(head, fitted, other), pipe.config.presets
+            facts[kind] = {
+                "spearman": fit.spearman,
+                "spearman_by_step": fit.spearman_by_step,
+                "presets": presets,
+                "median_confidence_by_step": np.median(by_step, axis=0).round(3).tolist(),
+            }
+            path = ctx.out / f"head{suffix}" / f"{kind}.safetensors"
+            save_head(path, head, pipe.engine.dit.config, pipe.config, pipe.calibration)
+            draw_head(path.with_suffix(".png"), table, by_step, presets)
+            if kind == stage.kind:
+                shipped = {**modules, "confidence": head}
+                save_model_folder(folder, ctx.recipe.name, shipped, pipe.config, VIDEO, calibration=pipe.calibration)
     return facts
 
 
-STAGES: dict[str, Callable[[StageContext], dict[str, Any]]] = {
-    "codec": train_codec,
-    "teacher": train_teacher,
-    "student": partial(train_student, kind="student"),
-    "joint": train_student,
-    "head": fit_heads,
-}
+def part(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one child module, without its name."""
+    return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+
+
+def trained_heads(pipe: Pipeline, weights: dict[str, Tensor], form: str) -> dict[str, ConfidenceHead]:
+    """The heads of a form that were trained with the student, rounded as they ship."""
+    heads = {}
+    for kind, child in JOINTLY_TRAINED.items():
+        state = part(weights, child)
+        if state and form == ("token" if "token" in state else "pooled"):
+            head = new_head(pipe.engine.dit.config, form)
+            head.load_state_dict(state)
+            heads[kind] = head.half().float().to(pipe.device).requires_grad_(False).eval()
+    return heads

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.rollout import Rollout
+from dsa_engine.models.confidence import ConfidenceHead
 from dsa_engine.models.dit import CausalDiT, DiTOutput
 from dsa_engine.sampling.denoise import Step
 from dsa_engine.sampling.kv_cache import KVCache
 from dsa_engine.sampling.noise import SeededNoise
 from dsa_engine.sampling.policy import PerChunk
 from dsa_engine.sampling.schedule import warp
-from dsa_engine.training.attenuation import attenuation_loss, attenuation_weight
+from dsa_engine.training.attenuation import JOINT, HeadObjective, attenuation_loss, attenuation_weight
 from dsa_engine.training.dmd import LevelNorm, dmd_gradient, dmd_loss, guided, score_difference, weight_motion
 from dsa_engine.training.flow import weighted_error
 from dsa_engine.training.head import refine_loss
@@ -26,7 +27,7 @@ from dsa_engine.training.teacher_forcing import teacher_forced, whole_clip
 from dsa_engine.training.wan.sharding import Pass, copy_weights
 
 ANCHOR, ANCHOR_SIGMA = 0.2, 0.7  # a little flow matching on data keeps the late steps from drifting
-HEAD_WEIGHT = 0.02
+REFINE_WEIGHT = 0.02
 SHIFT = 3.0  # of the noise levels that scores are compared at
 
 
@@ -34,21 +35,27 @@ class StudentRollout(NamedTuple):
     """The student's own clips, each chunk left at a step drawn for it. No gradient.
 
     video: the clean chunks, and x: the input of each chunk's exit step [B, N, F, C, H, W]; sigma: its level [B, N];
-    text [B, N, L, text_dim]. Of every frame after every step before its exit: features [n, 3 dim], what a head reads,
-    and distance [n], the mean squared distance of its estimate to the exit's.
+    text [B, N, L, text_dim]. Of every frame after every step before its exit, where a head's features were asked for:
+    features [n, ...], what it reads, and distance [n], the mean squared distance of its estimate to the exit's.
     """
 
     video: Tensor
     x: Tensor
     sigma: Tensor
     text: Tensor
-    features: Tensor
-    distance: Tensor
+    features: Tensor | None = None
+    distance: Tensor | None = None
 
 
 @torch.inference_mode()
 def self_rollout(
-    dit: CausalDiT, config: RolloutConfig, text: Tensor, counts: Tensor, seed: int, size: tuple[int, int]
+    dit: CausalDiT,
+    config: RolloutConfig,
+    text: Tensor,
+    counts: Tensor,
+    seed: int,
+    size: tuple[int, int],
+    head: ConfidenceHead | None = None,
 ) -> StudentRollout:
     """Roll out as inference does: the same KV cache, the same `denoise_chunk`, commit passes and all.
 
@@ -74,7 +81,7 @@ def self_rollout(
     noise = SeededNoise([seed + i for i in range(clips)], shape, dit.device, torch.float32)
     policies = [PerChunk(row) for row in counts.tolist()]
     text_kv = [dit.text_kv(text[:, i]) for i in range(chunks)]
-    recorder: Any = Recorder(model)
+    recorder: Any = None if head is None else Recorder(head)
     rollout = Rollout(dit, recorder, cache, config, noise, policies, text_kv[0])
     video = torch.empty(clips, chunks, *shape, device=dit.device)
     x, sigma = torch.empty_like(video), torch.empty(clips, chunks, device=dit.device)
@@ -87,7 +94,8 @@ def self_rollout(
         def keep(step: Step, chunk=chunk, seen=seen) -> None:
             # a later step of the same row overwrites an earlier one: the exit step stays
             x[step.rows, chunk], sigma[step.rows, chunk] = step.x, step.sigma
-            seen.append((step.rows, step.x0, recorder.features[-1]))
+            if recorder is not None:
+                seen.append((step.rows, step.x0, recorder.features[-1]))
 
         result = rollout.denoise(keep)
         rollout.accept(result.latents)
@@ -97,7 +105,8 @@ def self_rollout(
             exits = result.latents[[rows[i] for i in on]]
             features.append(read[on].flatten(0, 1).to(dit.device))
             distances.append((x0[on] - exits).square().mean(dim=(2, 3, 4)).flatten())
-    return StudentRollout(video, x, sigma, text, torch.cat(features), torch.cat(distances))
+    recorded = (torch.cat(features), torch.cat(distances)) if recorder is not None else ()
+    return StudentRollout(video, x, sigma, text, *recorded)
 
 
 class StudentLosses:
@@ -110,8 +119,8 @@ class StudentLosses:
     Args:
         teacher: the real score.
         null: embedding of the empty prompt [1, L, text_dim], for guidance.
-        model: children `dit`, optionally `refine` (a head that learns self-refinement, without touching the generator)
-            and, for the joint objective, `confidence`; without that one the same recipe runs unattenuated.
+        model: child `dit`; optional are `confidence`, a head that learns `objective` with the generator, and `refine`,
+            one that learns self-refinement without touching the generator.
         config: the student's rollout.
         context: past chunks in the student's window.
         size: latent height and width.
@@ -122,6 +131,7 @@ class StudentLosses:
         critic: the fake score (default: a copy of the teacher).
         actor: a copy of the student that rolls out, given its weights each time; None: the student itself.
         shift: of the noise levels that scores are compared at.
+        objective: of `confidence`.
     """
 
     def __init__(
@@ -139,12 +149,14 @@ class StudentLosses:
         critic: CausalDiT | None = None,
         actor: CausalDiT | None = None,
         shift: float = SHIFT,
+        objective: HeadObjective = JOINT,
     ):
         self.model: Any = model
         self.null, self.config, self.actor = null, config, actor
         self.context, self.size, self.guidance, self.motion_weight = context, size, guidance, motion_weight
         self.critic = copy.deepcopy(teacher).requires_grad_(True) if critic is None else critic
         self.whole, self.shift = score is whole_clip, shift
+        self.objective, self.refine = objective, self.model["refine"] if "refine" in model else None
         self.norm = LevelNorm().to(teacher.device)
         self.report: dict[str, float] = {}  # of the last student step
 
@@ -162,16 +174,18 @@ class StudentLosses:
         if self.actor is not None:
             copy_weights(dit, self.actor)
             dit = self.actor
-        made = self_rollout(dit, self.config, text, counts, seed, self.size)
-        return StudentRollout(*(part.clone() for part in made))  # out of inference mode
+        made = self_rollout(dit, self.config, text, counts, seed, self.size, self.refine)
+        return StudentRollout(*(None if part is None else part.clone() for part in made))  # out of inference mode
 
     def student_loss(self, rolled: StudentRollout, latents: Tensor | None, generator: torch.Generator) -> Tensor:
-        """DMD on the exit estimates, attenuated per frame, with the heads' losses and the anchor on real clips.
+        """DMD on the exit estimates, with the heads' losses and the anchor on real clips.
 
         latents: of real clips for the same prompts, None where there are none: no anchor.
         """
-        video, text, model = rolled.video, rolled.text, self.model
-        out, x0 = self._x0(self.student_pass, video, rolled.x, rolled.sigma, text)
+        video, text, objective = rolled.video, rolled.text, self.objective
+        head = self.model["confidence"] if "confidence" in self.model else None
+        taps = () if head is None else head.taps
+        out, x0 = self._x0(self.student_pass, video, rolled.x, rolled.sigma, text, taps)
         sigma = self._levels(video, 0.98, generator).to(video.device)
         s = sigma[:, :, None, None, None, None]
         noisy = (1 - s) * x0.detach().view_as(video) + s * like(video, generator)
@@ -187,17 +201,21 @@ class StudentLosses:
         gradient = dmd_gradient(x0.view_as(rows), real.view_as(rows), fake.view_as(rows)).view_as(x0)
         loss = dmd_loss(x0, weight_motion(gradient, self.motion_weight))
         self.report = {"dmd": loss.mean().item()}
-        if "confidence" in model:
-            logit = model["confidence"](out.hidden, out.time)
-            relative = self.norm(score_difference(real, fake), sigma.flatten())
-            head = attenuation_loss(logit, relative)
-            total = (attenuation_weight(logit) * loss).mean() + HEAD_WEIGHT * head
-            self.report |= {"joint": head.item(), "confidence": logit.sigmoid().mean().item()}
-        else:
-            total = loss.mean()
-        if "refine" in model:
-            refine = refine_loss(model["refine"].mlp(rolled.features).squeeze(-1), rolled.distance)
-            total = total + HEAD_WEIGHT * refine
+        total = loss.mean()
+        if head is not None:
+            logit = head(out.hidden, out.time)
+            if objective.of_scores:
+                distance = self.norm(score_difference(real, fake), sigma.flatten())
+            else:
+                distance = score_difference(real, x0).sqrt()
+            joint = attenuation_loss(logit, distance, objective.penalty)
+            if objective.attenuates:
+                total = (attenuation_weight(logit) * loss).mean()
+            total = total + objective.weight * joint
+            self.report |= {"joint": joint.item(), "confidence": logit.sigmoid().mean().item()}
+        if self.refine is not None:
+            refine = refine_loss(self.refine.logits(rolled.features), rolled.distance)
+            total = total + REFINE_WEIGHT * refine
             self.report |= {"refine": refine.item()}
         if latents is not None:
             anchor = self._anchor(latents, text, generator)
@@ -226,14 +244,14 @@ class StudentLosses:
         out = self._run(run, video, (1 - s) * video + s * noise, sigma, text)
         return weighted_error(out.velocity.float().view_as(video) - (noise - video), self.motion_weight).mean()
 
-    def _x0(self, run: Pass, video, noisy, sigma, text) -> tuple[DiTOutput, Tensor]:
+    def _x0(self, run: Pass, video, noisy, sigma, text, taps=()) -> tuple[DiTOutput, Tensor]:
         """The denoised estimate of every chunk on the student's own past: rows (clip, chunk)."""
-        out = self._run(run, video, noisy, sigma, text)
+        out = self._run(run, video, noisy, sigma, text, taps)
         return out, noisy.flatten(0, 1) - sigma.reshape(-1, 1, 1, 1, 1) * out.velocity.float()
 
-    def _run(self, run: Pass, video, noisy, sigma, text) -> DiTOutput:
+    def _run(self, run: Pass, video, noisy, sigma, text, taps=()) -> DiTOutput:
         with torch.autocast(video.device.type, torch.bfloat16):
-            return run(video, noisy, sigma, text, text, self.context)
+            return run(video, noisy, sigma, text, text, self.context, taps)
 
 
 def like(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -43,13 +43,20 @@ class TeacherForced:
 
 
 def teacher_forced(
-    model: CausalDiT, clean: Tensor, noisy: Tensor, sigma: Tensor, clean_text: Tensor, text: Tensor, context: int
+    model: CausalDiT,
+    clean: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    clean_text: Tensor,
+    text: Tensor,
+    context: int,
+    taps: tuple[int, ...] = (),
 ) -> DiTOutput:
     """One pass over clips; returns the output for the noisy copy, rows (clip, chunk).
 
     clean, noisy [B, N, F, C, H, W]: N chunks a clip; sigma [B, N] noise level of each noisy chunk;
     clean_text, text [B, N, L, text_dim]: the prompt under which each chunk was committed and is denoised;
-    context: how many past chunks the cache window holds.
+    context: how many past chunks the cache window holds; taps: as of `CausalDiT.forward`.
     """
     clips, chunks, frames = noisy.shape[:3]
     x = torch.stack((clean, noisy), dim=1).flatten(0, 2)
@@ -60,9 +67,12 @@ def teacher_forced(
     p = model.config.patch_size[1]
     tokens = frames * (x.shape[-2] // p) * (x.shape[-1] // p)
     memory = TeacherForced(clips, chunks, tokens, min(context, chunks), x.device)
-    out = model(x, t, position, text_kv, memory)
-    noisy_rows = (part.unflatten(0, (clips, 2, chunks))[:, 1].flatten(0, 1) for part in out)
-    return DiTOutput(*noisy_rows)
+    out = model(x, t, position, text_kv, memory, taps)
+
+    def noisy_rows(part: Tensor) -> Tensor:
+        return part.unflatten(0, (clips, 2, chunks))[:, 1].flatten(0, 1)
+
+    return DiTOutput(noisy_rows(out.velocity), tuple(map(noisy_rows, out.hidden)), noisy_rows(out.time))
 
 
 class WholeClip:
@@ -75,7 +85,14 @@ class WholeClip:
 
 
 def whole_clip(
-    model: CausalDiT, clean: Tensor, noisy: Tensor, sigma: Tensor, clean_text: Tensor, text: Tensor, context: int
+    model: CausalDiT,
+    clean: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    clean_text: Tensor,
+    text: Tensor,
+    context: int,
+    taps: tuple[int, ...] = (),
 ) -> DiTOutput:
     """`teacher_forced` for a bidirectional model: arguments and rows are the same, what it sees is not.
 
@@ -85,5 +102,9 @@ def whole_clip(
     clips, chunks, frames = noisy.shape[:3]
     t = 1000 * sigma.repeat_interleave(frames, dim=1)
     position = torch.arange(chunks * frames, device=noisy.device).expand(clips, -1)
-    out = model(noisy.flatten(1, 2), t, position, model.text_kv(text[:, 0]), WholeClip())
-    return DiTOutput(*(part.unflatten(1, (chunks, -1)).flatten(0, 1) for part in out))
+    out = model(noisy.flatten(1, 2), t, position, model.text_kv(text[:, 0]), WholeClip(), taps)
+
+    def rows(part: Tensor) -> Tensor:
+        return part.unflatten(1, (chunks, -1)).flatten(0, 1)
+
+    return DiTOutput(rows(out.velocity), tuple(map(rows, out.hidden)), rows(out.time))

@@ -15,7 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from dsa_engine.checkpoints import key_maps
 from dsa_engine.checkpoints.families import FAMILIES, family_of
 from dsa_engine.config import ModelConfig
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.taehv import TAEHV
 from dsa_engine.models.wan_vae import WanVAE
@@ -175,7 +175,7 @@ def files():
         yield key_maps.IMAGE_DIT, {**dit, "blocks.3.attn2.add_k_proj.weight": 0}
         yield key_maps.LORA, {"base_model.model.blocks.0.ffn.0.lora_A.weight": 0}
         yield key_maps.LORA, {"diffusion_model.blocks.0.ffn.0.lora_down.weight": 0}
-        yield key_maps.HEAD, ConfidenceHead(config).state_dict()
+        yield key_maps.HEAD, PooledHead(config).state_dict()
         yield key_maps.WAN_VAE, WanVAE(dim=8).state_dict()
         yield key_maps.DIFFUSERS_VAE, AutoencoderKLWan(base_dim=8).state_dict()
         yield key_maps.TAEHV, TAEHV().state_dict()

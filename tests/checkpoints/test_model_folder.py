@@ -16,7 +16,7 @@ from dsa_engine import Pipeline
 from dsa_engine.checkpoints.load import load_components
 from dsa_engine.checkpoints.model_folder import load_head, save_head, save_model_folder
 from dsa_engine.config import ModelConfig, RolloutConfig
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import ConfidenceHead, PooledHead, TokenHead
 
 ROLLOUT = RolloutConfig(threshold=0.4, presets={"fast": 0.3, "balanced": 0.4})
 POINTS = ((0.1, 0.5), (0.6, 0.2), (0.9, 0.2))
@@ -24,7 +24,7 @@ POINTS = ((0.1, 0.5), (0.6, 0.2), (0.9, 0.2))
 
 @pytest.fixture
 def head(tiny_config) -> ConfidenceHead:
-    head = ConfidenceHead(tiny_config).requires_grad_(False)
+    head = PooledHead(tiny_config).requires_grad_(False)
     for parameter in head.parameters():
         parameter.normal_()
     return head
@@ -97,6 +97,32 @@ def test_a_file_that_is_no_head_for_the_model_is_named(saved, tiny_config, chang
         load_head(path, tiny_config)
 
 
+@pytest.mark.parametrize("taps", [None, (0, 2)])
+def test_a_token_head_comes_back_from_its_file_and_from_a_folder(tmp_path, tiny_config, tiny_dit, taps):
+    head = TokenHead(tiny_config, taps).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.normal_()
+    save_head(tmp_path / "head.safetensors", head, tiny_config, ROLLOUT, POINTS)
+    video = {"height": 64, "width": 64, "frames": 12, "fps": 12.0}
+    save_model_folder(tmp_path, "m", {"generator": tiny_dit, "confidence": head}, ROLLOUT, video, torch.float32)
+    for back in (load_head(tmp_path / "head.safetensors", tiny_config).head, load_components(tmp_path).head):
+        assert type(back) is TokenHead and back.taps == head.taps
+        assert all(torch.equal(a, b) for a, b in zip(back.parameters(), head.parameters(), strict=True))
+
+
+def test_a_folder_or_file_from_before_there_were_two_forms_has_a_pooled_head(saved, untrained, tiny_config):
+    with safe_open(rewritten(saved, head=None), "pt") as file:
+        assert "head" not in file.metadata()
+    assert load_head(saved, tiny_config).head.kind == load_components(untrained).head.kind == "pooled"
+    assert "head" not in json.loads((untrained / "config.json").read_text())
+
+
+@pytest.mark.parametrize("settings", ['{"kind": "tokens"}', '{"kind": "token", "taps": [0]}', '{"depth": 2}', "[1]"])
+def test_a_form_that_is_not_known_is_named(saved, tiny_config, settings):
+    with pytest.raises(ValueError, match=f"{re.escape(str(saved))}: head="):
+        load_head(rewritten(saved, head=settings), tiny_config)
+
+
 def test_a_head_that_is_missing_or_not_whole_is_named(saved, tiny_config):
     with pytest.raises(FileNotFoundError, match="absent.safetensors"):
         load_head(saved.with_name("absent.safetensors"), tiny_config)
@@ -108,7 +134,7 @@ def test_a_head_that_is_missing_or_not_whole_is_named(saved, tiny_config):
 def test_a_given_head_replaces_a_models_own(untrained, tmp_path):
     config = ModelConfig.from_dict(json.loads((untrained / "config.json").read_text())["model"])
     path = tmp_path / "head.safetensors"
-    save_head(path, ConfidenceHead(config), config, ROLLOUT, POINTS)  # an untrained one says 0.5 of everything
+    save_head(path, PooledHead(config), config, ROLLOUT, POINTS)  # an untrained one says 0.5 of everything
     own, given = (Pipeline.from_pretrained(untrained, head=head, device="cpu") for head in (None, path))
     assert own.config.threshold == 0.5 and given.config.threshold == 0.4
     assert given.config.presets == ROLLOUT.presets and given.config.window == own.config.window == 9

@@ -16,7 +16,7 @@ from dsa_engine.checkpoints.tensor_io import read_json, read_tensors
 from dsa_engine.checkpoints.wan import load_dit
 from dsa_engine.checkpoints.weights import load_strict
 from dsa_engine.config import ModelConfig
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from tests.support.checkpoints import WEB_PAGE, RunsCode, raises_naming, write, write_sparse
 
 
@@ -116,7 +116,7 @@ def foreign(weights):
         "diffusers' vae": (AutoencoderKLWan(base_dim=4).state_dict(), "diffusers' names: give it as vae="),
         "text encoder": (umt5, "a umT5 text encoder: give it as text="),
         "lora": (lora, "a LoRA: give it as lora=, with its base model"),
-        "head": (ConfidenceHead(ModelConfig.preset("shapes")).state_dict(), "a confidence head: give it as head="),
+        "head": (PooledHead(ModelConfig.preset("shapes")).state_dict(), "a confidence head: give it as head="),
         "engine": (engine, "a whole model in this project's format"),
         "image to video": ({**weights, "img_emb.proj.0.weight": torch.zeros(2)}, "only text-to-video"),
         "anything": ({"visual.weight": torch.zeros(2)}, "no model that is known here (its first names: visual.weight)"),

@@ -10,7 +10,7 @@ import torch
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.chunk_plan import RowSpec
 from dsa_engine.engine.engine import Engine
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.ops import dispatch, reference
 from dsa_engine.sampling.policy import ExitRule
@@ -24,7 +24,7 @@ FLOOR = 3e-6  # float32 sums in another order, through two layers
 
 
 def models(config):
-    dit, head = CausalDiT(config), ConfidenceHead(config)
+    dit, head = CausalDiT(config), PooledHead(config)
     for parameter in (*dit.parameters(), *head.parameters()):
         torch.nn.init.normal_(parameter, std=0.15)
     return dit, head

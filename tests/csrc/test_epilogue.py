@@ -119,18 +119,21 @@ def every_rule():
     return StopRule(*(c.contiguous() for c in counts.unbind(1)), torch.tensor([threshold for *_, threshold in rows]))
 
 
-@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("head", ["none", "weights", "logits"])
 def test_every_rule_stops_whom_it_should(cuda_orders, head):
     """60 rows in one call. Three of them, one for each way of reducing, would stop for their confidence at a threshold
     of 0, but one of their frames is NaN: they are never confident."""
     rule = every_rule()
     batch = len(rule.step)
-    args = inputs((torch.float32, torch.float32, batch, 3, 1, 1, 2, 8, 1), head)
+    args = inputs((torch.float32, torch.float32, batch, 3, 1, 1, 2, 8, 1), head == "weights")
     args[0][[12, 16, 20], 2, 3] = float("nan")
+    if head == "logits":
+        args[-1] = torch.randn(batch, 3)
+        args[-1][[12, 16, 20], 1] = float("nan")
     state = cuda_orders.epilogue(*args, rule, EPS).state
     exact = reference.epilogue(*args, rule, EPS).state
     assert torch.equal(state[:, -1], exact[:, -1]) and 0 < state[:, -1].sum() < batch
-    assert torch.equal(state.isnan(), exact.isnan()) and (not head or state[20, 1].isnan())
+    assert torch.equal(state.isnan(), exact.isnan()) and (head == "none" or state[20, 1].isnan())
     torch.testing.assert_close(state, exact, rtol=0, atol=1e-5, equal_nan=True)
 
 

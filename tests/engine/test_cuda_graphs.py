@@ -68,6 +68,25 @@ def test_the_bits_are_those_of_the_eager_executor(cuda, model, captured, name, l
             assert cuda.launches == len(forwards) or len(policies) == 1
 
 
+@pytest.mark.parametrize("loop_rows, window, commit", [(0, 6, "clean"), (8, 6, "clean"), (8, None, "exit_step")])
+def test_a_token_heads_taps_are_captured(cuda, loop_rows, window, commit):
+    """Three rows that stop apart, with merged commits: the bits of the eager executor."""
+    model = random_model("token", dim=64, ffn_dim=96, num_heads=2, text_len=12)
+    (engine, ours), (_, theirs) = (pool(*model, 3, window=window) for _ in range(2))
+    made = GraphRunner(ours, (4,), loop_rows=loop_rows)
+    made.capture()
+    policies = [Confidence(0.5), Confidence(0.55, min_steps=2), Confidence(0.45, max_steps=3)]
+    a, b = rollout(engine, ours, policies, commit), rollout(engine, theirs, policies, commit)
+    counts = set()
+    for _ in range(CHUNKS):
+        (got, forwards), (expected, expected_forwards) = chunk(a, made, on_device=True), chunk(b)
+        assert forwards == expected_forwards and got.steps == expected.steps
+        assert got.latents.equal(expected.latents) and got.confidence.equal(expected.confidence)
+        assert_alike(ours, theirs)
+        counts.update(got.steps)
+    assert len(counts) > 2
+
+
 @pytest.mark.parametrize("loop_rows", [0, 1])
 def test_for_one_row_the_bits_are_the_same_in_batches_too(cuda, model, loop_rows):
     """The commit and the first step are one batch here: not in deterministic mode."""

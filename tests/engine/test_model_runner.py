@@ -9,7 +9,7 @@ from dsa_engine import Change, Confidence, Fixed, PerChunk, Relative
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.chunk_plan import RowSpec
 from dsa_engine.engine.engine import Engine
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import HEADS, new_head
 from dsa_engine.sampling.policy import ExitRule, Policy
 
 SIZE, CHUNKS, FRAMES = 4, 5, 2
@@ -45,11 +45,12 @@ POLICIES = {
 }
 
 
-@pytest.fixture
-def head(tiny_config):
+@pytest.fixture(params=HEADS)
+def head(tiny_config, request):
     """Confidences on both sides of one half."""
-    head = ConfidenceHead(tiny_config).requires_grad_(False)
-    torch.nn.init.normal_(head.mlp[2].weight, std=1.0)
+    head = new_head(tiny_config, request.param).requires_grad_(False)
+    last, std = (head.mlp[2], 1.0) if request.param == "pooled" else (head.out, 0.2)
+    torch.nn.init.normal_(last.weight, std=std)
     return head
 
 

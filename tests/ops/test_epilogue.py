@@ -212,6 +212,18 @@ def test_without_a_head_rows_stop_by_count(op):
     compare(out.x, reference.epilogue(*s).x, x)
 
 
+@pytest.mark.parametrize("op", [reference, kernel])
+def test_logits_that_are_there_already_are_taken_as_they_are(op):
+    """One frame is NaN: its row is never confident. The latents are those of a step without a head."""
+    s = random_step(2, 3, (1, 3), 24)
+    logits = torch.tensor([[0.5, -1.0, 3.0], [4.0, float("nan"), 4.0]], device=DEVICE)
+    rule = rules([2, 2], [1, 1], [4, 4], [2, 1], [0.9, 0.1])
+    out, without = (op.epilogue(*s._replace(head=head, time=poison(2, 3, 24), rule=rule)) for head in (logits, None))
+    torch.testing.assert_close(out.state[:, :3], 1 / (1 + torch.exp(-logits)), equal_nan=True)
+    assert out.state[:, 3].tolist() == [1, 0]
+    assert torch.equal(out.x0, without.x0) and torch.equal(out.x, without.x)
+
+
 def with_logits(logits: list[list[float]]) -> Step:
     """A step whose frames have these logits: the MLP passes on the first channel of `time`, raised so that SiLU is the
     identity and lowered again at the end."""
@@ -310,6 +322,8 @@ def test_the_element_wise_kernels_at_the_ends_of_the_schedule():
 @pytest.mark.parametrize(
     "change, match",
     [
+        (lambda s: {"head": torch.zeros(1, 3)}, r"logits torch.float32 \[1, 3\] must be float32 \[1, 2\]"),
+        (lambda s: {"head": torch.zeros(1, 2).half()}, r"logits torch.float16 \[1, 2\] must be float32 \[1, 2\]"),
         (lambda s: {"hidden": s.hidden[:, :-1]}, r"hidden \[1, 11, 24\], x \[1, 2, 4, 4, 6\] and weight \[16, 24\]"),
         (lambda s: {"final": s.final._replace(weight=s.final.weight[:12])}, r"weight \[12, 24\]"),
         (lambda s: {"noise": s.noise[:, :1]}, r"noise \[1, 1, 4, 4, 6\]"),

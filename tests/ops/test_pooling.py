@@ -1,5 +1,5 @@
-"""Statistics of a frame's tokens: the reference against loops in float64, the Triton kernels against float64 beside the
-reference."""
+"""A frame's tokens pooled: the reference against loops and explicit attention in float64, the Triton kernels against
+float64 beside the reference."""
 
 from __future__ import annotations
 
@@ -121,6 +121,91 @@ def test_frames_and_rows_do_not_mix():
     spoilt[1, 1] = True
     pooled = kernel.pool_frames(hidden, 3, EPS)
     assert torch.equal(pooled.isnan().any(-1), spoilt) and torch.equal(pooled.isnan().all(-1), spoilt)
+
+
+# attention_pool: the reference against cross-attention with explicit keys and values, the kernels against float64.
+
+
+def cross_attended(hidden, tokens, key, value, frames):
+    """Attention of learnable tokens to LayerNorm(hidden) of each frame, with its keys and values, in float64."""
+    n = torch.nn.functional.layer_norm(hidden.double(), hidden.shape[-1:], eps=EPS).unflatten(1, (frames, -1))
+    q = tokens.double().expand(*n.shape[:2], -1, -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, n @ key.double().T, n @ value.double().T)
+
+
+@pytest.mark.parametrize("batch, frames, tokens, channels", [(1, 1, 4, 3), (2, 3, 5, 8), (3, 2, 16, 24)])
+def test_pooling_with_k_q_is_cross_attention(batch, frames, tokens, channels, close):
+    hidden = 2 + 5 * torch.randn(batch, frames * tokens, channels)
+    learned, key, value = torch.randn(4, 7), torch.randn(7, channels), torch.randn(9, channels)
+    pooled = ops.attention_pool(hidden, learned @ key / 7**0.5, frames, EPS)
+    assert pooled.shape == (batch, frames, 4, channels) and pooled.dtype == torch.float32
+    close(pooled.double() @ value.double().T, cross_attended(hidden, learned, key, value, frames), rel=1e-5)
+
+
+@pytest.mark.parametrize("queries", [(4, 8), (0, 4), (4,)])
+def test_queries_of_another_width_are_named(queries):
+    with pytest.raises(ValueError, match=r"queries \[.*\] must be \[Q, C\] with C = 4"):
+        ops.attention_pool(torch.randn(1, 6, 4), torch.randn(queries), 2, EPS)
+
+
+def test_a_gradient_reaches_the_queries_and_the_tokens():
+    hidden, queries = torch.randn(1, 6, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    ops.attention_pool(hidden, queries, 2, EPS)[0, 1, 0].sum().backward()
+    assert not hidden.grad[:, :3].any() and hidden.grad[:, 3:].any()
+    assert queries.grad[0].any() and not queries.grad[1].any()
+
+
+def exact_attention(hidden, queries, frames):
+    y = torch.nn.functional.layer_norm(hidden.double(), hidden.shape[-1:], eps=EPS).unflatten(1, (frames, -1))
+    return (y @ queries.double().T).softmax(dim=2).mT @ y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=8)
+@given(
+    batch=st.integers(1, 2),
+    frames=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    channels=st.integers(2, 200),
+    count=st.integers(1, 18),
+    sharpness=st.sampled_from((0.1, 3.0)),
+)
+def test_the_attention_kernels(dtype, batch, frames, tokens, channels, count, sharpness):
+    """Flat and near one-hot softmax; scores of a hundred and more do not overflow."""
+    hidden = surrounded(batch, frames * tokens, channels, dtype=dtype, scale=5.0)
+    queries = surrounded(count, channels, dtype=dtype, scale=sharpness)
+    with poisoned_memory():
+        pooled = kernel.attention_pool(hidden, queries, frames, EPS)
+    compare(pooled, reference.attention_pool(hidden, queries, frames, EPS), exact_attention(hidden, queries, frames))
+
+
+@pytest.mark.parametrize("tokens, channels", [(16, 128), (21, 1536), (150, 96)])
+def test_the_attention_kernels_at_the_widths_of_real_models(tokens, channels):
+    hidden = surrounded(1, tokens, channels, dtype=torch.bfloat16, scale=3.0)
+    queries = surrounded(4, channels, dtype=torch.bfloat16, scale=channels**-0.5)
+    with poisoned_memory():
+        pooled = kernel.attention_pool(hidden, queries, 1, EPS)
+    compare(pooled, reference.attention_pool(hidden, queries, 1, EPS), exact_attention(hidden, queries, 1))
+
+
+def test_attention_keeps_frames_and_rows_apart():
+    hidden = torch.randn(2, 3 * 5, 40, device=DEVICE)
+    hidden[1, 5:10] = float("nan")
+    spoilt = torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
+    spoilt[1, 1] = True
+    pooled = kernel.attention_pool(hidden, torch.randn(3, 40, device=DEVICE), 3, EPS).flatten(2)
+    assert torch.equal(pooled.isnan().any(-1), spoilt) and torch.equal(pooled.isnan().all(-1), spoilt)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_attention_of_wan_on_a_gpu():
+    hidden = surrounded(2, 4680, 1536, dtype=torch.bfloat16, scale=5.0, offset=2.0)
+    queries = surrounded(4, 1536, dtype=torch.bfloat16, scale=1536**-0.5)
+    with poisoned_memory():
+        pooled = [kernel.attention_pool(hidden, queries, 3, EPS) for _ in range(5)]
+    compare(pooled[0], reference.attention_pool(hidden, queries, 3, EPS), exact_attention(hidden, queries, 3))
+    assert all(torch.equal(pooled[0], again) for again in pooled[1:])
 
 
 @pytest.mark.gpu

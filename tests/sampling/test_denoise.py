@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsa_engine import Change, Confidence, Fixed, PerChunk
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import DiTOutput
 from dsa_engine.models.interfaces import TextKV
 from dsa_engine.sampling.denoise import denoise_chunk
@@ -36,7 +36,7 @@ def naive(dit, head, x, counts, table, text_kv, rows):
         for step in range(count):
             sigma = SCHEDULE.sigmas[step]
             t = torch.full((1, SHAPE[0]), 1000 * sigma)
-            out = dit(sample, t, rows.frames[only], text_kv.select(only), rows.select(only))
+            out = dit(sample, t, rows.frames[only], text_kv.select(only), rows.select(only), head.taps)
             x0 = sample - sigma * out.velocity
             if step + 1 < count:
                 after = SCHEDULE.sigmas[step + 1]
@@ -48,7 +48,7 @@ def naive(dit, head, x, counts, table, text_kv, rows):
 
 @pytest.mark.parametrize("counts", [(4, 4), (1, 1), (1, 3), (4, 2), (2, 4, 1, 3)])
 def test_rows_that_stop_at_different_steps_equal_the_naive_loop(tiny_dit, tiny_config, close, counts):
-    head = ConfidenceHead(tiny_config).requires_grad_(False)
+    head = PooledHead(tiny_config).requires_grad_(False)
     torch.nn.init.normal_(head.mlp[2].weight, std=0.5)
     x, table = torch.randn(len(counts), *SHAPE), renoise_table(len(counts))
     text_kv = tiny_dit.text_kv(torch.randn(len(counts), 5, 40))
@@ -76,7 +76,7 @@ class Oracle:
     def __init__(self, target):
         self.target, self.sizes = target, []
 
-    def __call__(self, x, t, frames, text_kv, memory):
+    def __call__(self, x, t, frames, text_kv, memory, taps):
         self.sizes.append(len(x))
         rows = memory.which
         v = (x - self.target[rows]) / (t / 1000)[:, :, None, None, None]
@@ -96,6 +96,9 @@ class Rows:
 def logits(hidden, time):
     """Row r's confidence is sigmoid(r): row 0 is the least sure."""
     return hidden.float()[:, None].expand(-1, SHAPE[0])
+
+
+logits.taps = ()
 
 
 def test_a_perfect_model_needs_one_step_and_stopped_rows_cost_nothing():
@@ -143,7 +146,7 @@ class Known:
     def __init__(self, table):
         self.table, self.step = table, 0
 
-    def __call__(self, x, t, frames, text_kv, memory):
+    def __call__(self, x, t, frames, text_kv, memory, taps):
         estimate = self.table[self.step, memory.which][:, :, None, None, None].expand(x.shape)
         self.step += 1
         return DiTOutput((x - estimate) / (t / 1000)[:, :, None, None, None], torch.tensor(memory.which), t)

@@ -22,7 +22,7 @@ from dsa_engine import Pipeline, cli
 from dsa_engine.checkpoints.model_folder import save_model_folder
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.media.mp4 import Mp4Writer
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.serving.jobs.store import Store
 from dsa_engine.shapes.codec import PixelCodec
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
     """32x32 pixels, three frames a chunk; random weights, so that confidences and steps differ."""
     torch.manual_seed(3)
     config = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=4, freq_dim=16)
-    dit, head = CausalDiT(config), ConfidenceHead(config)
+    dit, head = CausalDiT(config), PooledHead(config)
     for parameter in [*dit.parameters(), *head.mlp[2].parameters()]:
         torch.nn.init.normal_(parameter, std=0.2)
     modules = {"generator": dit, "confidence": head, "codec": PixelCodec(ch=32), "text": SlotTextEncoder(16)}

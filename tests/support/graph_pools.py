@@ -10,20 +10,21 @@ from dsa_engine import Confidence, Fixed, PerChunk, Relative
 from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.engine.chunk_plan import lower
 from dsa_engine.engine.engine import Engine
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import new_head
 from dsa_engine.models.dit import CausalDiT
 
 SIZE, CHUNKS, FRAMES, STEPS = 4, 4, 2, 4
 
 
-def random_model(**options):
-    """Weights at which no gate or gain is what would hide it, and confidences on both sides of one half."""
+def random_model(kind="pooled", **options):
+    """Weights at which no gate or gain is what would hide it, and confidences on both sides of one half. kind: of the
+    head."""
     torch.manual_seed(0)
     config = ModelConfig(num_layers=2, text_dim=40, freq_dim=64, **options)
-    dit, head = CausalDiT(config).requires_grad_(False).eval(), ConfidenceHead(config).requires_grad_(False)
+    dit, head = CausalDiT(config).requires_grad_(False).eval(), new_head(config, kind).requires_grad_(False)
     for parameter in dit.parameters():
         parameter.normal_(std=0.15)
-    torch.nn.init.normal_(head.mlp[2].weight, std=1.0)
+    torch.nn.init.normal_((head.mlp[2] if kind == "pooled" else head.out).weight, std=1.0 if kind == "pooled" else 0.2)
     return dit, head
 
 

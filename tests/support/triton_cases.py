@@ -100,7 +100,11 @@ def row_cases() -> list[Case]:
     def gelu(m: Model, ffn: int, fp8=False):
         return lambda: modulate.gelu_bias(meta(1, m.F * m.S, ffn), meta(ffn), fp8)
 
+    def attention_pool(m: Model, dtype=BF16):
+        return lambda: pooling.attention_pool(rows(m, dtype), meta(4, m.C, dtype=dtype), m.F, 1e-6)
+
     wide, half = "LDG.E.128 STG.E.128", "LDG.E.128 STG.E.64"
+    weighted = {"weighted_kernel": "FFMA ASYNC.128", "join_weighted_kernel": "LDG.E.128"}
     pool = {"moments_kernel": "ASYNC.128", "join_kernel": "LDG.E.128"}
     return [
         Case("modulate wan 1.3B bf16", norm(WAN), {"modulate_kernel": half}),
@@ -115,6 +119,8 @@ def row_cases() -> list[Case]:
         Case("gelu_bias small bf16", gelu(SMALL, 512), {"gelu_bias_kernel": wide}),
         Case("quantize wan 1.3B", lambda: fp8_linear.quantize(rows(WAN)), {"quantize_kernel": half}, FP8),
         Case("pool_frames wan 1.3B", lambda: pooling.pool_frames(rows(WAN), WAN.F, 1e-6), pool),
+        Case("attention_pool wan 1.3B", attention_pool(WAN), weighted),
+        Case("attention_pool small float32", attention_pool(SMALL, F32), weighted | {"join_weighted_kernel": "LDG.E"}),
     ]
 
 
@@ -122,11 +128,13 @@ def epilogue_cases() -> list[Case]:
     from dsa_engine.kernel_types import FinalLayer, HeadWeights, StopRule
     from dsa_engine.triton_kernels import epilogue as op
 
-    def step(m: Model, height: int, width: int, dtype=BF16, head=True):
+    def step(m: Model, height: int, width: int, dtype=BF16, head: bool | str = True):
         vectors = meta(1, m.F, 2, m.C, dtype=F32).unbind(2)
         final = FinalLayer(*vectors, meta(64, m.C, dtype=dtype), meta(64, dtype=dtype))
         shapes = (m.C // 2, 3 * m.C), (m.C // 2,), (1, m.C // 2), (1,)
-        mlp = HeadWeights(*(meta(*shape, dtype=dtype) for shape in shapes)) if head else None
+        mlp = HeadWeights(*(meta(*shape, dtype=dtype) for shape in shapes)) if head is True else None
+        if head == "logits":
+            mlp = meta(1, m.F, dtype=F32)
         rule = StopRule(*[meta(1, dtype=torch.int32)] * 4, meta(1, dtype=F32))
         hidden, time = meta(1, m.F * m.S, m.C, dtype=dtype), meta(1, m.F, m.C, dtype=dtype)
         latents, levels = [meta(1, m.F, 16, height, width)] * 2, [meta(1, m.F, dtype=F32)] * 2
@@ -141,6 +149,7 @@ def epilogue_cases() -> list[Case]:
     return [
         Case("epilogue wan 1.3B", step(WAN, 60, 104), {"tokens_kernel": "HMMA ASYNC.128", **tail}),
         Case("epilogue wan 1.3B no head", step(WAN, 60, 104, head=False), alone),
+        Case("epilogue wan 1.3B logits", step(WAN, 60, 104, head="logits"), alone),
         Case("epilogue small float32", step(SMALL, 8, 8, F32), {"tokens_kernel": "FFMA ASYNC.128", **tail}),
         Case("velocity_to_x0 wan 1.3B", mix(op.velocity_to_x0), wide),
         Case("renoise wan 1.3B", mix(op.renoise), wide),

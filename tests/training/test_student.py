@@ -18,7 +18,7 @@ from dsa_engine import PerChunk, Pipeline
 from dsa_engine.checkpoints.tensor_io import write_tensors
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.evaluation.rollouts import held_out
-from dsa_engine.models.confidence import ConfidenceHead
+from dsa_engine.models.confidence import PooledHead
 from dsa_engine.shapes.codec import PixelCodec
 from dsa_engine.training import launch, recipe, stages
 from dsa_engine.training.attenuation import attenuation_weight
@@ -34,7 +34,7 @@ def parts(pipe):
     dit = copy.deepcopy(pipe.engine.dit)
     for p in dit.parameters():
         p.data += 0.02 * torch.randn_like(p)
-    heads = {name: ConfidenceHead(dit.config) for name in ("refine", "confidence")}
+    heads = {name: PooledHead(dit.config) for name in ("refine", "confidence")}
     for head in heads.values():
         nn.init.normal_(head.mlp[2].weight, std=0.5)
     return nn.ModuleDict({"dit": dit.requires_grad_(True), **heads})
@@ -55,7 +55,7 @@ def test_a_self_rollout_is_what_the_pipeline_makes(pipe, close):
     of the exit step, and the distances those of the estimates to the exit's."""
     counts = torch.tensor([[4, 1, 3], [2, 4, 1]])
     text = pipe.engine.text.table(tokens()[:, :1]).expand(-1, 3, -1, -1)
-    rolled = self_rollout(pipe.engine.dit, ROLLOUT, text, counts, 11, (8, 8))
+    rolled = self_rollout(pipe.engine.dit, ROLLOUT, text, counts, 11, (8, 8), pipe.engine.head)
     for row in range(2):
         seen = []
         rollout = pipe.engine.rollout(
@@ -245,7 +245,7 @@ def test_the_whole_recipe_ends_in_a_model_that_runs(tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
     facts = run("all", tmp_path)
     assert facts["teacher"]["step"] == facts["joint"]["step"] == 2
-    assert set(facts["head"]) == {"joint", "refine", "fitted"}
+    assert set(facts["head"]) == {"joint", "refine", "fitted-pooled", "fitted-token"}
     pipe = Pipeline.from_pretrained(tmp_path / "model")
     assert pipe.config.presets == facts["head"]["refine"]["presets"] and pipe.calibration
     trained = load_file(tmp_path / "joint" / "weights.safetensors")

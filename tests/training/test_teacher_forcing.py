@@ -19,7 +19,7 @@ def test_one_pass_equals_the_cached_rollout(tiny_dit, close, context):
     clean, noisy = torch.randn(2, CLIPS, CHUNKS, FRAMES, 16, SIZE, SIZE).unbind(0)
     sigma = torch.rand(CLIPS, CHUNKS)
     committed, text = torch.randn(2, CLIPS, CHUNKS, 12, 40).unbind(0)
-    out = teacher_forced(tiny_dit, clean, noisy, sigma, committed, text, context)
+    out = teacher_forced(tiny_dit, clean, noisy, sigma, committed, text, context, (0, 2))
     velocity = out.velocity.view_as(noisy)
 
     config, window = tiny_dit.config, (context + 1) * FRAMES
@@ -28,9 +28,10 @@ def test_one_pass_equals_the_cached_rollout(tiny_dit, close, context):
     for i in range(CHUNKS):
         rows = cache.rows(slot, FRAMES)
         t = 1000 * sigma[:, i, None].expand(-1, FRAMES)
-        served = tiny_dit(noisy[:, i], t, rows.frames, tiny_dit.text_kv(text[:, i]), rows)
+        served = tiny_dit(noisy[:, i], t, rows.frames, tiny_dit.text_kv(text[:, i]), rows, (0, 2))
         close(velocity[:, i], served.velocity, 1e-4)
-        close(out.hidden.unflatten(0, (CLIPS, CHUNKS))[:, i], served.hidden, 1e-4)
+        for tap in range(2):
+            close(out.hidden[tap].unflatten(0, (CLIPS, CHUNKS))[:, i], served.hidden[tap], 1e-4)
         commit_chunk(tiny_dit, clean[:, i], tiny_dit.text_kv(committed[:, i]), rows)
         cache.advance(slot, FRAMES)
 
@@ -53,10 +54,10 @@ def test_a_whole_clip_is_one_chunk_without_a_past(tiny_dit, close):
     """Every frame sees every other, as one chunk of all frames does on an empty cache; rows are (clip, chunk)."""
     clean, noisy = torch.randn(2, CLIPS, CHUNKS, FRAMES, 16, SIZE, SIZE).unbind(0)
     sigma, text = torch.rand(CLIPS, 1).expand(-1, CHUNKS), torch.randn(CLIPS, 1, 12, 40).expand(-1, CHUNKS, -1, -1)
-    out = whole_clip(tiny_dit, clean, noisy, sigma, text, text, CHUNKS)
+    out = whole_clip(tiny_dit, clean, noisy, sigma, text, text, CHUNKS, (1,))
     expected = velocity(tiny_dit, noisy.flatten(1, 2), 1000 * sigma[:, 0], text[:, 0])
     close(out.velocity.view_as(noisy), expected.view_as(noisy), 1e-4)
-    assert out.hidden.shape == (CLIPS * CHUNKS, FRAMES * 4, 96) and out.time.shape == (CLIPS * CHUNKS, FRAMES, 96)
+    assert out.hidden[0].shape == (CLIPS * CHUNKS, FRAMES * 4, 96) and out.time.shape == (CLIPS * CHUNKS, FRAMES, 96)
 
 
 def test_recached_clips_carry_the_last_prompt_and_learn_only_from_what_follows():

@@ -247,7 +247,7 @@ def train_student(ctx: StageContext, kind: str = "joint") -> dict[str, float]:
         stage.guidance,
         stage.motion_weight,
         ctx.compiled,
-        PAPER if stage is ctx.recipe.paper else JOINT,
+        objective=PAPER if stage is ctx.recipe.paper else JOINT,
     )
     options: dict[str, Any] = {"betas": (0.0, 0.99), "ema_decay": 0.995, "lr_factor": lr_warmup}
     rates = {name: stage.rate if name == "dit" else HEAD_RATE for name in model}

@@ -1,4 +1,4 @@
-"""Weights spread over two processes: they step as one does with both batches, and what is saved knows of no processes."""
+"""Weights spread over two processes: they step as one does with both batches, and what is saved is whole."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsa_engine import Relative
 from dsa_engine.media import stream_encoders
 from dsa_engine.serving.http import realtime
 from tests.support.live_server import until
@@ -125,6 +126,23 @@ def test_the_threshold_of_a_running_stream(pipe):
         assert all(c["threshold"] > 0 for c in chunks[k:])
         if policy == "dsa":  # the pressure lowers the other one's
             assert {c["threshold"] for c in chunks[k:]} == {1.0} and {c["steps"] for c in chunks[k:]} == {4}
+
+
+def test_relative_steps_over_the_socket(pipe):
+    """As many as a session takes; `threshold` is what a chunk was compared with, and none can be set."""
+    with engine(pipe) as (host, _), Client(host) as client:
+        refused = client.start(step_policy="relative", confidence_threshold=0.5).hear()
+        assert refused["type"] == "error" and "use 'dsa'" in refused["message"]
+        client.start(format="rgb24", num_frames=FRAMES, step_policy="relative:max")
+        client.until("video.chunk_metadata")
+        client.change("e1", confidence_threshold=0.5)
+        client.rest()
+    chunks = of(client.seen, "video.chunk_metadata")
+    with pipe.session(PROMPTS[0], num_frames=FRAMES, step_policy=Relative(frame_reduce="max")) as session:
+        assert [c["steps"] for c in chunks] == [session.next_chunk().steps for _ in chunks]
+    assert [c["threshold"] for c in chunks] == [1.0, *(max(c["confidence"]) for c in chunks[:-1])]
+    (error,) = (e for e in of(client.seen, "error") if e["event_id"] == "e1")
+    assert "no confidence threshold" in error["message"]
 
 
 def test_fixed_steps_have_no_threshold_and_nothing_of_such_a_change_is_done(pipe):

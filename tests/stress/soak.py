@@ -50,7 +50,7 @@ from dsa_engine.shapes.world import sample_captions
 from tests.stress.attacks import ATTACKS, ResponseLog, connected, repeat, request, streaming
 
 HONEST = 0.2  # of all clients
-STEPS = ("dsa", "fixed", "fixed:2", "budget")  # of honest streams
+STEPS = ("dsa", "relative", "fixed", "fixed:2", "budget")  # of honest streams
 CHUNKS = (3, 9)  # of an honest stream, from and to
 PATIENCE = 900.0  # seconds that an honest stream may take, its time in the queue included
 IDLE = 8.0  # seconds, of the server: so that what is left over is gone soon

@@ -41,7 +41,7 @@ from dsa_engine.evaluation.rollouts import Table, roll_out
 from dsa_engine.evaluation.statistics import mean_interval
 from dsa_engine.evaluation.summary import KINDS, compare, figures, head_figures, per_clip, rounded, versus
 from dsa_engine.files import check_output_path
-from dsa_engine.models.confidence import PooledHead
+from dsa_engine.models.confidence import new_head
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import QUANTIZATIONS
 
@@ -65,7 +65,7 @@ def head_cost(source: Source, clips: Clips) -> dict[str, float]:
 
     with torch.device("meta"):
         config = ModelConfig.preset(WAN)
-        wan = size(PooledHead(config)) / size(CausalDiT(config))
+        wan = size(new_head(config, load(source).engine.head.kind)) / size(CausalDiT(config))
     pipe = load.__wrapped__(source)  # one of its own, for the hooks stay
     step, head = timed(pipe.engine.dit), timed(pipe.engine.head)
     roll_out(pipe, clips.captions[:8], Fixed(pipe.max_steps), batch=1)

@@ -13,7 +13,7 @@ from torch import nn
 from dsa_engine import pipeline_inputs
 from dsa_engine.checkpoints.components import Calibration, apply_offload
 from dsa_engine.checkpoints.inspect import CheckpointInfo
-from dsa_engine.checkpoints.load import load_components, replace_head
+from dsa_engine.checkpoints.load import find_head, load_components, replace_head
 from dsa_engine.config import RolloutConfig
 from dsa_engine.engine.device import current
 from dsa_engine.engine.engine import SESSIONS, Engine
@@ -75,8 +75,9 @@ class LoadedModel:
             model: "shapes" (the small model in the package), a folder of this project's format, or a checkpoint of the
                 Wan family: a file (`.safetensors`, `.pt`, an index of shards) or a folder of Wan's or diffusers'
                 layout. `pipe.found` says what it was recognised as.
-            head: file of a confidence head, as `dsa-engine train --recipe head` writes it; replaces the model's own
-                with its threshold, presets and calibration.
+            head: file of a confidence head, as `dsa-engine train --recipe head` writes it, or the name of one that the
+                model's folder has as `head-<name>.safetensors` ("token" of "shapes"); replaces the model's own with
+                its threshold, presets and calibration.
             family: of a checkpoint whose config and name do not say it, such as "self-forcing" or "longlive": defines
                 chunk, window and schedule.
             lora: adapter to merge into a checkpoint.
@@ -115,7 +116,7 @@ class LoadedModel:
             if fp8.linear:
                 quantize_linears(parts.dit)
         if head is not None:
-            parts = replace_head(parts, head)
+            parts = replace_head(parts, find_head(model, head))
         steps = None if steps is None else tuple(steps)
         config = pipeline_inputs.override_config(
             parts.rollout, window=window, sink=sink, rope=rope, shift=shift, steps=steps, chunk_frames=chunk_frames

@@ -121,6 +121,21 @@ def resolve_component(name: str, given: Any, info: CheckpointInfo) -> Any:
     return sibling_components(given).get(name, given) if given.is_dir() else given
 
 
+def find_head(model: str | Path, head: str | Path) -> Path:
+    """A head's file: as given, or by the name of one that lies in the model's folder as `head-<name>.safetensors`.
+
+    Raises ValueError for a name that is not there.
+    """
+    if Path(head).suffix or Path(head).parent != Path("."):
+        return Path(head)
+    folder = ASSETS / model if model in shipped_models() else Path(model)
+    known = {path.stem.removeprefix("head-"): path for path in sorted(folder.glob("head-*.safetensors"))}
+    if str(head) not in known:
+        names = ", ".join(known) or "there are none"
+        raise ValueError(f"head={str(head)!r}: must be a .safetensors file or one that {model} comes with: {names}")
+    return known[str(head)]
+
+
 def replace_head(model: ModelComponents, path: str | Path) -> ModelComponents:
     """A model with the head of a file in place of its own, and with that head's threshold, presets and calibration."""
     new = load_head(path, model.dit.config, model.dit.device, model.dit.dtype)

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="shapes", help=text)
     add_family(parser)
     add_quantization(parser)
+    parser.add_argument("--head", metavar="FILE", help="another confidence head: a file, or one that the model has")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace) -> Result:
             return facts, lines(facts), 0
     before = memory_estimate.process_memory()
     pipe = (
-        without_weights(args.model) if preset else Pipeline.from_pretrained(args.model, quantization=args.quantization)
+        without_weights(args.model)
+        if preset
+        else Pipeline.from_pretrained(args.model, head=args.head, quantization=args.quantization)
     )
     engine, config, model = pipe.engine, pipe.config, pipe.engine.dit.config
     parts: dict[str, Any] = {
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> Result:
         "name": pipe.name,
         "weights": None if preset else args.model,
         "parameters": counts,
+        "head": engine.head.settings() if engine.head else None,
         "confidence_percent": round(100 * counts["confidence"] / counts["generator"], 3) if engine.head else None,
         "model": model.to_dict(),
         **config.to_dict(),

@@ -109,6 +109,7 @@ class ModelOptions:
     family: str | None = flag(
         None, "whose chunks, window and schedule a checkpoint gets: " + ", ".join(FAMILIES), choices=tuple(FAMILIES)
     )
+    head: str | None = flag(None, "another confidence head: a file, or a name such as token (shapes)", metavar="FILE")
     lora: str | None = flag(None, "an adapter to merge into a checkpoint", metavar="FILE")
     vae: str | None = flag(
         None, "video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)", metavar="PATH"
@@ -120,7 +121,7 @@ class ModelOptions:
     )
 
     def load(self, max_sessions: int | None, **options: Any) -> Pipeline:
-        names = ("device", "family", "lora", "vae", "text", "offload", "quantization")
+        names = ("device", "family", "head", "lora", "vae", "text", "offload", "quantization")
         options |= {name: getattr(self, name) for name in names}
         return Pipeline.from_pretrained(self.model, max_sessions=max_sessions, **options)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +142,20 @@ def test_a_given_head_replaces_a_models_own(untrained, tmp_path):
     assert given.config.presets == ROLLOUT.presets and given.config.window == own.config.window == 9
     made = given("a red circle jumps", num_frames=3, output_type="latent")
     assert made.confidence == [[[0.5] * 3]] and made.steps_per_chunk == [[1]]
+
+
+def test_a_head_by_its_name_is_the_file_in_the_models_folder(untrained, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(untrained, tmp_path / "model"))
+    config = ModelConfig.from_dict(json.loads((untrained / "config.json").read_text())["model"])
+    save_head(folder / "head-token.safetensors", TokenHead(config), config, ROLLOUT, POINTS)
+    pipe = Pipeline.from_pretrained(folder, head="token", device="cpu")
+    assert pipe.engine.head.kind == "token" and pipe.config.presets == ROLLOUT.presets
+    with pytest.raises(ValueError, match="head='tokens': must be a .safetensors file or one that .* comes with: token"):
+        Pipeline.from_pretrained(folder, head="tokens", device="cpu")
+    with pytest.raises(ValueError, match="head='token': .* comes with: there are none"):
+        Pipeline.from_pretrained(untrained, head="token", device="cpu")
+    monkeypatch.chdir(folder)
+    assert Pipeline.from_pretrained(".", head="./head-token.safetensors", device="cpu").engine.head.kind == "token"
 
 
 def test_a_folder_keeps_its_calibration(untrained, tmp_path):

@@ -31,7 +31,7 @@ def test_info_of_a_folder(facts, model):
     assert (said["window"], said["sink"], said["chunk_frames"], said["shift"]) == (9, 0, 3, 3.0)
     assert (said["threshold"], said["presets"], said["steps"]) == (0.428, {"fast": 0.4}, [1000, 750, 500, 250])
     assert (said["size"], said["frames"], said["fps"]) == ("32x32", 15, 12.0)
-    assert "<red|green" in said["prompts"]
+    assert "<red|green" in said["prompts"] and said["head"] == {"kind": "pooled"}
 
 
 def test_the_cache_bytes_are_what_a_session_takes(facts, model):

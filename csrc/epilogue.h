@@ -15,8 +15,8 @@ struct LatentShape {
     int64_t channels, height, width, patch;
 };
 
-// The confidence head: weight1 [M, 3 C], bias1 [M], weight2 [M], bias2 [1], all of one dtype. weight1 is null where there
-// is no head, or where it has been evaluated already: then logits has what it gave.
+// The confidence head: weight1 [M, 3 C], bias1 [M], weight2 [M], bias2 [1], all of one dtype. weight1 is null where
+// there is no head, or where it has been evaluated already: then logits has what it gave.
 struct HeadWeights {
     int dtype;
     int64_t units;  // M

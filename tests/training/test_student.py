@@ -18,10 +18,10 @@ from dsa_engine import PerChunk, Pipeline
 from dsa_engine.checkpoints.tensor_io import write_tensors
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.evaluation.rollouts import held_out
-from dsa_engine.models.confidence import PooledHead
+from dsa_engine.models.confidence import HEADS, PooledHead, new_head
 from dsa_engine.shapes.codec import PixelCodec
-from dsa_engine.training import launch, recipe, stages
-from dsa_engine.training.attenuation import attenuation_weight
+from dsa_engine.training import launch, recipe, stages, student
+from dsa_engine.training.attenuation import PAPER, attenuation_weight
 from dsa_engine.training.dmd import dmd_gradient, dmd_loss
 from dsa_engine.training.student import StudentLosses, self_rollout
 
@@ -40,8 +40,8 @@ def parts(pipe):
     return nn.ModuleDict({"dit": dit.requires_grad_(True), **heads})
 
 
-def losses_of(pipe, model):
-    return StudentLosses(pipe.engine.dit, pipe.engine.text.null(1), model, ROLLOUT, 2, (8, 8))
+def losses_of(pipe, model, **options):
+    return StudentLosses(pipe.engine.dit, pipe.engine.text.null(1), model, ROLLOUT, 2, (8, 8), **options)
 
 
 def tokens(clips=2, chunks=3):
@@ -109,6 +109,37 @@ def test_without_a_confidence_head_the_loss_is_plain_and_with_one_it_is_attenuat
     expected = plain["dmd"] + 0.02 * plain["refine"] + 0.2 * plain["anchor"]
     assert totals["student"].item() == pytest.approx(expected, rel=1e-4)
     assert set(reports["joint"]) - set(plain) == {"joint", "confidence"}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_papers_objective_is_dmd_and_the_heads_term_as_they_are(pipe, parts, kind, monkeypatch):
+    """dmd + mean(c d - .2 log c) + .2 anchor, d the root mean square between the estimate and the real score's; and the
+    head's gradient reaches the head and the generator."""
+    head, seen = new_head(pipe.engine.dit.config, kind), {}
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model = nn.ModuleDict({"dit": parts["dit"], "confidence": head})
+    losses = losses_of(pipe, model, objective=PAPER)
+
+    def gradient(x0, real, fake):
+        seen.update(x0=x0.detach(), real=real)
+        return dmd_gradient(x0, real, fake)
+
+    monkeypatch.setattr(student, "dmd_gradient", gradient)
+    head.register_forward_hook(lambda module, args, logit: seen.update(logit=logit))
+    generator = torch.Generator().manual_seed(4)
+    rolled = losses.rollout(pipe.engine.text.table(tokens()), generator)
+    assert rolled.features is None
+    total = losses.student_loss(rolled, torch.randn(2, 3, 3, 16, 8, 8), generator)
+    d = (seen["x0"] - seen["real"]).double().square().mean(dim=(2, 3, 4)).sqrt()
+    c = seen["logit"].double().sigmoid()
+    term = (c * d - 0.2 * c.log()).mean().item()
+    said = losses.report
+    assert said["joint"] == pytest.approx(term, rel=1e-4) and set(said) == {"dmd", "joint", "confidence", "anchor"}
+    assert total.item() == pytest.approx(said["dmd"] + term + 0.2 * said["anchor"], rel=1e-4)
+    last = head.out if kind == "token" else head.mlp[2]
+    reached = torch.autograd.grad(seen["logit"].sum(), [last.weight, parts["dit"].patch_embedding.weight])
+    assert all(gradient.abs().sum() > 0 for gradient in reached)
 
 
 def test_the_refine_head_does_not_reach_the_generator(pipe, parts):
@@ -256,6 +287,29 @@ def test_the_whole_recipe_ends_in_a_model_that_runs(tmp_path):
     before = (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns
     run("all", tmp_path)
     assert (tmp_path / "joint" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_student_of_the_papers_recipe_gets_heads_of_both_forms(started, tmp_path):
+    """In folders of their own: the one trained with it, and one fitted of each form; each loads by its file."""
+    out = Path(shutil.copytree(started, tmp_path / "paper"))
+    (out / "tiny.toml").write_text(TINY + "[paper]\nsteps = 2\nbatch = 2\n")
+    launch.train("paper", out / "tiny.toml", out, compiled=False, device="cpu", head="token")
+    facts = launch.train("head", out / "tiny.toml", out, device="cpu", student="paper-token")["head"]
+    assert set(facts) == {"joint", "fitted-pooled", "fitted-token"}
+    trained = load_file(out / "paper-token" / "weights.safetensors")
+    for name, kind in {"joint": "token", "fitted-pooled": "pooled", "fitted-token": "token"}.items():
+        path = out / "head-paper-token" / f"{name}.safetensors"
+        pipe = Pipeline.from_pretrained(out / "model-paper-token", head=path, device="cpu")
+        assert pipe.engine.head.kind == kind and pipe.config.presets == facts[name]["presets"] and pipe.calibration
+    for name, value in load_file(out / "head-paper-token" / "joint.safetensors").items():
+        torch.testing.assert_close(value, trained[f"confidence.{name}"], rtol=1e-3, atol=1e-6)  # rounded to float16
+    folder = load_file(out / "model-paper-token" / "model.safetensors")
+    for name in (name for name in folder if name.startswith("generator.")):
+        torch.testing.assert_close(
+            folder[name].float(), trained[name.replace("generator.", "dit.")], rtol=1e-3, atol=1e-6
+        )
+    with pytest.raises(FileNotFoundError, match="train --recipe paper` writes it"):
+        launch.train("head", out / "tiny.toml", out, device="cpu", student="paper")
 
 
 def test_stages_name_what_they_lack(tmp_path):

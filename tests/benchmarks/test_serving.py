@@ -358,7 +358,8 @@ def test_a_server_that_does_not_start_says_why():
 @pytest.mark.slow
 def test_the_whole_benchmark(untrained, tmp_path, capsys):
     saved, plot = tmp_path / "serving.json", tmp_path / "serving.png"
-    options = ["--quick", "--model", str(untrained), "--save", str(saved), "--plot", str(plot)]
+    options = ["--quick", "--most", "1", "--measure", "0.8", "--model", str(untrained)]
+    options += ["--save", str(saved), "--plot", str(plot)]
     serving.main([*options, "--policies", "fixed", "confidence", "budget"])
     out = capsys.readouterr().out.splitlines()
     result = json.loads(out[-1])

@@ -58,7 +58,10 @@ class CsvLog:
         figure = Figure((4.2 * columns, 2.7 * rows + 0.3), dpi=110, layout="constrained")
         figure.suptitle(f"{title}: {self.rows[-1]['step']} steps, {self.seconds / 60:.1f} min", weight="bold")
         steps = [row["step"] for row in self.rows]
-        for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        for axes, name in zip(panels, names):
             values = [row[name] for row in self.rows]
             width = max(1, len(values) // 20)
             smooth = [sum(values[max(0, i - width) : i + 1]) / (i + 1 - max(0, i - width)) for i in range(len(values))]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsa_engine import Confidence, Fixed, Pipeline
+from dsa_engine import Confidence, Fixed, Pipeline, Relative
 from dsa_engine.engine.batch_runner import BatchRunner
 from tests.support.fake_cuda.device import READ, TO_DEVICE, TO_HOST, WAIT, device
 
@@ -17,6 +17,7 @@ KINDS = {
     "float32": {"dtype": torch.float32},
     "fp8": {"dtype": torch.bfloat16, "quantization": "fp8"},
     "deterministic": {"dtype": torch.float32, "deterministic": True},
+    "token": {"dtype": torch.bfloat16, "quantization": "fp8", "head": "token"},
 }
 
 
@@ -63,7 +64,9 @@ def test_the_frames_are_a_cpus(pipe, options):
     assert errors[0].max() <= 1 and max(error.mean() for error in errors) < 0.5
 
 
-@pytest.mark.parametrize("policy", [Fixed(2), Confidence(0.5)], ids=["known count", "decided on the device"])
+@pytest.mark.parametrize(
+    "policy", [Fixed(2), Confidence(0.5), Relative()], ids=["known count", "decided on the device", "relative"]
+)
 def test_a_steady_chunk_waits_once_for_the_decision_and_once_for_its_frames(pipe, policy, request):
     with pipe.session(PROMPT, step_policy=policy, seed=1) as session:
         session.next_chunk(), session.next_chunk()

@@ -17,7 +17,8 @@ RUNS = [  # file, which of its tests (pytest's -k; together all of them), option
     ("on_parts.py", "", ()),
     ("on_small.py", "float32", ()),
     ("on_small.py", "fp8", ()),
-    ("on_small.py", "not float32 and not fp8", ()),
+    ("on_small.py", "token", ()),
+    ("on_small.py", "not float32 and not fp8 and not token", ()),
     ("on_wan.py", "", NO_DATA),
 ]
 

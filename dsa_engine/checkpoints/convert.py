@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from dsa_engine.checkpoints import key_maps
+from dsa_engine.checkpoints.families import ROLLOUT_KEYS
 from dsa_engine.checkpoints.inspect import CheckpointInfo, inspect
 from dsa_engine.checkpoints.load import WAN_VIDEO, load_components, model_name
 from dsa_engine.checkpoints.lora import Lora
 from dsa_engine.checkpoints.model_folder import save_model_folder, write_json
-from dsa_engine.checkpoints.tensor_io import write_tensors
+from dsa_engine.checkpoints.tensor_io import NESTED_KEYS, open_checkpoint, write_tensors
 from dsa_engine.checkpoints.wan import build_dit, open_dit
 from dsa_engine.checks import check_choice
-from dsa_engine.config import ModelConfig
+from dsa_engine.config import ModelConfig, RolloutConfig
 from dsa_engine.models.dit import CausalDiT
 
 FORMATS = ("engine", "diffusers")
@@ -54,6 +55,46 @@ def convert(
     else:
         save_model_folder(target, model_name(source), {"generator": dit}, info.rollout, WAN_VIDEO, dtype)
     return info
+
+
+def save_like(
+    source: str | Path,
+    folder: str | Path,
+    dit: CausalDiT,
+    rollout: RolloutConfig,
+    family: str | None = None,
+) -> None:
+    """Write a DiT of the source's sizes as a folder in the source's own naming and dtype, for
+    `Pipeline.from_pretrained(folder)`.
+
+    A checkpoint's tensors keep their names, wrappers and prefixes included, in `model.safetensors`; diffusers' names
+    lie in `transformer/`; a model of this project keeps its codec and text encoder. rollout: its chunk, window and sink
+    are written down, and for a model of this project all of it; a public format has no place for shift and steps.
+    family: as in `inspect`.
+    """
+    folder = Path(folder)
+    info = inspect(source, family)
+    dtype = usual_dtype(info)
+    if info.kind == key_maps.ENGINE:
+        old = load_components(source)
+        modules = {"generator": dit, "codec": old.decoder, "text": old.text}
+        video = {name: getattr(old, name) for name in ("height", "width", "frames", "fps")}
+        given = {name: module for name, module in modules.items() if module is not None}
+        save_model_folder(folder, folder.name, given, rollout, video, dtype)
+    elif info.dialect == key_maps.DIFFUSERS_KEYS.name:
+        save_diffusers(folder, dit, dtype)
+    else:
+        stored = {key_maps.to_wan(name): name for name in open_checkpoint(info.weights, _keys(info)).tensors}
+        tensors = {stored[name]: value for name, value in dit.state_dict().items()}
+        write_tensors(folder / "model.safetensors", tensors, dtype=dtype)
+        own = {theirs: getattr(rollout, ours) for theirs, ours in ROLLOUT_KEYS.items()}
+        own = {name: -1 if value is None else value for name, value in own.items()}  # global attention
+        write_json(folder / "config.json", {**dit.config.to_dict(), **own})
+
+
+def _keys(info: CheckpointInfo) -> tuple[str, ...]:
+    """The entry of a pickle's dictionary that was read."""
+    return NESTED_KEYS if info.key is None else (info.key,)
 
 
 def save_diffusers(folder: str | Path, dit: CausalDiT, dtype: torch.dtype | None = None) -> None:

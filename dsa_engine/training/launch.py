@@ -16,6 +16,7 @@ from dsa_engine.pipeline import Pipeline
 from dsa_engine.training import head, head_dataset, recipe, stages
 from dsa_engine.training.prompts import read_prompts
 from dsa_engine.training.trainer import distributed, rank
+from dsa_engine.training.wan import joint
 
 STAGES: dict[str, Callable[[stages.StageContext], dict[str, Any]]] = {
     "codec": stages.train_codec,
@@ -31,16 +32,22 @@ PARALLEL = ("teacher", "student", "joint", "paper")  # the other stages run in o
 
 
 @contextmanager
-def process_device(device: str | None) -> Iterator[torch.device]:
-    """This process's device; under torchrun within the group of all processes (NCCL on GPUs, else gloo)."""
+def process_device(device: str | None, alone: bool = False) -> Iterator[torch.device]:
+    """This process's device; under torchrun within the group of all processes (NCCL on GPUs, else gloo).
+
+    alone: a process without torchrun is a group too, as sharding needs one.
+    """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={kind!r}: torch {torch.__version__} sees no CUDA device; use device='cpu'")
-    joins = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    joins = (several or alone) and not distributed()
+    if kind == "cuda" and joins:
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(kind)
     if joins:
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-        if kind == "cuda":
-            kind = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        store = {} if several else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo", **store)
     try:
         yield torch.device(kind)
     finally:
@@ -140,3 +147,41 @@ def train_head_of(
         }
         chunks = None if frames is None else head_dataset.num_chunks(pipe, frames)
         return head.train_head(pipe, texts, out, chunks=chunks, seed=seed, **options)
+
+
+def train_joint_of(
+    options: joint.JointRun,
+    config: str | Path = "wan",
+    *,
+    steps: int | None = None,
+    batch: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Distil a student with its head from real checkpoints, see `wan.joint.train_joint`.
+
+    Args:
+        options: the four networks, prompts and rollout.
+        config: as for `train`; of a recipe only `[student]` and the seed are read.
+        steps: instead of the recipe's.
+        batch: clips a step over all processes, instead of the recipe's.
+        seed: instead of the recipe's.
+        device: as for `train`.
+
+    Returns:
+        The recipe's values and the last row of the log, with what was written.
+    """
+    plan = recipe.load(config)
+    if seed is not None:
+        plan = recipe.with_seed(plan, seed)
+    plan = plan.replace("student", steps=steps, batch=batch)
+    with process_device(device, alone=True) as local:
+        made = joint.train_joint(options, plan, local)
+        dist.barrier()
+    return {
+        "recipe": options.objective,
+        "config": plan.name,
+        "seed": plan.seed,
+        "out": str(options.out),
+        options.objective: made,
+    }

@@ -80,7 +80,7 @@ class Optimized:
             which AdamW then leaves alone; None for AdamW alone.
         betas: of AdamW.
         weight_decay: of all optimizers.
-        ema_decay: the EMA's, after its warm-up.
+        ema_decay: the EMA's, after its warm-up; None: there is no EMA.
         lr_factor: lr_factor(step, steps) multiplies all learning rates.
         shard: spreads a model over the processes, in place (`sharding.shard`); all must have it with the same weights.
     """
@@ -94,18 +94,20 @@ class Optimized:
         muon: float | None = None,
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
-        ema_decay: float = 0.999,
+        ema_decay: float | None = 0.999,
         lr_factor: Callable[[int, int], float] = lr_schedule,
         shard: Callable[[nn.Module], None] | None = None,
     ):
         self.model, self.steps, self.lr_factor, self.ema_decay, self.step = model, steps, lr_factor, ema_decay, 0
         self.objective: nn.Module = Objective(model, loss)
-        if distributed() and shard is None:
+        self.sharded = distributed() and shard is not None
+        if distributed() and not self.sharded:
             self.objective = DistributedDataParallel(self.objective)  # gives every process the first one's weights
-        self.ema = copy.deepcopy(model).requires_grad_(False)
-        if distributed() and shard is not None:
+        self.ema = None if ema_decay is None else copy.deepcopy(model).requires_grad_(False)
+        if self.sharded:
             shard(model)
-            sharding.spread_like(self.ema, model)
+            if self.ema is not None:
+                sharding.spread_like(self.ema, model)
         matrices = {p for name, p in model.named_parameters() if muon and "blocks." in name and p.ndim == 2}
         rates = lr if isinstance(lr, Mapping) else {"": lr}
         groups = [
@@ -129,32 +131,41 @@ class Optimized:
             raise FloatingPointError(f"the loss is {value} at step {self.step}: must be finite; try a lower rate")
         self.model.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.sharded:
+            sharding.clip_gradients(self.model.parameters(), 1.0)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rates in zip(self.optimizers, self.rates):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * self.lr_factor(self.step, self.steps)
             optimizer.step()
         self.step += 1
-        self._average()
+        if self.ema is not None:
+            self._average(self.ema, self.ema_decay)
         return value
 
     @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(self.ema_decay, self.step / (self.step + 50))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        for average, value in zip(self.ema.buffers(), self.model.buffers()):
+    def _average(self, ema: nn.Module, most: float) -> None:
+        decay = min(most, self.step / (self.step + 50))
+        averages, values = ([sharding.local(p) for p in module.parameters()] for module in (ema, self.model))
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for average, value in zip(ema.buffers(), self.model.buffers()):
             average.copy_(value)
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds the weights of."""
+        return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema})
 
     def state_dict(self) -> dict[str, Any]:
         """Whole tensors in every case. Of a sharded model all processes must ask, and process 0 gets them."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+        parts = {name: module.state_dict() for name, module in self._modules.items()}
         return sharding.gathered({**parts, "optimizers": optimizers, "step": self.step})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Of any number of processes, sharded or not; every process takes its part."""
-        for name in ("model", "ema"):
-            module = getattr(self, name)
+        for name, module in self._modules.items():
             own = module.state_dict()
             module.load_state_dict({key: sharding.like(value, own[key]) for key, value in state[name].items()})
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):

@@ -7,7 +7,7 @@ resumed by any number of processes, one included.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -68,9 +68,38 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         own.copy_(whole(value))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in place; a plain tensor is itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, in every process; each must ask. A plain tensor is itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """All of a tensor, in every process; each must ask. A plain tensor is itself.
+
+    FSDP gives every process ceil(n / processes) rows and the last ones fewer, or none. `DTensor.full_tensor` does the
+    same, ten times slower for small tensors.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    own, processes = tensor.to_local(), tensor.device_mesh.size()
+    rows = -(-len(tensor) // processes)
+    padded = own.new_zeros(rows, *own.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in range(processes)]
+    dist.all_gather(parts, padded, tensor.device_mesh.get_group())
+    return torch.cat(parts)[: len(tensor)]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], most: float) -> None:
+    """Scale gradients so that the norm of all of them, over all processes, is at most `most`.
+
+    `nn.utils.clip_grad_norm_` on this process's parts: on lists of hundreds of DTensors it takes seconds.
+    """
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    dist.all_reduce(square)
+    torch._foreach_mul_(gradients, (most / (square.sqrt() + 1e-6)).clamp(max=1.0))
 
 
 def gathered(state: Any) -> Any:
@@ -83,8 +112,8 @@ def gathered(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(gathered(value) for value in state)
     if isinstance(state, DTensor):
-        value = state.full_tensor()
-        return value.cpu() if dist.get_rank() == 0 else None
+        value = whole(state)
+        return value.cpu().clone() if dist.get_rank() == 0 else None
     return state
 
 

@@ -11,9 +11,9 @@ from dsa_engine.cli.options import Result, add_family, table
 from dsa_engine.training import launch
 from dsa_engine.training.wan.joint import OBJECTIVES, JointRun
 
-ROLLOUT = ("frames", "window", "sink", "shift")
+ROLLOUT = ("frames", "height", "width", "window", "sink", "shift")
 OF_MODEL = ("prompts", *ROLLOUT)  # flags that go with --model only
-OF_JOINT = ("teacher", "critic", "null_prompt", "attention", "family", "height", "width", "save_every")
+OF_JOINT = ("teacher", "critic", "null_prompt", "attention", "family", "save_every", "checkpointing")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help="instead of the recipe's")
     add("--batch", type=int, help="clips a step over all processes, instead of the recipe's")
     add("--seed", type=int, help="instead of the recipe's")
-    add("--head", help="recipes joint, paper: form of the head that is trained, pooled or token (default pooled)")
+    add("--head", help="form of the head that is trained, pooled or token (default pooled)")
     add("--student", default="joint", metavar="NAME", help="recipe head: stage folder of the student (default joint)")
     add("--eager", action="store_true", help="without torch.compile: starts a minute earlier, runs slower")
     add("--device", help="cpu, cuda (default: cuda where there is one)")
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="FILE", help="head: what to train a head for; else what the student begins as")
     add("--prompts", metavar="FILE", help="safetensors with prompt_embeds; head: or text, a prompt a line")
     add("--frames", type=int, help="pixel frames of a rollout (default: the model's own)")
+    add("--height", type=int, help="pixels of a rollout (default: the model's own)")
+    add("--width", type=int)
     add("--window", type=int, help="latent frames of the KV cache, the chunk included")
     add("--sink", type=int, help="latent frames that stay in the cache for ever")
     add("--shift", type=float, help="of the noise schedule")
@@ -41,8 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attention", help="of teacher and critic: bidirectional (default) or causal")
     add("--null-prompt", metavar="FILE", help="safetensors with prompt_embeds of the empty text (default: zeros)")
     add_family(parser)
-    add("--height", type=int, help="pixels of a rollout (default: the model's own)")
-    add("--width", type=int)
     add("--save-every", type=int, help="steps between checkpoints (default 50)")
     on = {"action": argparse.BooleanOptionalAction, "default": None}
     add("--checkpointing", **on, help="of gradients (default: where a GPU's memory asks for it)")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> Result:
         if args.prompts is None:
             raise ValueError("--prompts: what to roll out is needed, a file of text or of prompt_embeds")
         options = {name: getattr(args, name) for name in OF_MODEL}
-        options |= {"iterations": args.steps, "seed": args.seed or 0}
+        options |= {"iterations": args.steps, "seed": args.seed or 0, "kind": args.head}
         facts = launch.train_head_of(args.model, args.out, **options, **common)
     return (facts, table(facts), 0) if os.environ.get("RANK", "0") == "0" else (None, [], 0)
 
@@ -90,5 +90,5 @@ def joint_run(args: argparse.Namespace) -> JointRun:
     options = {"null": args.null_prompt, "score": args.attention, "head": args.head, "save_every": args.save_every}
     options |= {"objective": args.recipe}
     options = {name: value for name, value in options.items() if value is not None}
-    same = ("model", "teacher", "prompts", "critic", "family", "height", "width", "checkpointing", *ROLLOUT)
+    same = ("model", "teacher", "prompts", "critic", "family", "checkpointing", *ROLLOUT)
     return JointRun(**{name: getattr(args, name) for name in same}, out=Path(args.out), **options)

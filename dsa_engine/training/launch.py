@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dsa_engine import pipeline_inputs
+from dsa_engine.models.confidence import HEADS
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.training import head, head_dataset, recipe, stages
 from dsa_engine.training.prompts import read_prompts
 from dsa_engine.training.trainer import distributed, rank
 from dsa_engine.training.wan import joint
+from dsa_engine.training.wan.inputs import check_name
 
 STAGES: dict[str, Callable[[stages.StageContext], dict[str, Any]]] = {
     "codec": stages.train_codec,
@@ -113,7 +116,10 @@ def train_head_of(
     out: str | Path,
     prompts: str | Path,
     *,
+    kind: str | None = None,
     frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
     window: int | None = None,
     sink: int | None = None,
     shift: float | None = None,
@@ -128,7 +134,10 @@ def train_head_of(
         model: a checkpoint or folder, as for `Pipeline.from_pretrained`.
         out: the folder for `head.safetensors`, `head.json`, `head.png` and the rollouts.
         prompts: a file of text or embeddings, see `read_prompts`.
+        kind: the form of a new head, pooled or token (default: the model's own head goes on, or a new pooled one).
         frames: pixel frames of a rollout (default: the model's own).
+        height: pixels of a rollout (default: the model's own).
+        width: pixels of a rollout.
         window: latent frames of the KV cache, the chunk included.
         sink: latent frames that stay in the cache for ever.
         shift: of the noise schedule.
@@ -140,12 +149,18 @@ def train_head_of(
     Returns:
         The report, as in `head.json`.
     """
+    if kind is not None:
+        check_name("head", kind, HEADS)
     texts = read_prompts(prompts)
     with Pipeline.from_pretrained(model, device=device, window=window, sink=sink, shift=shift) as pipe:
         options: dict[str, Any] = {
             name: value for name, value in {"iterations": iterations, "batch": batch}.items() if value
         }
         chunks = None if frames is None else head_dataset.num_chunks(pipe, frames)
+        if kind is not None:
+            pipe.engine.head = head.untrained_head(pipe, seed, kind)
+        if height or width:
+            options["size"] = pipeline_inputs.latent_size(pipe.engine, height or pipe.height, width or pipe.width)
         return head.train_head(pipe, texts, out, chunks=chunks, seed=seed, **options)
 
 

@@ -14,7 +14,7 @@ from dsa_engine.checkpoints.load import shipped_models
 from dsa_engine.cli.options import Result, add_family, add_quantization, table
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
 from dsa_engine.engine.engine import Engine
-from dsa_engine.models import memory_estimate
+from dsa_engine.models import memory_estimate, training_memory
 from dsa_engine.models.confidence import PooledHead
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import E4M3, QUANTIZATIONS
@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> Result:
     parts["vae"] = parts.pop("codec")
     sizes = {} if preset else memory_estimate.footprints(parts)
     facts["memory"] = memory_estimate.report(model, config, workload, **sizes)
+    if preset:
+        facts["training_memory"] = training_memory.report(model)
     if not preset:
         measured, now = memory_estimate.measure(parts, engine.dit.device), memory_estimate.process_memory()
         measured["loading"] = None if before is None or now is None else now - before
@@ -102,7 +104,7 @@ def fp8_dtypes(quantization: str | None) -> dict[str, Any]:
 def lines(facts: dict[str, Any]) -> list[str]:
     """Facts for people, with bytes of memory as GB."""
     return table(
-        facts | {name: memory_estimate.format_bytes(value) for name, value in facts.items() if name == "memory"}
+        facts | {name: memory_estimate.format_bytes(value) for name, value in facts.items() if name.endswith("memory")}
     )
 
 

@@ -25,6 +25,8 @@ from dsa_engine.checks import check_int
 from dsa_engine.config import RolloutConfig, nearest
 from dsa_engine.models.confidence import HEADS, new_head
 from dsa_engine.models.dit import CausalDiT
+from dsa_engine.models.memory_estimate import free_bytes
+from dsa_engine.models.training_memory import JointWorkload, predict_joint
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.training.attenuation import JOINT, PAPER
 from dsa_engine.training.head_dataset import num_chunks
@@ -127,8 +129,15 @@ def train_joint(run: JointRun, plan: Recipe, device: torch.device) -> dict[str, 
 
     torch.manual_seed(plan.seed)
     model = nn.ModuleDict({"dit": dit.requires_grad_(True), "confidence": new_head(config, run.head)})
+    checkpointing = run.checkpointing
+    if checkpointing is None and device.type == "cuda":
+        load = JointWorkload(
+            chunks, rollout.chunk_frames, *size, stage.batch // processes, run.score == "bidirectional"
+        )
+        need = predict_joint(config, teacher.config, critic.config, load, processes, checkpointing=False)["peak"]
+        checkpointing = need > free_bytes(device)
     for trained in (dit, critic):
-        trained.checkpointing = bool(run.checkpointing)
+        trained.checkpointing = bool(checkpointing)
     losses = StudentLosses(
         teacher,
         null.to(device),

@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--null-prompt", metavar="FILE", help="safetensors with prompt_embeds of the empty text (default: zeros)")
     add_family(parser)
     add("--save-every", type=int, help="steps between checkpoints (default 50)")
-    on = {"action": argparse.BooleanOptionalAction, "default": None}
-    add("--checkpointing", **on, help="of gradients (default: where a GPU's memory asks for it)")
+    text = "of gradients (default: where a GPU's memory asks for it)"
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=None, help=text)
 
 
 def run(args: argparse.Namespace) -> Result:

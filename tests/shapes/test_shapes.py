@@ -14,7 +14,7 @@ from dsa_engine.shapes import metrics, world
 from dsa_engine.shapes.world import Caption
 
 CHUNKS, SWITCH = 8, 4
-OTHER_HEADS = ("token",)  # beside the one in the model's file
+OTHER_HEADS = (("shapes", "token"), ("shapes-paper", "fitted"))  # beside those in the models' files
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,16 @@ def rolled(request, shapes):
 def test_assets_are_small_and_whole():
     files = [p for p in ASSETS.rglob("*") if p.suffix in (".safetensors", ".json")]
     assert sum(p.stat().st_size for p in files) <= 16 * 2**20
-    assert shipped_models() == ["shapes", "shapes-teacher"]
+    assert shipped_models() == ["shapes", "shapes-paper", "shapes-teacher"]
     names = {p.relative_to(ASSETS).as_posix() for p in files}
     folders = {f"{m}/{f}" for m in shipped_models() for f in ("config.json", "model.safetensors")}
-    assert names == folders | {f"shapes/head-{name}.safetensors" for name in OTHER_HEADS}
+    assert names == folders | {f"{model}/head-{name}.safetensors" for model, name in OTHER_HEADS}
 
 
-@pytest.fixture(scope="module", params=[None, *OTHER_HEADS])
+@pytest.fixture(scope="module", params=[("shapes", None), ("shapes-paper", None), *OTHER_HEADS], ids=str)
 def with_head(request) -> Pipeline:
-    return Pipeline.from_pretrained("shapes", device="cpu", head=request.param)
+    model, head = request.param
+    return Pipeline.from_pretrained(model, device="cpu", head=head)
 
 
 def test_a_head_is_light(with_head):
@@ -63,11 +64,13 @@ def test_a_head_is_light(with_head):
     assert size(with_head.engine.head) < 0.05 * size(with_head.engine.dit)
 
 
-def test_a_heads_confidence_rises_with_the_steps(with_head):
-    """The first head of this project fell: it was told a loss that is small just where a sample is bad."""
+def test_a_heads_confidence_rises_with_the_steps(with_head, request):
+    """Over all steps where it was fitted to the error; over those after which it decides where it was only trained with
+    the generator. The first head of this project fell: it was told a loss that is small just where a sample is bad."""
     _, seen = trace(with_head, held_out(24))
     medians = np.median(seen.confidence.min(axis=3), axis=(0, 1))
-    assert (np.diff(medians) > 0).all(), medians
+    decides = medians[:-1] if "'shapes-paper', None" in request.node.name else medians
+    assert (np.diff(decides) > 0).all(), medians
 
 
 def test_steps_vary_and_rise_where_the_past_says_nothing(rolled):

@@ -53,6 +53,7 @@ class LoadedModel:
         head: str | Path | None = None,
         family: str | None = None,
         lora: str | Path | None = None,
+        lora_strength: float | None = None,
         vae: str | Path | nn.Module | bool | None = None,
         text: str | Path | nn.Module | bool | None = None,
         device: str | torch.device | None = None,
@@ -80,7 +81,9 @@ class LoadedModel:
                 its threshold, presets and calibration.
             family: of a checkpoint whose config and name do not say it, such as "self-forcing" or "longlive": defines
                 chunk, window and schedule.
-            lora: adapter to merge into a checkpoint.
+            lora: adapter to merge into a checkpoint, its file or PEFT's folder. Its scale is told by the file: see
+                `checkpoints.lora`.
+            lora_strength: how much of it is merged; None: 1, as it was trained.
             vae: of a checkpoint: file or folder of a video VAE (Wan's or TAEHV), "wan" or "taehv" (the kind to look for
                 near the model), or a module. None: what lies in the model's folder; False: none, for
                 `generate_latents` only.
@@ -112,7 +115,9 @@ class LoadedModel:
         dtype = dtype or torch_dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
         fp8 = named_quantization(quantization, target)  # before anything is read
         with current(target):
-            parts = load_components(model, device=target, dtype=dtype, family=family, lora=lora, vae=vae, text=text)
+            options: dict[str, Any] = {"family": family, "vae": vae, "text": text}
+            options |= {"lora": lora, "lora_strength": lora_strength}
+            parts = load_components(model, device=target, dtype=dtype, **options)
             if fp8.linear:
                 quantize_linears(parts.dit)
         if head is not None:

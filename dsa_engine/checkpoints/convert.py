@@ -29,10 +29,12 @@ def convert(
     dtype: torch.dtype | None = None,
     family: str | None = None,
     lora: str | Path | Lora | None = None,
+    lora_strength: float | None = None,
 ) -> CheckpointInfo:
     """A checkpoint of any dialect as a folder of this project's ("engine") or diffusers' format, an adapter merged in.
     A folder of this project goes to diffusers' format alone.
 
+    lora, lora_strength: an adapter, and how much of it is merged (None: 1, as it was trained).
     dtype: None keeps the floating-point dtype that most of its weights have, bfloat16 for FP8. family: whose rollout is
     written into this project's config.json, as in `load_components`. Returns what the source was.
     Raises ValueError for an unknown format, or a target that has files in it.
@@ -44,12 +46,12 @@ def convert(
     info = inspect(source, family)
     dtype = dtype or usual_dtype(info)
     if info.kind == key_maps.ENGINE:
-        if to == "engine" or family or lora:
+        if to == "engine" or family or lora or lora_strength is not None:
             raise ValueError(f"{source}: is a model of this project already: only to='diffusers' is left, without more")
         save_diffusers(target, load_components(source, dtype=dtype).dit)
         return info
     info, config, weights = open_dit(source, family=family)
-    dit = build_dit(config, weights, info.weights, "cpu", dtype, lora)
+    dit = build_dit(config, weights, info.weights, "cpu", dtype, lora, lora_strength)
     if to == "diffusers":
         save_diffusers(target, dit)
     else:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dsa_engine.config import RolloutConfig
 
@@ -80,3 +82,23 @@ def family_of(words: Iterable[str], classes: Iterable[str | None]) -> tuple[str 
             if any(word in plain for word in family.words):
                 return name, f"it is called {text}"
     return None, "neither its config nor its name tells"
+
+
+def repository_name(path: Path) -> str | None:
+    """NAME of a path inside Hugging Face's cache, .../models--ORG--NAME/snapshots/REV/...; None for any other."""
+    matches = (re.fullmatch(r"models--(?:.+--)?(.+)", part) for part in reversed(path.parts))
+    return next((match[1] for match in matches if match), None)
+
+
+def names_of(path: Path) -> list[str]:
+    """The names that may contain a family's: of the path as given, then of what it points at.
+
+    Of a file these are its own, its folder's and its repository's, of a folder its own and its repository's.
+    """
+    names = []
+    for place in (Path(os.path.abspath(path)), path.resolve()):
+        folder = place if place.is_dir() else place.parent
+        folder = folder.parent if folder.name == "transformer" else folder
+        names += [folder.name] if place.is_dir() else [place.name, folder.name]
+        names.append(repository_name(place) or "")
+    return [name for name in dict.fromkeys(names) if name]

@@ -8,6 +8,7 @@ size, window, schedule) is inferred from the config or the file name, because al
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,19 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from dsa_engine.checkpoints import key_maps
-from dsa_engine.checkpoints.families import FAMILIES, ROLLOUT_KEYS, family_of
+from dsa_engine.checkpoints.families import FAMILIES, ROLLOUT_KEYS, family_of, names_of
 from dsa_engine.checkpoints.lora import lora_of
+from dsa_engine.checkpoints.quantized import formats_of
 from dsa_engine.checkpoints.tensor_io import (
     INDEX,
     NESTED_KEYS,
     LazyTensor,
     TensorFile,
+    beside,
     find_weights,
     open_checkpoint,
     read_json,
     shard_count,
 )
 from dsa_engine.config import PRESETS, ModelConfig, RolloutConfig
+
+logger = logging.getLogger(__name__)
 
 ENGINE_FORMAT = "dsa_engine/"
 HEAD_DIM = 128  # of every Wan model; no tensor's shape shows it
@@ -64,6 +69,7 @@ class CheckpointInfo:
     files: int
     dtypes: dict[str, int]  # elements in each
     quantized: int = 0  # weights that have a scale
+    formats: dict[str, int] = field(default_factory=dict)  # layers whose companion or header says how they are read
     key: str | None = None  # the entry of a pickle's dictionary
     dialect: str | None = None  # of a DiT's names
     family: str | None = None  # whose rollout it gets; None: unknown
@@ -71,7 +77,7 @@ class CheckpointInfo:
     rollout: RolloutConfig | None = None  # of that family, Self-Forcing's for an unknown one
     config: ModelConfig | None = None  # a DiT's sizes; None where they cannot be inferred
     config_source: str = ""  # where the sizes are from, or why there are none
-    lora: dict[str, Any] | None = None  # ranks, modules and alpha of an adapter
+    lora: dict[str, Any] | None = None  # of an adapter: `Lora.to_dict`
     components: dict[str, Path] = field(default_factory=dict)  # vae, text, tokenizer in the same folder
     note: str = ""  # what to know before it is used
 
@@ -101,16 +107,24 @@ def inspect_and_open(path: Path, family: str | None) -> tuple[CheckpointInfo, Te
     weights = _weights_of(path)
     if count := shard_count(weights):
         raise ValueError(f"{weights}: one of {count} shards; give the folder, or the *{INDEX} beside it")
-    config_path = weights.parent / "config.json"
+    config_path = beside(weights, "config.json")
     values = read_json(config_path) if config_path.is_file() else {}
+    values = values if _is_models(values) else {}
     inferred, family_source = (family, "as asked for") if family else _infer_family(path, values)
     preferred = FAMILIES[inferred].keys if inferred else ()
     file = open_checkpoint(weights, (*preferred, *NESTED_KEYS))
+    whole = len(file.tensors)
+    file = file.part(*key_maps.part_prefixes(file.tensors, key_maps.DIT))
     tensors = file.tensors
+    kind, detail = key_maps.kind_of(tensors), ""
+    if kind == key_maps.DIT:
+        kind, detail = _dit_kind(path, weights, sizes_of(key_maps.wan_names(tensors)))
+    if len(tensors) < whole:
+        detail = f"the DiT of a file with {whole - len(tensors)} tensors of other parts: give it as vae= and text= too"
     info = CheckpointInfo(
         path,
         weights,
-        key_maps.kind_of(tensors),
+        kind,
         tensors=len(tensors),
         parameters=_count(tensors),
         bytes=file.nbytes,
@@ -122,28 +136,57 @@ def inspect_and_open(path: Path, family: str | None) -> tuple[CheckpointInfo, Te
         components=sibling_components(path) if path.is_dir() else {},
     )
     more: dict[str, Any] = {}
+    notes = [detail]
+    try:
+        more["formats"] = dict(Counter(map(str, formats_of(file).values())))
+    except ValueError as error:  # `open_dit` refuses it
+        notes.append(str(error))
     if info.kind == key_maps.LORA:
         adapter = lora_of(file)
-        more = {"lora": {"ranks": adapter.ranks, "modules": len(adapter.pairs), "alpha": adapter.alpha}}
+        more["lora"] = adapter.to_dict()
+        notes += adapter.notes
     elif str(values.get("format")).startswith(ENGINE_FORMAT) and weights.name == "model.safetensors":
-        more = {"kind": key_maps.ENGINE, "rollout": RolloutConfig.from_dict(values["rollout"])}
+        more |= {"kind": key_maps.ENGINE, "rollout": RolloutConfig.from_dict(values["rollout"])}
         more |= {"config": read_model_config(config_path), "config_source": "config.json"}
     elif info.kind == key_maps.DIT:
-        more = {"family": inferred, "family_source": family_source}
+        more |= {"family": inferred, "family_source": family_source}
         more |= _rollout(inferred, {} if family else values, config_path)
+        notes.insert(0, more["note"])
         try:
             more["config"] = config_of(key_maps.wan_names(tensors), weights)
             more["config_source"] = "config.json" if values else "the tensors"
         except (FileNotFoundError, ValueError) as error:
             more["config_source"] = str(error)
-    return dataclasses.replace(info, **more), file
+    return dataclasses.replace(info, **more | {"note": "; ".join(filter(None, notes))}), file
+
+
+def _dit_kind(path: Path, weights: Path, sizes: Mapping[str, Any]) -> tuple[str, str]:
+    """(kind, what tells) of a DiT: one of Wan 2.2's or with image inputs looks like any other by its names."""
+    for pair in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
+        if any(all((folder / name).is_dir() for name in pair) for folder in (path, weights.parent.parent)):
+            return key_maps.WAN22_PAIR, f"beside each other are the folders {' and '.join(pair)}"
+    inputs, outputs = sizes.get("in_dim"), sizes.get("out_dim")
+    if inputs == outputs == 48:
+        return key_maps.WAN22_DIT, "48 channels in and out"
+    if inputs and outputs and inputs != outputs:
+        return key_maps.IMAGE_DIT, f"{inputs} channels in and {outputs} out"
+    if half := next((n for n in names_of(path) if re.search(r"(high|low)[-_ ]?noise", n, re.IGNORECASE)), None):
+        return key_maps.DIT, f"by its name, {half}, one of the two DiTs of a Wan 2.2 model: it is run for all steps"
+    return key_maps.DIT, ""
+
+
+def _is_models(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a model's of Wan, diffusers or this project: other tools write that name too."""
+    keys = {"format", "model", "dim", "ffn_dim", "attention_head_dim", *ROLLOUT_KEYS}
+    name = str(values.get("_class_name") or "Wan")
+    return "Wan" in name and (not keys.isdisjoint(values) or "_class_name" in values)
 
 
 def _infer_family(path: Path, values: Mapping[str, Any]) -> tuple[str | None, str]:
     """(family, its source) of a model's folder or file. values: the config.json beside its weights."""
     index = path / "model_index.json"
     classes = [(read_json(index) if index.is_file() else {}).get("_class_name"), values.get("_class_name")]
-    return family_of(_candidate_names(path), classes)
+    return family_of(names_of(path), classes)
 
 
 def _rollout(family: str | None, values: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -164,6 +207,9 @@ def read_model_config(path: Path) -> ModelConfig:
     """The sizes in a config.json of Wan, diffusers or this project; errors name the file."""
     values = read_json(path)
     values = values["model"] if isinstance(values.get("model"), dict) else values  # this project's format
+    if quantization := values.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(f"{path}: quantization_config says {method}: weights that it has quantized are not read")
     values = {key: value for key, value in values.items() if key not in ROLLOUT_KEYS}
     try:
         return ModelConfig.from_dict(
@@ -199,21 +245,17 @@ def sibling_components(folder: Path) -> dict[str, Path]:
 def _weights_of(path: Path) -> Path:
     if not path.is_dir():
         return path
-    return find_weights(path / "transformer" if (path / "transformer").is_dir() else path)
-
-
-def _candidate_names(path: Path) -> list[str]:
-    """The names that may contain a family's: of the file and its folder, or of the model's folder."""
-    path = path.resolve()
-    if path.is_dir():
-        return [path.parent.name if path.name == "transformer" else path.name]
-    return [path.name, path.parent.name]
+    return find_weights(next(filter(Path.is_dir, (path / name for name in ("transformer", "high_noise_model"))), path))
 
 
 def config_of(tensors: Mapping[str, LazyTensor], source: Path) -> ModelConfig:
     """The sizes of a config.json beside the weights, which must agree with the tensors, or the tensors' own."""
-    config_path, sizes = source.parent / "config.json", sizes_of(tensors)
-    if config_path.is_file():
+    config_path, sizes = beside(source, "config.json"), sizes_of(tensors)
+    has_config = config_path.is_file()
+    if has_config and not _is_models(read_json(config_path)):
+        logger.warning("%s: no config of a Wan model, passed over: the sizes are those of the tensors", config_path)
+        has_config = False
+    if has_config:
         config = read_model_config(config_path)
         check_sizes(config, sizes, source, "config.json")
         return config

@@ -138,6 +138,10 @@ SCALES = ("weight_scale", "scale_weight")
 IGNORED = re.compile(r"(^|\.)(scaled_fp8|spiece_model|scale_input|input_scale|comfy_quant)$")
 
 DIT, IMAGE_DIT, TEXT, LORA = "a DiT", "a DiT with image or control inputs", "a umT5 text encoder", "a LoRA"
+WAN22_PAIR = "a Wan 2.2 model of two DiTs, one for the steps of high noise and one for those of low"
+WAN22_DIT = "a DiT for the 48 latent channels of Wan 2.2's VAE"
+WAN22_VAE = "the Wan 2.2 VAE of 48 latent channels"
+LOKR, LOHA, OFT = "a LoKr adapter", "a LoHa adapter", "an OFT adapter"
 HEAD, ENGINE, PROMPTS = "a confidence head", "a whole model in this project's format", "encoded prompts"
 WAN_VAE, DIFFUSERS_VAE = "the Wan 2.1 VAE", "the Wan 2.1 VAE under diffusers' names"
 TAEHV = "a tiny VAE (TAEHV)"
@@ -145,16 +149,22 @@ VAES = (WAN_VAE, DIFFUSERS_VAE, TAEHV)
 # (pattern of a stripped name that no kind below it has, what the file holds), tried in this order
 FILE_KINDS = (
     (r"\.lora_(A|B|down|up)(\.|$)", LORA),
+    (r"\.lokr_(w1|w2|t2)", LOKR),
+    (r"\.hada_(w1|w2|t1|t2)", LOHA),
+    (r"\.(oft_blocks|oft_diag|oft_R)(\.|$)", OFT),
+    (r"\.diff(_b|_m)?$", LORA),
     (r"^(confidence|codec|text)\.", ENGINE),
     (r"^(img_emb|vace_blocks|condition_embedder\.image_embedder)\.|\.(k_img|add_k_proj)\.", IMAGE_DIT),
     (r"^blocks\.\d+\.(self_attn|attn1|to_q|modulation|scale_shift_table)\b", DIT),
     (r"^(token_embedding|shared|encoder\.embed_tokens)\.weight$", TEXT),
+    (r"^decoder\.upsamples\.0\.upsamples\.|^encoder\.down_blocks\.0\.resnets\.", WAN22_VAE),
     (r"^decoder\.upsamples\.0\.residual\.0\.gamma$", WAN_VAE),
     (r"^decoder\.up_blocks\.0\.resnets\.0\.norm1\.gamma$", DIFFUSERS_VAE),
     (r"^decoder\.\d+\.conv\.0\.weight$", TAEHV),
     (r"^(mlp\.2\.weight|token)$", HEAD),
     (r"^prompt_embeds$", PROMPTS),
 )
+RUNNABLE = "run are text-to-video models of one DiT with 16 latent channels in and out, such as Wan 2.1's"
 # How a file of each kind is put to use.
 USAGE_HINTS = {
     LORA: "give it as lora=, with its base model",
@@ -164,6 +174,17 @@ USAGE_HINTS = {
     PROMPTS: "give it as text=",
     **dict.fromkeys(VAES, "give it as vae="),
     IMAGE_DIT: "only text-to-video models can be run",
+    WAN22_PAIR: RUNNABLE,
+    WAN22_DIT: RUNNABLE,
+    WAN22_VAE: "only Wan 2.1's, of 16 latent channels, and its tiny ones can be run",
+    **dict.fromkeys((LOKR, LOHA, OFT), "only plain LoRA is merged; the tool that trained it can merge it"),
+}
+
+# Prefixes of the parts of ComfyUI's all-in-one files.
+PARTS = {
+    DIT: ("model.diffusion_model.",),
+    WAN_VAE: ("first_stage_model.", "vae."),
+    TEXT: ("text_encoders.", "cond_stage_model."),
 }
 
 # Where a folder of Wan's or diffusers' layout has its other components.
@@ -215,6 +236,27 @@ def to_wan(name: str, inverse: KeyMap = _DIT_TO_WAN) -> str:
     return rename(strip_wrappers(name), inverse)
 
 
+# Modules by their dotted names with underscores instead, as kohya's trainers write them.
+_UNDOTTED = {
+    (inside, name.replace(".", "_")): name
+    for key_map in DIT_KEY_MAPS
+    for inside, table in ((True, key_map.block), (False, key_map.outside))
+    for names in (table.items(), [("", "patch_embedding")])
+    for pair in names
+    for name in pair
+    if name
+}
+
+
+def undotted_to_wan(module: str) -> str:
+    """Wan's name of kohya's `lora_unet_blocks_0_self_attn_q`: blocks.0.self_attn.q; any other name stays."""
+    match = re.fullmatch(r"(?:lora_unet|lora_transformer|lycoris)_+(blocks_(\d+)_)?(.+)", module)
+    name = match and _UNDOTTED.get((bool(match[1]), match[3]))
+    if not match or not name:
+        return module
+    return to_wan(f"blocks.{match[2]}.{name}" if match[1] else name)
+
+
 def rename(name: str, key_map: KeyMap) -> str:
     """A weight's name through a map: the longest beginning that it knows is replaced, the rest is kept."""
     match = re.fullmatch(r"blocks\.(\d+\.)(.+)", name)
@@ -259,14 +301,29 @@ def kind_of(names: Iterable[str]) -> str | None:
     return next((kind for pattern, kind in FILE_KINDS if any(re.search(pattern, name) for name in names)), None)
 
 
-def check_kind(kind: str | None, names: Iterable[str], source: str | Path, *expected: str) -> None:
-    """Raises ValueError that says what a file holds and how it is put to use, unless it is one of `expected`."""
+def part_prefixes(names: Iterable[str], part: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """For `TensorFile.part`: (prefixes of a part's names, prefixes of the others') where a file holds several of PARTS.
+
+    Of any other file all is the part's.
+    """
+    names = list(names)
+    held = {kind: prefixes for kind, prefixes in PARTS.items() if any(name.startswith(prefixes) for name in names)}
+    if len(held) < 2 or part not in held:
+        return ("",), ()
+    return held.pop(part), tuple(prefix for prefixes in held.values() for prefix in prefixes)
+
+
+def check_kind(kind: str | None, names: Iterable[str], source: str | Path, *expected: str, detail: str = "") -> None:
+    """Raises ValueError that says what a file holds and how it is put to use, unless it is one of `expected`.
+
+    detail: what else is known of it.
+    """
     if kind in expected:
         return
     if kind is None:
         held = f"no model that is known here (its first names: {', '.join(list(names)[:3])})"
     else:
-        held = kind + (f": {USAGE_HINTS[kind]}" if kind in USAGE_HINTS else "")
+        held = kind + (f" ({detail})" if detail else "") + (f": {USAGE_HINTS[kind]}" if kind in USAGE_HINTS else "")
     raise ValueError(f"{source}: holds {held}; expected {' or '.join(expected)}")
 
 

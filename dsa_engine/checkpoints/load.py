@@ -4,6 +4,7 @@ checkpoint of the Wan family, file or folder, in any dialect."""
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from dsa_engine.checkpoints.components import ModelComponents
+from dsa_engine.checkpoints.families import repository_name
 from dsa_engine.checkpoints.inspect import CheckpointInfo, sibling_components
 from dsa_engine.checkpoints.lora import Lora
 from dsa_engine.checkpoints.model_folder import is_model_folder, load_head, load_model_folder
-from dsa_engine.checkpoints.tensor_io import INDEX, SUFFIXES
+from dsa_engine.checkpoints.tensor_io import SUFFIXES, is_index
 from dsa_engine.checkpoints.text import load_text
 from dsa_engine.checkpoints.vae import VAE_FILES, find_vae, load_vae
 from dsa_engine.checkpoints.wan import build_dit, open_dit
@@ -43,6 +45,7 @@ def load_components(
     *,
     family: str | None = None,
     lora: str | Path | Lora | None = None,
+    lora_strength: float | None = None,
     vae: str | Path | nn.Module | bool | None = None,
     text: str | Path | nn.Module | bool | None = None,
 ) -> ModelComponents:
@@ -52,7 +55,8 @@ def load_components(
         model: a shipped model's name, a folder, or a checkpoint file.
         family: of a public checkpoint: one of `families.FAMILIES`, whose rollout it gets, instead of the one that its
             config or name implies.
-        lora: of a public checkpoint: an adapter to merge.
+        lora: of a public checkpoint: an adapter to merge, its file or folder.
+        lora_strength: how much of it; None: 1, as it was trained.
         vae: of a public checkpoint: a video VAE's file, a folder of Wan's or diffusers' layout that holds one, or the
             module itself. "wan" and "taehv" mean that kind of VAE, under its usual name in the model's folder or near
             it (`find_vae`). None takes what lies in the model's own folder, False nothing.
@@ -60,19 +64,19 @@ def load_components(
     """
     path = ASSETS / model if model in shipped_models() else Path(model)
     if is_model_folder(path):
-        options = {"family": family, "lora": lora, "vae": vae, "text": text}
+        options = {"family": family, "lora": lora, "lora_strength": lora_strength, "vae": vae, "text": text}
         if used := [name for name, value in options.items() if value is not None]:
             raise ValueError(f"{', '.join(used)}: {path} is a whole model of this project; these are for checkpoints")
         return load_model_folder(path, device, dtype)
-    if path.is_dir() or path.is_file() or path.suffix in SUFFIXES or path.name.endswith(INDEX):
-        return _load_checkpoint(path, device, dtype, family, lora, vae, text)
+    if path.is_dir() or path.is_file() or path.suffix in SUFFIXES or is_index(path):
+        return _load_checkpoint(path, device, dtype, family, lora, lora_strength, vae, text)
     raise FileNotFoundError(
         f"{model}: neither a shipped model ({', '.join(shipped_models())}), nor a folder with config.json and "
         f"model.safetensors, nor a checkpoint file ({', '.join(SUFFIXES)}) or folder of the Wan family"
     )
 
 
-def _load_checkpoint(path: Path, device, dtype, family, lora, vae, text) -> ModelComponents:
+def _load_checkpoint(path: Path, device, dtype, family, lora, lora_strength, vae, text) -> ModelComponents:
     info, config, weights = open_dit(path, family=family)
     unintended = info.family in (None, "wan") or (info.family == "longlive" and lora is None)
     logger.log(
@@ -96,13 +100,18 @@ def _load_checkpoint(path: Path, device, dtype, family, lora, vae, text) -> Mode
         if module is not None and getattr(module, size) != needed:
             source = info.components[name] if given is None else given
             raise ValueError(f"{name}={source}: {size}={getattr(module, size)}, but {path} needs {needed}")
-    dit = build_dit(config, weights, info.weights, device, dtype, lora)
+    dit = build_dit(config, weights, info.weights, device, dtype, lora, lora_strength)
     return ModelComponents(model_name(path), dit, info.rollout, decoder=decoder, text=encoder, **WAN_VIDEO, info=info)
 
 
 def model_name(path: str | Path) -> str:
-    """What a model is called: its folder, or its file without the ending."""
-    path = Path(path).resolve()
+    """What a model is called: its folder as given, or its file without the ending.
+
+    In Hugging Face's cache, where these are hashes, it is the repository's name.
+    """
+    path = Path(os.path.abspath(path))
+    if path.parent.name in ("snapshots", "blobs") and (name := repository_name(path)):
+        return name  # its own is a hash
     return path.name if path.is_dir() else path.stem
 
 

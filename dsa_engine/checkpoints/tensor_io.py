@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -29,6 +29,8 @@ from dsa_engine.files import atomic_write
 SUFFIXES = (".safetensors", ".pt", ".pth", ".sft")
 SAFETENSORS = (".safetensors", ".sft")
 INDEX = ".safetensors.index.json"
+_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")  # diffusers puts a variant in: index.fp16.json
+QUANTIZATION = "_quantization_metadata"  # ComfyUI's, in a header: JSON {"layers": {layer: {"format": name, ...}}}
 # Where training scripts keep the weights, best first: Self-Forcing's demo runs the EMA weights.
 NESTED_KEYS = ("generator_ema", "generator", "generator_lora", "model", "state_dict")
 STEMS = ("diffusion_pytorch_model", "model")  # file names that diffusers, Wan and transformers give their weights
@@ -70,6 +72,17 @@ class TensorFile:
     files: tuple[Path, ...]
     key: str | None = None  # the entry of a pickle's dictionary that holds them
     header: dict[str, str] = field(default_factory=dict)  # metadata of a safetensors file
+    formats: dict[str, Any] = field(default_factory=dict)  # by layer, how the header says its weight is quantized
+
+    def part(self, own: tuple[str, ...], others: tuple[str, ...]) -> TensorFile:
+        """Only the tensors whose names begin with one of `own`, without it; formats of `others` are left out."""
+
+        def cut(name: str) -> str:
+            return name.removeprefix(next(filter(name.startswith, own), ""))
+
+        tensors = {cut(name): tensor for name, tensor in self.tensors.items() if name.startswith(own)}
+        formats = {cut(layer): said for layer, said in self.formats.items() if not layer.startswith(others)}
+        return replace(self, tensors=tensors, formats=formats)
 
     @property
     def nbytes(self) -> int:
@@ -85,18 +98,35 @@ def open_checkpoint(path: str | Path, keys: tuple[str, ...] = NESTED_KEYS) -> Te
     or holds anything but tensors.
     """
     path = Path(path)
-    if path.name.endswith(INDEX):
+    if is_index(path):
         return _open_index(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a checkpoint ending in {', '.join(SUFFIXES)}")
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix if path.suffix in SUFFIXES else path.resolve().suffix  # a link may be called anything
+    if suffix not in SUFFIXES:
         raise ValueError(
             f"{path}: a checkpoint must end in one of {', '.join(SUFFIXES)}, not {path.suffix or 'nothing'}"
         )
-    _check_magic(path)
-    if path.suffix in SAFETENSORS:
+    _check_magic(path, suffix)
+    if suffix in SAFETENSORS:
         return _open_safetensors(path)
     return _open_pickle(path, keys)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a path is called like an index of shards, of a variant too."""
+    return _INDEX.search(path.name) is not None
+
+
+def beside(path: Path, name: str) -> Path:
+    """A file that lies beside a path as it was given, or beside what it points at; the first where neither is there."""
+    places = (path.parent / name, path.resolve().parent / name)
+    return next(filter(Path.is_file, places), places[0])
+
+
+def visible(folder: Path, pattern: str = "*") -> list[Path]:
+    """What lies in a folder, sorted, without hidden files, such as macOS' `._model.safetensors`."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -118,8 +148,8 @@ def find_weights(folder: str | Path) -> Path:
         for path in (folder / f"{stem}{INDEX}", folder / f"{stem}.safetensors"):
             if path.is_file():
                 return path
-    files = sorted(p for p in folder.glob("*") if p.suffix in SUFFIXES)
-    found = sorted(folder.glob(f"*{INDEX}")) + [p for p in files if not shard_count(p)]
+    files = [path for path in visible(folder) if path.suffix in SUFFIXES]
+    found = [path for path in visible(folder) if is_index(path)] + [path for path in files if not shard_count(path)]
     if len(found) == 1:
         return found[0]
     names = ", ".join(p.name for p in (found or files)[:6])
@@ -138,7 +168,7 @@ def find_weights(folder: str | Path) -> Path:
 
 def shard_count(path: Path) -> int:
     """The number of shards in a shard's file name; 0 for a file that is whole."""
-    match = re.search(r"-\d{5}-of-(\d{5})\.\w+$", path.name)
+    match = re.search(r"-\d{5}-of-(\d{5})(\.\w+)+$", path.name)
     return int(match[1]) if match else 0
 
 
@@ -168,7 +198,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a JSON file is expected beside the weights")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors begin a file with a BOM
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
@@ -176,7 +206,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _check_magic(path: Path) -> None:
+def _check_magic(path: Path, suffix: str) -> None:
     """Refuses what is often saved under a checkpoint's name: a web page, a git-lfs pointer, the other format."""
     with path.open("rb") as file:
         start = file.read(256)
@@ -189,9 +219,9 @@ def _check_magic(path: Path) -> None:
         raise ValueError(
             f"{path}: a web page (it begins {line!r}), not a checkpoint; download it again, perhaps after signing in"
         )
-    if path.suffix in SAFETENSORS and start.startswith(b"PK\x03\x04"):
+    if suffix in SAFETENSORS and start.startswith(b"PK\x03\x04"):
         raise ValueError(f"{path}: written by torch.save, not a safetensors file; it should end in .pt")
-    if path.suffix not in SAFETENSORS and start[8:10] == b'{"':
+    if suffix not in SAFETENSORS and start[8:10] == b'{"':
         raise ValueError(f"{path}: a safetensors file, not one that torch.save has written; rename it to .safetensors")
 
 
@@ -201,6 +231,8 @@ def _open_safetensors(path: Path) -> TensorFile:
             header, slices = file.metadata() or {}, {name: file.get_slice(name) for name in file.offset_keys()}
             kinds = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
     except SafetensorError as error:
+        if "unknown variant" in str(error) and (foreign := _foreign_dtype(path)):
+            raise ValueError(f"{path}: {foreign}; known are {', '.join(DTYPES)}") from error
         raise ValueError(
             f"{path}: not a whole safetensors file, cut off or damaged ({error}); copy or download it again"
         ) from error
@@ -214,7 +246,28 @@ def _open_safetensors(path: Path) -> TensorFile:
         name: LazyTensor(DTYPES[code], shape, partial(_read, path, start, DTYPES[code], shape))
         for (name, (code, shape)), start in zip(kinds.items(), starts)
     }
-    return TensorFile(path, tensors, (path,), header=header)
+    return TensorFile(path, tensors, (path,), header=header, formats=_formats(header, path))
+
+
+def _formats(header: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if QUANTIZATION not in header:
+        return {}
+    try:
+        return dict(json.loads(header[QUANTIZATION])["layers"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header's {QUANTIZATION} is not JSON with layers ({error!r})") from error
+
+
+def _foreign_dtype(path: Path) -> str:
+    """A tensor of a dtype that the library does not know, which it takes for damage; nothing where there is none."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        codes = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""
+    return next((f"{name} is of dtype {code}" for name, code in codes.items() if code not in DTYPES), "")
 
 
 def _read(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...], device: Any = "cpu") -> Tensor:
@@ -234,15 +287,17 @@ def _open_index(path: Path) -> TensorFile:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(p, str) for p in weight_map.values()):
         raise ValueError(f"{path}: lacks a weight_map, which says in which shard each tensor is")
     tensors: dict[str, LazyTensor] = {}
+    formats: dict[str, Any] = {}
     shards = sorted(set(weight_map.values()))
     for shard in shards:
         listed = {name for name, file in weight_map.items() if file == shard}
-        if os.path.basename(shard) != shard or not (path.parent / shard).is_file():
+        if os.path.basename(shard) != shard or not beside(path, shard).is_file():
             raise FileNotFoundError(
                 f"{path.parent / shard}: no such file; {path.name} puts {len(listed)} tensors there, such as "
                 f"{min(listed)}; the {len(shards)} shards belong beside it"
             )
-        held = open_checkpoint(path.parent / shard).tensors
+        file = open_checkpoint(beside(path, shard))
+        held, formats = file.tensors, formats | file.formats
         for what, names in ((f"puts into {shard}", listed - held.keys()), ("does not name", held.keys() - listed)):
             if names:
                 where = "which are not there" if names <= listed else f"which {shard} holds"
@@ -251,7 +306,7 @@ def _open_index(path: Path) -> TensorFile:
                     "are not of one download"
                 )
         tensors |= held
-    return TensorFile(path, tensors, (path, *(path.parent / shard for shard in shards)))
+    return TensorFile(path, tensors, (path, *(beside(path, shard) for shard in shards)), formats=formats)
 
 
 def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
@@ -269,6 +324,18 @@ def _open_pickle(path: Path, keys: tuple[str, ...]) -> TensorFile:
     return TensorFile(path, lazy, (path,), key)
 
 
+def _plain_reason(path: Path, error: Exception) -> str:
+    """torch's message in one sentence, without its control codes and advice on how to run the file's code."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    if foreign := re.search(r"(?:GLOBAL|global) ([\w.]+)", text):
+        return f"it needs {foreign[1]}, which is not a tensor; save its tensors alone, best as .safetensors"
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    if is_archive and not zipfile.is_zipfile(path):
+        return "it is cut off or damaged; copy or download it again"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def _unpickle(path: Path, keys: tuple[str, ...], device: str) -> tuple[str | None, dict[str, Tensor]]:
     """(the key that the tensors are under, the tensors by name): on the meta device, or mapped where possible."""
     try:
@@ -277,7 +344,7 @@ def _unpickle(path: Path, keys: tuple[str, ...], device: str) -> tuple[str | Non
         mmap = mmap and not any(record.compress_type for record in zipfile.ZipFile(path).infolist())
         content = torch.load(path, map_location=device, mmap=mmap, weights_only=True)
     except Exception as error:  # pickle.UnpicklingError, EOFError and whatever else a foreign file provokes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _plain_reason(path, error)
         raise ValueError(
             f"{path}: not a plain dictionary of tensors, so it is not loaded (weights_only=True): {reason}"
         ) from error

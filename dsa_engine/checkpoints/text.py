@@ -10,15 +10,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dsa_engine.checkpoints import key_maps
+from dsa_engine.checkpoints.quantized import dequantize, formats_of
 from dsa_engine.checkpoints.tensor_io import LazyTensor, find_weights, open_checkpoint, write_tensors
-from dsa_engine.checkpoints.weights import check_state_dict, dequantize, load_weights_streaming
+from dsa_engine.checkpoints.weights import check_state_dict, load_weights_streaming
 from dsa_engine.models.umt5 import CACHED, EXTRA, LENGTH, UMT5, check_tied, tie
+
+T = TypeVar("T")
 
 PROMPTS_FORMAT = "dsa_engine.prompts/1"
 TENSOR = "prompt_embeds"  # as `train --prompts` reads it
@@ -125,8 +128,10 @@ def load_umt5(
     path = Path(path)
     weights = find_weights(path) if path.is_dir() else path
     file = open_checkpoint(weights)
+    file = file.part(*key_maps.part_prefixes(file.tensors, key_maps.TEXT))
     key_maps.check_kind(key_maps.kind_of(file.tensors), file.tensors, weights, key_maps.TEXT)
-    tensors = dequantize(transformers_names(file.tensors), weights)
+    formats = {next(iter(transformers_names({f"{layer}.weight": None}))): f for layer, f in formats_of(file).items()}
+    tensors = dequantize(transformers_names(file.tensors), weights, formats)
     with torch.device("meta"):
         model: nn.Module = UMT5EncoderModel(UMT5Config(**sizes_of(tensors, weights)))
     model = model.to(dtype).requires_grad_(False).eval()
@@ -144,7 +149,7 @@ def load_umt5(
     return UMT5(model, words, length=length, cache=cache, device=device, offload=offload, load=load)
 
 
-def transformers_names(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def transformers_names(tensors: Mapping[str, T]) -> dict[str, T]:
     """An encoder's tensors under transformers' names, the token embedding once."""
     stripped = {key_maps.strip_wrappers(name): tensor for name, tensor in tensors.items()}
     named = {key_maps.rename(name, key_maps.UMT5_KEYS): tensor for name, tensor in stripped.items()}

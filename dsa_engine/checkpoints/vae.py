@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dsa_engine.checkpoints import key_maps
-from dsa_engine.checkpoints.tensor_io import SUFFIXES, find_weights, open_checkpoint
+from dsa_engine.checkpoints.quantized import formats_of
+from dsa_engine.checkpoints.tensor_io import SUFFIXES, find_weights, open_checkpoint, visible
 from dsa_engine.checkpoints.weights import load_strict
 from dsa_engine.models.taehv import TAEHV, TGrow
 from dsa_engine.models.wan_vae import WanVAE
@@ -34,6 +35,7 @@ def load_vae(
     path = Path(path)
     path = find_weights(path) if path.is_dir() else path
     file = open_checkpoint(path)
+    file = file.part(*key_maps.part_prefixes(file.tensors, key_maps.WAN_VAE))
     kind = key_maps.kind_of(file.tensors)
     key_maps.check_kind(kind, file.tensors, path, *key_maps.VAES)
     if path.stem.startswith("lighttae"):  # the same names and shapes, but its colours would be wrong
@@ -41,6 +43,8 @@ def load_vae(
             f"{path}: LightTAE, whose latents have Wan's mean and deviation in them, which is not done here; expected "
             f"is TAEHV's taew2_1.pth, or the Wan VAE"
         )
+    if layers := formats_of(file):
+        raise ValueError(f"{path}: {next(iter(layers))} is quantized as {next(iter(layers.values()))}; a VAE is not")
     tensors = {name: tensor.read() for name, tensor in file.tensors.items()}
     vae: WanVAE | TAEHV
     with torch.device("meta"):
@@ -64,7 +68,7 @@ def find_vae(model: Path, kind: str) -> Path:
     kinds, stems = VAE_FILES[kind]
     folder = (model if model.is_dir() else model.parent).absolute()
     folder = folder.parent if folder.name == "transformer" else folder
-    children, siblings = (sorted(parent.glob("*")) for parent in (folder, folder.parent))
+    children, siblings = (visible(parent) for parent in (folder, folder.parent))
     rejected = []
     # Self-Forcing has its checkpoints/ beside wan_models/Wan2.1-T2V-1.3B/.
     for parent in (folder, *children, folder.parent, *siblings, *sorted(folder.parent.glob("*/Wan2.1*"))):

@@ -1,18 +1,15 @@
-"""Tensors into a module: strictly by name and shape, quantized ones times their scales, one after the other."""
+"""Tensors into a module: strictly by name and shape, one after the other."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsa_engine.checkpoints import key_maps
 from dsa_engine.checkpoints.tensor_io import LazyTensor
 
 
@@ -62,39 +59,3 @@ def check_state_dict(expected: Mapping[str, Any], given: Mapping[str, Any], sour
     groups = (("missing", missing), ("unexpected", with_nearest), ("of another shape", misshapen))
     report = "; ".join(f"{len(n)} {what}: {', '.join(n[:4])}{', ...' if len(n) > 4 else ''}" for what, n in groups if n)
     raise ValueError(f"{source}: does not fit the model's config: {report}")
-
-
-def dequantize(tensors: Mapping[str, LazyTensor], source: str | Path) -> dict[str, LazyTensor]:
-    """W = stored * scale for every weight that has a scale, of one value or one per row, in float32.
-
-    Raises ValueError for a scale without its weight or of another size, and for packed formats (NVFP4, MXFP4).
-    """
-    scales = {}
-    kept = {}
-    for name, tensor in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last in key_maps.SCALES:
-            scales[f"{stem}.weight"] = tensor
-        elif not key_maps.IGNORED.search(name):
-            kept[name] = tensor
-    for name, scale in scales.items():
-        rows = kept[name].shape[0] if name in kept else None
-        if rows is None or prod(scale.shape) not in (1, rows):
-            has = "not there" if rows is None else f"of shape {list(kept[name].shape)}"
-            raise ValueError(
-                f"{source}: a scale of shape {list(scale.shape)} for {name}, which is {has}; expected is one value, or "
-                "one per row"
-            )
-        kept[name] = LazyTensor(torch.float32, kept[name].shape, partial(_scaled, kept[name], scale))
-    packed = [name for name, tensor in kept.items() if not tensor.dtype.is_floating_point]
-    if packed:
-        raise ValueError(
-            f"{source}: {len(packed)} weights of dtype {kept[packed[0]].dtype} ({', '.join(packed[:4])}); read are "
-            "floating-point weights, and FP8 or INT8 with a scale"
-        )
-    return kept
-
-
-def _scaled(weight: LazyTensor, scale: LazyTensor, device: Any = "cpu") -> Tensor:
-    rows = scale.read(device).float().reshape(-1, *[1] * (len(weight.shape) - 1))  # [1 or out, 1, ...]
-    return weight.read(device).float() * rows

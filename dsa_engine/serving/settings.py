@@ -110,7 +110,8 @@ class ModelOptions:
         None, "whose chunks, window and schedule a checkpoint gets: " + ", ".join(FAMILIES), choices=tuple(FAMILIES)
     )
     head: str | None = flag(None, "another confidence head: a file, or a name such as token (shapes)", metavar="FILE")
-    lora: str | None = flag(None, "an adapter to merge into a checkpoint", metavar="FILE")
+    lora: str | None = flag(None, "an adapter to merge into a checkpoint: a file, or PEFT's folder", metavar="PATH")
+    lora_strength: float | None = flag(None, "how much of it (default: 1, as it was trained)", float, metavar="X")
     vae: str | None = flag(
         None, "video VAE of a checkpoint, or wan | taehv (default: what lies in its folder)", metavar="PATH"
     )
@@ -121,7 +122,7 @@ class ModelOptions:
     )
 
     def load(self, max_sessions: int | None, **options: Any) -> Pipeline:
-        names = ("device", "family", "head", "lora", "vae", "text", "offload", "quantization")
+        names = ("device", "family", "head", "lora", "lora_strength", "vae", "text", "offload", "quantization")
         options |= {name: getattr(self, name) for name in names}
         return Pipeline.from_pretrained(self.model, max_sessions=max_sessions, **options)
 

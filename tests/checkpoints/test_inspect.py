@@ -156,7 +156,15 @@ def test_an_adapter(tmp_path):
     torch.save({"generator_lora": pairs}, tmp_path / "lora.pt")
     info = inspect(tmp_path / "lora.pt")
     assert (info.kind, info.key, info.dialect) == (key_maps.LORA, "generator_lora", "wan")
-    assert info.lora == {"ranks": [8], "modules": 2, "alpha": None} and info.rollout is None
+    assert info.lora == {
+        "ranks": [8],
+        "modules": 2,
+        "added": 0,
+        "alpha": None,
+        "scales": [1.0],
+        "scale_source": "nothing gives an alpha, so it is r",
+    }
+    assert info.rollout is None
 
 
 def test_a_model_of_this_project_and_its_parts(untrained, tmp_path):

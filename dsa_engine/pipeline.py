@@ -13,6 +13,7 @@ from dsa_engine import pipeline_inputs
 from dsa_engine.engine.rollout import Rollout
 from dsa_engine.engine.session import Chunk, Session
 from dsa_engine.loaded_model import LoadedModel
+from dsa_engine.pipeline_inputs import EncodedVideo
 from dsa_engine.pipeline_outputs import VideoOutput, convert_latents
 from dsa_engine.sampling.denoise import Denoised, Step
 from dsa_engine.sampling.noise import Renoise, check_seed
@@ -61,8 +62,9 @@ class Pipeline(LoadedModel):
             seed: of the first clip; later clips count up.
             latents: noise [B, F, C, H, W] instead of drawing it.
             prompt_embeds: [B, L, text_dim] instead of a prompt.
-            image: that the clip begins with; forms and scaling as `media.preprocess.to_video_tensor`.
-            video: frames that the clip begins with and continues, or with strength the video to change.
+            image: that the clip begins with: a file's path, or any form of `media.preprocess.to_video_tensor`.
+            video: frames that the clip begins with and continues, or with strength the video to change, of which
+                num_frames takes the first; of a file the frames at the model's rate (`media.video.read_video`).
             output_type: "np" float [B, T, H, W, C] in [0, 1], "pt" [B, T, C, H, W], "pil" lists of images, "latent"
                 [B, F, C, h, w].
             callback_on_step_end: called as f(pipe, step, timestep, {"latents": x0}) after every step.
@@ -92,7 +94,7 @@ class Pipeline(LoadedModel):
         if latents is None:
             size = self._size(height, width)
             clip = pipeline_inputs.resolve_clip(
-                self.engine, len(embeds), size, num_frames, image, video, strength, self.frames
+                self.engine, len(embeds), size, num_frames, image, video, strength, self.frames, self.fps
             )
         elif any(x is not None for x in (height, width, num_frames, image, video)):
             raise ValueError("height, width, num_frames, image and video: with latents these count alone")
@@ -232,6 +234,17 @@ class Pipeline(LoadedModel):
             strength=clip.strength,
         )
 
+    def encode_video(self, video: Any, height: int | None = None, width: int | None = None) -> EncodedVideo:
+        """A video, or a list of one image, encoded once: give it as `image` or `video` to as many sessions as you like.
+
+        Args:
+            video: as in a call.
+            height, width: pixels; default the model's own.
+        """
+        size = self._size(height, width)
+        pixels = pipeline_inputs.given_pixels(self.engine, "video", video, 1, size, self.fps)
+        return pipeline_inputs.encode_given(self.engine, pixels)
+
     def check_session(
         self,
         prompt: str,
@@ -257,7 +270,7 @@ class Pipeline(LoadedModel):
         strength: float | None = None,
     ) -> pipeline_inputs.Clip:
         size = self._size(height, width)
-        return pipeline_inputs.resolve_clip(self.engine, 1, size, num_frames, image, video, strength, None)
+        return pipeline_inputs.resolve_clip(self.engine, 1, size, num_frames, image, video, strength, None, self.fps)
 
     def stream(self, prompt: str, num_frames: int | None = None, **options) -> Iterator[Chunk]:
         """`session(...).chunks()`: each chunk is decoded while the next one is denoised. Leaving the loop early frees

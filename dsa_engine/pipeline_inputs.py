@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from dsa_engine.checks import check_choice
 from dsa_engine.config import RolloutConfig, nearest
 from dsa_engine.engine.engine import Engine
 from dsa_engine.media import preprocess
+from dsa_engine.media.image import read_image
+from dsa_engine.media.video import read_video
 from dsa_engine.sampling.noise import Renoise, check_seed
 from dsa_engine.sampling.policy import Confidence, Fixed, Policy, Relative, parse_policy
 from dsa_engine.sampling.schedule import Schedule
@@ -161,6 +164,24 @@ def whole_chunks(engine: Engine, frames: float, given: int = 0) -> int:
     return first + max(0, round((frames - first) / later)) * later
 
 
+def whole_chunks_within(engine: Engine, frames: int) -> int:
+    """The most pixel frames of at most `frames` that are whole chunks. Raises ValueError below one chunk."""
+    first, later = (engine.decoder.frames_of(engine.config.chunk_frames, is_first) for is_first in (True, False))
+    if frames < first:
+        raise ValueError(f"video of {frames} frames: with strength must be at least one chunk, {first}")
+    return first + (frames - first) // later * later
+
+
+class EncodedVideo(NamedTuple):
+    """Frames that were encoded once, to be given as `image` or `video` as often as one likes.
+
+    latents: [B, F, C, h, w]; frames: pixel frames they are of.
+    """
+
+    latents: Tensor
+    frames: int
+
+
 class Clip(NamedTuple):
     """A clip to generate: all its latent frames, None if endless; latent size; what was given, as in
     `Engine.rollout`."""
@@ -177,6 +198,30 @@ class Clip(NamedTuple):
         return self.frames - (0 if self.given is None else self.given.shape[1])
 
 
+def given_pixels(
+    engine: Engine, name: str, given: Any, batch: int, size: tuple[int, int], fps: float, max_frames: int | None = None
+) -> Tensor:
+    """An `image` or a `video`, also as a file's path, as float32 [batch, T, 3, H, W] in [0, 1].
+
+    size: latent; fps: at which a video file's frames are taken; max_frames: the first of a video, None for all.
+    """
+    if engine.decoder is None:
+        raise ValueError(f"{name}: this pipeline has no VAE to encode it with; load it with vae=...")
+    height, width = (side * engine.decoder.spatial_stride for side in size)
+    if isinstance(given, (str, PathLike)):
+        if name == "image":
+            given = read_image(given, height, width)
+        else:
+            given = read_video(given, height, width, fps, max_frames)
+    return preprocess.to_video_tensor(name, given, batch, (height, width))
+
+
+def encode_given(engine: Engine, pixels: Tensor) -> EncodedVideo:
+    """Pixels [B, T, 3, H, W] in [0, 1] as latents. Raises ValueError for a number of frames that the VAE has not."""
+    engine.decoder.latent_frames_of(pixels.shape[1])
+    return EncodedVideo(engine.encode_frames(pixels), pixels.shape[1])
+
+
 def resolve_clip(
     engine: Engine,
     batch: int,
@@ -186,8 +231,18 @@ def resolve_clip(
     video: Any,
     strength: float | None,
     default: int | None,
+    fps: float = 1.0,
 ) -> Clip:
-    """The clip to generate; default: pixel frames if num_frames is None, None for no end."""
+    """The clip to generate.
+
+    Args:
+        engine, batch, size: latent height and width.
+        num_frames: pixel frames, None for the default.
+        image, video: in any form of `media.preprocess`, a file's path, or an `EncodedVideo`.
+        strength: of a video that is to be changed; num_frames then takes the first frames of the video.
+        default: pixel frames if num_frames is None, None for no end.
+        fps: of the model, at which a video file is read.
+    """
     if image is not None and video is not None:
         raise ValueError("image and video: give one or the other")
     if strength is not None and video is None:
@@ -195,25 +250,35 @@ def resolve_clip(
     if image is None and video is None:
         count = default if num_frames is None else num_frames
         return Clip(None if count is None else latent_frames(engine, count), size)
-    name, frames = ("image", image) if video is None else ("video", video)
-    if engine.decoder is None:
-        raise ValueError(f"{name}: this pipeline has no VAE to encode it with; load it with vae=...")
-    stride = engine.decoder.spatial_stride
-    frames = preprocess.to_video_tensor(name, frames, batch, (size[0] * stride, size[1] * stride))
-    count = frames.shape[1]
+    name, source = ("image", image) if video is None else ("video", video)
     if strength is not None:
         Schedule(engine.config.steps, engine.config.shift, strength)
-        if num_frames not in (None, count):
-            raise ValueError(f"num_frames={num_frames} with strength: the video's length counts; nearest is {count}")
+        if num_frames is not None:
+            latent_frames(engine, num_frames)
+    if isinstance(source, EncodedVideo):
+        pixels, count = None, source.frames
+    else:
+        pixels = given_pixels(engine, name, source, batch, size, fps, None if strength is None else num_frames)
+        count = pixels.shape[1]
+    if strength is not None:
+        if num_frames is not None and num_frames > count:
+            near = whole_chunks_within(engine, count)
+            raise ValueError(f"num_frames={num_frames} with strength: the video has {count}; nearest is {near}")
+        if num_frames is not None and pixels is not None:
+            pixels, count = pixels[:, :num_frames], num_frames
         near = whole_chunks(engine, count)
         if near != count:
-            raise ValueError(f"video of {count} frames: with strength must be whole chunks; nearest is {near}")
-        return Clip(latent_frames(engine, count), size, init_latents=engine.encode_frames(frames), strength=strength)
+            raise ValueError(
+                f"video of {count} frames: with strength must be whole chunks; nearest is {near}, or with "
+                f"num_frames={whole_chunks_within(engine, count)} its first ones"
+            )
+        latents = (source if pixels is None else encode_given(engine, pixels)).latents
+        return Clip(latent_frames(engine, count), size, init_latents=latents, strength=strength)
     given = engine.decoder.latent_frames_of(count)
     if num_frames is None and default is not None:
         num_frames = whole_chunks(engine, default + (count if name == "video" else 0), given)
     total = None if num_frames is None else latent_frames(engine, num_frames, given)
-    return Clip(total, size, given=engine.encode_frames(frames))
+    return Clip(total, size, given=(source if pixels is None else encode_given(engine, pixels)).latents)
 
 
 def check_latents(engine: Engine, noise: Tensor, batch: int) -> tuple[int, tuple[int, int]]:

@@ -22,6 +22,8 @@ from dsa_engine.config import COMMIT_MODES, ROPE_MODES
 from dsa_engine.engine.session import Chunk
 from dsa_engine.files import check_output_path
 from dsa_engine.media import mp4, report
+from dsa_engine.media.image import read_image
+from dsa_engine.media.video import read_video
 from dsa_engine.ops import dispatch
 from dsa_engine.pipeline import Pipeline
 from dsa_engine.sampling.policy import POLICY_FORMS
@@ -88,9 +90,12 @@ def run(args: argparse.Namespace) -> Result:
             check_output_path(path, suffix)
     with from_args(ModelOptions, args).load(max_sessions=1) as pipe:
         options = {name: getattr(args, name) for name in SESSION_OPTIONS}
-        options |= {"step_policy": args.steps, **input_pixels(args)}
-        plan = plan_clip(pipe, args, options)
-        options |= {"num_frames": plan.starts[-1]}
+        given = read_given(pipe, args)
+        plan = plan_clip(pipe, args, given)
+        options |= {"step_policy": args.steps, "num_frames": plan.starts[-1]}
+        if given is not None:  # encoded once, whatever the number of sessions that are opened
+            kind = "image" if args.video is None else "video"
+            options[kind] = pipe.encode_video(given, args.height, args.width)
         for prompt in plan.prompts.values():  # opening a session checks all of its arguments
             pipe.session(prompt, **options).close()
         side = min(args.height or pipe.height, args.width or pipe.width)  # a height of 0 has been refused above
@@ -130,38 +135,69 @@ def run(args: argparse.Namespace) -> Result:
     return facts, lines, 0
 
 
-def input_pixels(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The frames of --image or --video."""
+def read_given(pipe: Pipeline, args: argparse.Namespace) -> np.ndarray | None:
+    """The frames of --image or --video at the clip's size and rate, as many as it can use, uint8 [T, H, W, 3]."""
     if args.image is not None and args.video is not None:
         raise ValueError("--image and --video: give one or the other")
+    if args.strength is not None and args.video is None:
+        raise ValueError(f"--strength {args.strength}: says how much of a video stays; give --video too")
+    if args.image is None and args.video is None:
+        return None
+    decoder = decoder_of(pipe, args)
+    height, width = (side * decoder.spatial_stride for side in pipe._size(args.height, args.width))
     if args.image is not None:
-        frames, _ = mp4.read_mp4(args.image)
-        if len(frames) != 1:
-            raise ValueError(f"--image {args.image}: holds {len(frames)} frames; for a video use --video")
-        return {"image": frames[0]}
-    return {} if args.video is None else {"video": mp4.read_mp4(args.video)[0]}
+        return read_image(args.image, height, width)[None]
+    wanted = asked_frames(pipe, args)
+    frames = read_video(args.video, height, width, pipe.fps, wanted)
+    what, count = f"--video {args.video}", len(frames)
+    if args.strength is not None:
+        if args.frames is not None and args.frames > count:
+            near = pipeline_inputs.whole_chunks_within(pipe.engine, count)
+            raise ValueError(f"--frames {args.frames}: {what} has {count} at {pipe.fps:g} fps; nearest is {near}")
+        keep, unit = pipeline_inputs.whole_chunks_within(pipe.engine, count), "whole chunks"
+    else:
+        if wanted is not None and count >= wanted:
+            raise ValueError(
+                f"{what}: has {wanted} frames or more at {pipe.fps:g} fps, and the clip begins with all of them; ask "
+                "for more frames than that, or with --strength for the video made anew"
+            )
+        one, two = (decoder.frames_of(n, True) for n in (1, 2))
+        keep, unit = one + (count - one) // (two - one) * (two - one), "whole latent frames"
+    if keep != count:
+        tqdm.write(f"{what}: the first {keep} of its {count} frames at {pipe.fps:g} fps, {unit}", sys.stderr)
+    return frames[:keep]
 
 
-def plan_clip(pipe: Pipeline, args: argparse.Namespace, options: dict[str, Any]) -> Plan:
-    decoder, size = pipe.engine.decoder, pipe.config.chunk_frames
-    if decoder is None:
-        raise ValueError(f"{args.model}: has no decoder, so it makes no video; give a folder or a shipped model")
+def asked_frames(pipe: Pipeline, args: argparse.Namespace) -> int | None:
+    """The clip's length by --frames or --seconds, not yet in whole chunks."""
     if args.seconds is not None and not 0 < args.seconds < math.inf:
         raise ValueError(f"--seconds {args.seconds}: must be above 0")
-    prefix = 1 if "image" in options else len(options.get("video", ()))
-    redone = args.strength is not None
-    frames = prefix if redone else pipe.frames + (prefix if "video" in options else 0)
-    by_frames = args.frames is not None
-    frames = args.frames if by_frames else frames if args.seconds is None else round(args.seconds * pipe.fps)
+    frames = args.frames if args.seconds is None else round(args.seconds * pipe.fps)
+    return None if frames is None else max(1, frames)
+
+
+def decoder_of(pipe: Pipeline, args: argparse.Namespace):
+    if pipe.engine.decoder is None:
+        raise ValueError(f"{args.model}: has no decoder, so it makes no video; give a folder or a shipped model")
+    return pipe.engine.decoder
+
+
+def plan_clip(pipe: Pipeline, args: argparse.Namespace, given: np.ndarray | None) -> Plan:
+    decoder, size = decoder_of(pipe, args), pipe.config.chunk_frames
+    prefix = 0 if given is None else len(given)
+    redone, asked = args.strength is not None, asked_frames(pipe, args)
+    own = prefix if redone else pipe.frames + (0 if args.video is None else prefix)
+    frames = args.frames if args.frames is not None else own if asked is None else asked
     first, later = decoder.frames_of(size, True), decoder.frames_of(size, False)
+    if redone and args.frames is None:
+        frames = prefix  # whole chunks already, within --seconds
     if prefix and not redone:  # the chunks come after the given frames
         latent = decoder.latent_frames_of(prefix)
         starts = list(range(prefix, pipeline_inputs.whole_chunks(pipe.engine, frames, latent) + 1, later))
     else:
         starts = [0, *range(first, pipeline_inputs.whole_chunks(pipe.engine, frames) + 1, later)]
-    if (by_frames or redone) and starts[-1] != frames:
-        what = "--frames" if by_frames else f"--video {args.video} with --strength: frames"
-        raise ValueError(f"{what} {frames}: must come out as whole chunks; nearest is {starts[-1]}")
+    if args.frames is not None and starts[-1] != frames:
+        raise ValueError(f"--frames {frames}: must come out as whole chunks; nearest is {starts[-1]}")
     return Plan(starts, {0: args.prompt, **prompt_switches(args.at, starts, pipe.fps)})
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsa_engine.files import atomic_write, check_output_path
 from dsa_engine.media import h264
+from dsa_engine.media.video import read_frames
 
 CRF = 16  # x264's quality: 18 passes for transparent, and flat synthetic colours show errors sooner than film
 
@@ -90,14 +91,8 @@ def write_mp4(path: str | Path, frames: np.ndarray | Iterable[np.ndarray], fps: 
 
 
 def read_mp4(path: str | Path) -> tuple[np.ndarray, float]:
-    """(frames uint8 [T, H, W, 3], frames per second). Raises FileNotFoundError, or ValueError for what is no video."""
-    import av
+    """(frames uint8 [T, H, W, 3] as they are stored, frames per second); for a model's rate and size `read_video`.
 
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{path}: holds no video")
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        rate = container.streams.video[0].average_rate
-    if not frames:
-        raise ValueError(f"{path}: its video has no frames")
-    return np.stack(frames), float(rate)
+    Raises FileNotFoundError, or ValueError for what is no video, with the file's name.
+    """
+    return read_frames(path)

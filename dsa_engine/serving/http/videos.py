@@ -74,7 +74,8 @@ async def create(request: Request, jobs: JobQueue) -> Video:
         body, data = await read(request, settings)
         stream_request = body.to_request(card, settings, has_image=data is not None)
         if data is not None:
-            decoded = await asyncio.to_thread(image.decode, data, card.height, card.width)
+            async with jobs.decoding:
+                decoded = await asyncio.to_thread(image.decode, data, card.height, card.width)
             stream_request = dataclasses.replace(stream_request, image=decoded)
         return as_video(await jobs.add(stream_request), jobs)
     except ValidationError as error:  # a ValueError too, but it names fields

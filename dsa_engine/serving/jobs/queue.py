@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 MAX_QUEUED_JOBS = 1000
 CLOSE_TIMEOUT_S = 2.0  # for running jobs to store their state when the server stops
+MAX_DECODES = 2  # pictures that are in memory at once
 RETRY_S = 1.0  # after which something that was not possible is tried again
 STORED = ("prompt", "seed", "num_frames", "height", "width", "steps", "threshold", "min_steps", "max_steps")
 
@@ -62,6 +63,7 @@ class Jobs:
     def __init__(self, backend: Backend, store: Store):
         self.backend, self.store = backend, store
         self.stopping = False
+        self.decoding = asyncio.Semaphore(MAX_DECODES)
         self._active: dict[str, ActiveJob] = {}
         self._wake = asyncio.Event()
         self._transition_lock = asyncio.Lock()  # keeps a job's row and `_active` consistent

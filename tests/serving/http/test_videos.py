@@ -171,3 +171,32 @@ def test_the_loop_is_left_in_peace_by_a_large_picture(fresh, monkeypatch):
     monkeypatch.setattr(image, "decode", lambda *args: seen.append(threading.current_thread().name) or real(*args))
     assert ask(fresh, input_reference=base64.b64encode(png(PICTURE)).decode()).status_code == 200
     assert len(seen) == 1 and "asyncio" in seen[0]
+
+
+def test_only_so_many_pictures_are_decoded_at_once(fresh, monkeypatch):
+    """Eight requests at a time; a decode ends only when no other can begin any more."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dsa_engine.serving.jobs.queue import MAX_DECODES
+
+    lock, now, most, full = threading.Lock(), 0, 0, threading.Event()
+    real = image.decode
+
+    def counted(*args):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+            if now > MAX_DECODES:
+                full.set()
+        full.wait(0.2)
+        with lock:
+            now -= 1
+        return real(*args)
+
+    monkeypatch.setattr(image, "decode", counted)
+    picture = base64.b64encode(png(PICTURE)).decode()
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda _: ask(fresh, input_reference=picture).status_code, range(8)))
+    assert answers == [200] * 8 and most == MAX_DECODES and not full.is_set()

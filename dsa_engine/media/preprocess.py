@@ -20,8 +20,8 @@ def to_video_tensor(name: str, given: Any, batch: int, size: tuple[int, int]) ->
     """An `image` or a `video` as float32 [batch, T, 3, H, W] in [0, 1], T = 1 for an image.
 
     One serves all prompts; with an axis more there is one for each. Other sizes than (H, W) are cut in the middle to
-    its aspect and scaled, antialiased; 8-bit frames stay 8-bit. Frames are scaled one by one, so what was given and what is
-    returned are all that is in memory. A PIL image is turned upright by its EXIF.
+    its aspect and scaled, antialiased; 8-bit frames stay 8-bit. Frames are scaled one by one, so what was given and
+    what is returned are all that is in memory. A PIL image is turned upright by its EXIF.
 
     Raises ValueError with what is accepted.
     """

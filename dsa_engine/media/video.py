@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from math import ceil
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -136,7 +136,7 @@ def _slot(index: int, fps: float) -> Fraction:
 
 
 def _cover(frame: VideoFrame, height: int, width: int, aspect: Fraction) -> np.ndarray:
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     orientation = UPRIGHT if matrix is None else Orientation.from_display_matrix(bytes(matrix))
     h, w = (width, height) if orientation.transpose else (height, width)
     left, top, right, bottom = geometry.cover_box((frame.height, frame.width), (h, w), aspect)

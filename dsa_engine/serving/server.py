@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable
 import uvicorn
 
 from dsa_engine.pipeline import Pipeline
+from dsa_engine.serving.http import protocol
 from dsa_engine.serving.http.app import create_app
+from dsa_engine.serving.http.auth import redacted_logs
 from dsa_engine.serving.settings import Settings, WorkerLimits
 from dsa_engine.serving.worker.in_process import LocalBackend
 from dsa_engine.serving.worker.worker import Worker
@@ -37,12 +39,14 @@ def run(
         OSError: the address is not available.
         ValueError: limits or a data folder that are not possible.
     """
-    with at or bind(settings) as sock:
+    with redacted_logs(settings.token), at or bind(settings) as sock:
         backend = LocalBackend(Worker(pipe, limits), settings.grace)
         app = create_app(backend, settings, jobs=limits.max_jobs > 0)
         backend.worker.observers.append(app.state.metrics.observe)
         config = uvicorn.Config(
             app,
+            http=protocol.limited(settings.header_timeout),
+            h11_max_incomplete_event_size=settings.max_header,
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
             log_config=None,
             access_log=False,

@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,10 +19,16 @@ from dsa_engine.checkpoints.families import FAMILIES
 from dsa_engine.checks import check_int
 from dsa_engine.models.fp8 import QUANTIZATIONS
 from dsa_engine.pipeline import Pipeline
+from dsa_engine.serving import origins
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+MIN_BODY_RATE = 4096  # bytes a second
+ABOVE_0 = (
+    *("max_body", "max_header", "max_prompt", "max_frames", "max_client_jobs", "max_client_streams"),
+    *("header_timeout", "body_timeout", "start_timeout", "grace"),
+)
 
 
 def flag(
@@ -138,7 +145,7 @@ class Settings:
     )
     origins: tuple[str, ...] = flag(
         (),
-        "another page that may use the API, e.g. https://example.com; repeatable",
+        "another page that may use the API, and a name of this server, e.g. https://example.com; repeatable",
         name="origin",
         old=("--origins",),
         metavar="URL",
@@ -147,17 +154,46 @@ class Settings:
     max_body: int = 16 * 2**20  # of a request, in bytes
     max_prompt: int = 4096  # in characters
     max_frames: int = 2000  # of a job, in pixel frames
+    max_header: int = 32 * 2**10  # of a request, in bytes
+    header_timeout: float = 10.0  # seconds until a connection must have sent a request's header
+    body_timeout: float = 30.0  # seconds for a body; longer for one that comes faster than `MIN_BODY_RATE`
     start_timeout: float = 10.0  # seconds until a WebSocket must have sent session.start
+    max_client_jobs: int = flag(500, "queued jobs of one client address", int, metavar="N")
+    max_client_streams: int = flag(
+        16, "live connections of one client address; those of this machine are not counted", int, metavar="N"
+    )
     grace: float = 3.0  # seconds that running chunks get when the server stops
 
     def __post_init__(self):
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port}: must be from 0 (any that is free) to 65535")
-        if self.token is not None and not self.token.strip():
-            raise ValueError("token='': must not be empty; leave it out for a server without one")
-        for name in ("max_body", "max_prompt", "max_frames", "start_timeout", "grace"):
+        if self.token is not None:
+            check_token(self.token)
+        origins.listed(self.origins)  # raises for what is none
+        for name in ABOVE_0:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be above 0")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The origins, as browsers send them."""
+        return origins.listed(self.origins)
+
+
+def check_token(token: str) -> None:
+    """Raises ValueError for a token that no client could send, without repeating it."""
+    if not token.strip():
+        raise ValueError(
+            "token='': must not be empty; leave out --token and unset DSA_TOKEN for a server that is open to everybody"
+        )
+    blanks = len(token) - len(token.strip())
+    if blanks:
+        raise ValueError(
+            f"token: {blanks} of its {len(token)} characters are blanks or line ends at its ends, which no client can "
+            "send; leave them out"
+        )
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in token):
+        raise ValueError(f"token: of its {len(token)} characters some are control characters; leave them out")
 
 
 @dataclass(frozen=True)
@@ -223,7 +259,8 @@ class ServerOptions:
     @classmethod
     def parse(cls, args: argparse.Namespace) -> ServerOptions:
         """Raises ValueError for values out of range."""
-        args.token = args.token or os.environ.get("DSA_TOKEN") or None
+        if args.token is None:  # an empty variable is a mistake, not a server that is open
+            args.token = os.environ.get("DSA_TOKEN")
         return replace(from_args(cls, args), fit=args.max_sessions is args.max_jobs is None)
 
     def load(self) -> tuple[Pipeline, WorkerLimits]:

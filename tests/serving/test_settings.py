@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from dsa_engine.serving.settings import ServerOptions, WorkerLimits, add_flags
+from dsa_engine.serving.settings import ServerOptions, Settings, WorkerLimits, add_flags
 
 
 def parse(cls, *argv):
@@ -61,3 +61,40 @@ def test_every_option_of_a_server_is_one_on_ray(options):
 def test_limits_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         WorkerLimits(**wrong)
+
+
+@pytest.mark.parametrize("given", ["", " ", "\n"])
+def test_an_empty_token_is_no_open_server(options, given, monkeypatch):
+    monkeypatch.setenv("DSA_TOKEN", given)
+    with pytest.raises(ValueError, match="token='': must not be empty"):
+        parse(options)
+    monkeypatch.delenv("DSA_TOKEN")
+    with pytest.raises(ValueError, match="token='': must not be empty"):
+        parse(options, f"--token={given}")
+    assert parse(options).settings.token is None
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("secret\n", "1 of its 7 characters are blanks or line ends"),
+        (" secret\r\n", "3 of its 9 characters"),
+        ("sec\nret", "control characters"),
+        ("sec\0ret", "control characters"),
+    ],
+)
+def test_a_token_that_nobody_can_send_is_refused_and_not_shown(given, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Settings(token=given)
+    assert "sec" not in str(error.value)
+
+
+def test_the_token_of_the_environment_is_used(options, monkeypatch):
+    monkeypatch.setenv("DSA_TOKEN", "one")
+    assert parse(options).settings.token == "one" and parse(options, "--token", "two").settings.token == "two"
+
+
+@pytest.mark.parametrize("wrong", [{"max_header": 0}, {"body_timeout": 0.0}, {"max_client_jobs": 0}])
+def test_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)

@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from dsa_engine.serving.http import auth, realtime, schemas, videos
+from dsa_engine.serving import origins
+from dsa_engine.serving.http import auth, realtime, requests, schemas, videos
 from dsa_engine.serving.http.prometheus import Metrics
 from dsa_engine.serving.http.schemas import Refusal
 from dsa_engine.serving.jobs.queue import Jobs
@@ -37,6 +38,7 @@ CODES = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
+    408: "timeout",
     409: "not_ready",
     413: "too_large",
     415: "unsupported_media_type",
@@ -101,15 +103,24 @@ def create_app(backend: Backend, settings: Settings | None = None, jobs: bool = 
     app.include_router(health)
     app.include_router(realtime.router(backend, settings))
     app.include_router(page(PAGE))
-    app.add_middleware(auth.BodyLimit, max_bytes=settings.max_body)
+    app.add_middleware(requests.BodyLimit, max_bytes=settings.max_body, timeout=settings.body_timeout)
     if settings.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(settings.origins),
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_origins=list(settings.allowed),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
+            expose_headers=[requests.REQUEST_ID],
         )
+    for middleware in (requests.HeadAsGet, auth.TokenFromQuery, requests.RequestId):  # the last one is the outermost
+        app.add_middleware(middleware)
     answer_errors(app)
+    if settings.token is None and not origins.is_local(settings.host):
+        logger.warning(
+            "listening at %s without a token: whoever reaches this machine may use the server; --token or DSA_TOKEN "
+            "asks for one",
+            settings.host,
+        )
     return app
 
 
@@ -120,9 +131,9 @@ def guards(settings: Settings) -> list[Any]:
 
 def _check_origin(request: Request) -> None:
     """CORS is not enough: a browser sends some requests of any page, and only hides the answer from it."""
-    headers = request.headers
-    if not auth.origin_allowed(headers.get("origin"), headers.get("host"), request.app.state.settings.origins):
-        raise HTTPException(403, f"origin {headers['origin']!r}: a page of another host may not use this server")
+    words = auth.refused(request.headers, request.app.state.settings)
+    if words is not None:
+        raise HTTPException(403, words)
 
 
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
@@ -179,13 +190,13 @@ def page(folder: Path) -> APIRouter:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = "/" + path.relative_to(folder).as_posix()
         for address in (name, "/") if name == "/index.html" else (name,):
-            routes.add_api_route(address, _file(path), methods=["GET", "HEAD"])
+            routes.add_api_route(address, _file(path), methods=["GET"])
     return routes
 
 
 def _file(path: Path):
     async def send() -> FileResponse:
-        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+        return FileResponse(path, headers={"Cache-Control": "no-cache", "Referrer-Policy": "no-referrer"})
 
     return send
 
@@ -224,15 +235,17 @@ def answer_errors(app: FastAPI) -> None:
         return failure(400, "the request did not come whole")  # nobody reads this answer; not a fault of the server
 
     @app.exception_handler(Exception)
-    async def broken(_, error: Exception) -> JSONResponse:
-        return failure(500, "the server made a mistake; its log says which")
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        headers = {requests.REQUEST_ID: request.state.request_id}  # this answer is made outside of the middleware
+        return failure(500, "the server made a mistake; its log says which", headers=headers)
 
 
 def allowed(request: Request) -> list[str]:
     """The methods of a path, over all its routes: the router reports those of the first only."""
-    scopes = {method: {**request.scope, "method": method} for method in ("GET", "HEAD", "POST", "DELETE")}
+    scopes = {method: {**request.scope, "method": method} for method in ("GET", "POST", "DELETE")}
     routes = request.app.routes
-    return [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
+    found = [name for name, scope in scopes.items() if any(r.matches(scope)[0] is Match.FULL for r in routes)]
+    return ["GET", "HEAD", *found[1:]] if "GET" in found else found  # `HeadAsGet`
 
 
 def failure(

@@ -6,17 +6,19 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Response, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from fastapi.responses import PlainTextResponse
 
 from dsa_engine.media import stream_encoders
 from dsa_engine.media.stream_encoders import Encoder, Payload
-from dsa_engine.serving import types
+from dsa_engine.serving import origins, types
 from dsa_engine.serving.http import auth, realtime_schemas
 from dsa_engine.serving.http.realtime_schemas import Error, Invalid
 from dsa_engine.serving.settings import Settings
@@ -39,6 +41,7 @@ CODES = {"done": NORMAL, "stopped": NORMAL, "shutdown": GOING_AWAY, "idle": POLI
 def router(backend: Backend, settings: Settings, send_timeout: float = SEND_TIMEOUT_S) -> APIRouter:
     """The route, with the encoder threads, which end with the app."""
     pool = ThreadPoolExecutor(ENCODER_THREADS, thread_name_prefix="dsa-engine-encoder")
+    connected: Counter[str] = Counter()  # of each client's address
 
     @asynccontextmanager
     async def lifespan(_) -> AsyncIterator[None]:
@@ -49,29 +52,40 @@ def router(backend: Backend, settings: Settings, send_timeout: float = SEND_TIME
 
     @routes.websocket(PATH)
     async def realtime(socket: WebSocket) -> None:
-        status = refusal(socket, settings)
-        if status is None:
-            await socket.accept()
-            await RealtimeConnection(socket, backend, settings, pool, send_timeout).run()
+        client = socket.client.host if socket.client else ""
+        refused = refusal(socket, settings) or (
+            (429, f"{connected[client]} connections of this address are open, which is the most; close one first")
+            if connected[client] >= settings.max_client_streams and not origins.is_local(client)
+            else None
+        )
+        if refused is None:
+            connected[client] += 1
+            try:
+                offered = socket.scope.get("subprotocols", ())
+                await socket.accept(auth.PROTOCOL if auth.PROTOCOL in offered else None)
+                await RealtimeConnection(socket, backend, settings, pool, send_timeout).run()
+            finally:
+                connected[client] -= 1
+                if not connected[client]:
+                    del connected[client]
         elif "websocket.http.response" in socket.scope.get("extensions", {}):
-            await socket.send_denial_response(Response(status_code=status))
+            await socket.send_denial_response(PlainTextResponse(refused[1], refused[0]))
         else:
             await socket.close(POLICY)
 
     return routes
 
 
-def refusal(socket: WebSocket, settings: Settings) -> int | None:
-    """The HTTP status that refuses a client, None if it is admitted: 403 for a page of another host that is not in
-    `settings.origins` (browsers open a WebSocket without a CORS check), 401 for a wrong token. Browsers cannot set the
-    header, so they send the token in the query."""
-    headers = socket.headers
-    if not auth.origin_allowed(headers.get("origin"), headers.get("host"), settings.origins):
-        return 403
-    kind, _, given = headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer":
-        given = socket.query_params.get("token", "").encode().decode("latin-1")  # as it would be in a header
-    return None if auth.token_matches(settings.token, given) else 401
+def refusal(socket: WebSocket, settings: Settings) -> tuple[int, str] | None:
+    """The HTTP status that refuses a client and why, None if it is admitted: 403 for a page of another host that is not
+    in `settings.origins` (browsers open a WebSocket without a CORS check) and for a foreign Host, 401 for a wrong
+    token."""
+    words = auth.refused(socket.headers, settings)
+    if words is not None:
+        return 403, words
+    if auth.token_matches(settings.token, auth.websocket_token(socket)):
+        return None
+    return 401, "a token is needed: as a bearer token, or of a page in a subprotocol"
 
 
 class ConnectionClosed(Exception):

@@ -8,7 +8,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
@@ -16,6 +16,7 @@ from starlette.datastructures import UploadFile
 
 from dsa_engine.media import image
 from dsa_engine.serving.http import schemas
+from dsa_engine.serving.http.requests import HEAD
 from dsa_engine.serving.http.schemas import CreateVideo, Refusal, Video
 from dsa_engine.serving.jobs.queue import Jobs
 from dsa_engine.serving.jobs.store import ID, Job
@@ -115,7 +116,7 @@ async def delete(job: Found, jobs: JobQueue) -> schemas.Deleted:
 
 
 @routes.get("/{id}/content", response_class=FileResponse, responses={**CONTENT, **errors(404, 409, 422)})
-async def content(job: Found, jobs: JobQueue, variant: Literal["video"] = "video") -> FileResponse:
+async def content(request: Request, job: Found, jobs: JobQueue, variant: Literal["video"] = "video") -> Response:
     """The video, once the job is completed."""
     if job.status != "completed":
         raise HTTPException(409, f"video {job.id} is {job.status}: there is no file until it is completed")
@@ -124,7 +125,12 @@ async def content(job: Found, jobs: JobQueue, variant: Literal["video"] = "video
         stat = await asyncio.to_thread(os.stat, path)
     except FileNotFoundError:
         raise HTTPException(404, f"the file of video {job.id} is gone from the server's folder") from None
-    return FileResponse(path, media_type="video/mp4", filename=path.name, stat_result=stat)
+    response = FileResponse(path, media_type="video/mp4", filename=path.name, stat_result=stat)
+    if HEAD not in request.scope:
+        return response
+    bare = Response()  # nothing is read of the file
+    bare.raw_headers = response.raw_headers
+    return bare
 
 
 def missing(id: str | None) -> HTTPException:

@@ -80,10 +80,10 @@ def test_what_there_is_not_is_not_found_in_our_form(client):
         refused(client.post(path), 404)
     answer = client.put("/v1/videos")
     refused(answer, 405)
-    assert answer.headers["allow"] == "GET, POST"
+    assert answer.headers["allow"] == "GET, HEAD, POST"
     answer = client.put(f"/v1/videos/{ID}")
     refused(answer, 405)
-    assert answer.headers["allow"] == "GET, DELETE"
+    assert answer.headers["allow"] == "GET, HEAD, DELETE"
 
 
 def test_every_file_of_the_page_has_its_address(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def served(folder, jobs=True, card=CARD, **options):
     backend = FakeBackend(card)
     app = create_app(backend, Settings(data=folder, **options), jobs=jobs)
     backend.observers.append(app.state.metrics.observe)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         client.backend = backend
         yield client
 

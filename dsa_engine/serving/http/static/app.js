@@ -3,6 +3,7 @@
 import { Chart, words } from "./chart.js";
 import { CanvasPlayer, MsePlayer, Source } from "./player.js";
 import { Recording } from "./recording.js";
+import { remember, subprotocols, tokenFrom } from "./token.js";
 
 const PING_MS = 10_000; // between keepalives
 const RECENT = 24; // chunks that the statistics cover
@@ -11,7 +12,7 @@ const $ = (id) => document.getElementById(id);
 const here = new URL(location.href);
 const show = (node, visible) => (node.hidden = !visible);
 
-let token = here.searchParams.get("token");
+let token = tokenFrom(here);
 let model = null;
 let stream = null; // the current one, or the last
 let recording = null;
@@ -24,6 +25,7 @@ async function askModel() {
   try {
     const answer = await fetch("v1/models", { headers: token ? { Authorization: `Bearer ${token}` } : {} });
     show($("token-form"), answer.status === 401);
+    remember(token, answer.status !== 401);
     if (answer.status === 401) {
       $("model").textContent = "Locked";
       if (token) problem("That token is not the right one.", false);
@@ -158,8 +160,8 @@ class Stream {
   connect() {
     const address = new URL("v1/realtime/video", here);
     address.protocol = address.protocol.replace("http", "ws");
-    address.search = token ? `?token=${encodeURIComponent(token)}` : "";
-    this.socket = new WebSocket(address);
+    address.search = "";
+    this.socket = new WebSocket(address, subprotocols(token));
     this.socket.binaryType = "arraybuffer";
     this.socket.onopen = () => {
       const threshold = { confidence_threshold: Number($("threshold").value) };

@@ -331,9 +331,17 @@ def _plain_reason(path: Path, error: Exception) -> str:
         return f"it needs {foreign[1]}, which is not a tensor; save its tensors alone, best as .safetensors"
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
-    if is_archive and not zipfile.is_zipfile(path):
+    if is_archive and not _is_whole_archive(path):
         return "it is cut off or damaged; copy or download it again"
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _is_whole_archive(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path):
+            return True
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def _unpickle(path: Path, keys: tuple[str, ...], device: str) -> tuple[str | None, dict[str, Tensor]]:

@@ -255,9 +255,14 @@ class Pipeline(LoadedModel):
         seed: int = 0,
         image: Any = None,
     ) -> None:
-        """Raises the ValueError that `session` would raise for these arguments, without opening one."""
+        """Raises the ValueError that `session` would raise for these arguments, without opening one or encoding the
+        image."""
         check_seed(seed)
         self.engine.encode([prompt])
+        if image is not None:
+            size = self._size(height, width)
+            pixels = pipeline_inputs.given_pixels(self.engine, "image", image, 1, size, self.fps)
+            image = EncodedVideo(pixels, frames=1)  # only its length is looked at
         self._session_clip(height, width, num_frames, image)
 
     def _session_clip(

@@ -104,6 +104,16 @@ def test_python_takes_the_same_files(model, tmp_path, encoded):
             pipe(PROMPT, image="none.png")
 
 
+def test_a_check_encodes_nothing(model, encoded):
+    """A server checks a request before it queues it."""
+    with Pipeline.from_pretrained(model, device="cpu") as pipe:
+        pipe.check_session(PROMPT, num_frames=4, image=quadrants(32, 32))
+        for frames, image, word in ((5, quadrants(32, 32), "nearest is 4"), (4, quadrants(32, 32) * 1.0, "0 to 220")):
+            with pytest.raises(ValueError, match=word):
+                pipe.check_session(PROMPT, num_frames=frames, image=image)
+    assert not encoded
+
+
 @pytest.mark.parametrize("flag, name", [("--image", "text.png"), ("--image", "cut.jpg"), ("--video", "text.mp4")])
 def test_an_error_is_one_sentence_with_the_files_name(run, tmp_path, flag, name):
     (tmp_path / name).write_text("a text" * 100)

@@ -8,6 +8,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
@@ -75,6 +76,8 @@ async def create(request: Request, jobs: JobQueue) -> Video:
         body, data = await read(request, settings)
         stream_request = body.to_request(card, settings, has_image=data is not None)
         if data is not None:
+            blank = np.zeros((card.height, card.width, 3), np.uint8)  # all else is checked before a picture is decoded
+            await jobs.backend.check(dataclasses.replace(stream_request, image=blank))
             async with jobs.decoding:
                 decoded = await asyncio.to_thread(image.decode, data, card.height, card.width)
             stream_request = dataclasses.replace(stream_request, image=decoded)

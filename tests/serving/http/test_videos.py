@@ -96,7 +96,9 @@ def test_a_picture_to_begin_with(fresh, kind):
     else:
         answer = ask(fresh, input_reference=url if kind == "data URL" else text)
     assert answer.status_code == 200, answer.text
-    assert (seen[0].image == PICTURE).all() and seen[0].num_frames == answer.json()["num_frames"] == 13
+    blank, order = seen  # all but the picture is checked first
+    assert blank.image.shape == order.image.shape and (order.image == PICTURE).all()
+    assert blank.num_frames == order.num_frames == answer.json()["num_frames"] == 13
     done = finished(fresh, answer.json()["id"])
     assert done["status"] == "completed" and len(fresh.get(done["url"]).content) > 500
 
@@ -200,3 +202,10 @@ def test_only_so_many_pictures_are_decoded_at_once(fresh, monkeypatch):
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(lambda _: ask(fresh, input_reference=picture).status_code, range(8)))
     assert answers == [200] * 8 and most == MAX_DECODES and not full.is_set()
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": "impossible"}, {"size": "64x64"}, {"num_frames": 12}])
+def test_all_else_is_checked_before_a_picture_is_decoded(fresh, monkeypatch, wrong):
+    monkeypatch.setattr(image, "decode", lambda *_: pytest.fail("it was decoded"))
+    body = {"input_reference": base64.b64encode(png(PICTURE)).decode(), **wrong}
+    refused(ask(fresh, **body), 400, next(iter(wrong)))

@@ -177,8 +177,10 @@ def _dit_kind(path: Path, weights: Path, sizes: Mapping[str, Any]) -> tuple[str,
 
 def _is_models(values: Mapping[str, Any]) -> bool:
     """Whether a config.json is a model's of Wan, diffusers or this project: other tools write that name too."""
-    keys = {"format", "model", "dim", "ffn_dim", "attention_head_dim", *ROLLOUT_KEYS}
+    keys = {"model", "dim", "ffn_dim", "attention_head_dim", *ROLLOUT_KEYS}
     name = str(values.get("_class_name") or "Wan")
+    if str(values.get("format")).startswith(ENGINE_FORMAT):
+        return True
     return "Wan" in name and (not keys.isdisjoint(values) or "_class_name" in values)
 
 

@@ -35,7 +35,7 @@ POOLED = {"kind": PooledHead.kind}  # what a file that names no head has: `Confi
 def is_model_folder(path: Path) -> bool:
     """Whether a folder has a config.json of this project's format, of any version."""
     config = path / "config.json"
-    return config.is_file() and "format" in read_json(config)
+    return config.is_file() and str(read_json(config).get("format")).startswith(ENGINE_FORMAT)
 
 
 def load_model_folder(folder: Path, device: torch.device | str, dtype: torch.dtype) -> ModelComponents:

@@ -121,6 +121,7 @@ def test_hidden_files_are_not_looked_at(tmp_path, weights):
     "config",
     [
         {"editor": "theme", "version": 3},
+        {"format": "onnx", "opset": 17},
         {"architectures": ["UMT5EncoderModel"], "d_model": 4096, "num_heads": 64, "num_layers": 24},
         {"_class_name": "FluxTransformer2DModel", "num_attention_heads": 24, "attention_head_dim": 128},
         {},
@@ -131,6 +132,7 @@ def test_another_tools_config_is_passed_over_with_a_warning(tmp_path, weights, c
     (tmp_path / "config.json").write_text(json.dumps(config))
     with caplog.at_level(logging.WARNING):
         assert load_dit(tmp_path / "w.safetensors").config == SMALL
+        assert load_components(tmp_path).dit.config == SMALL
     assert f"{tmp_path / 'config.json'}: no config of a Wan model, passed over" in caplog.text
 
 

@@ -155,6 +155,16 @@ async def models(request: Request) -> schemas.ModelList:
     return schemas.ModelList(data=[schemas.Model.of(state.service.backend.card, state.started)])
 
 
+@routes.get("/v1/models/{model}", responses=videos.errors(404))
+async def model(model: str, request: Request) -> schemas.Model:
+    """One model by its name."""
+    state = request.app.state
+    card = state.service.backend.card
+    if model != card.name:
+        raise HTTPException(404, f"there is no model {model!r}; this server has {card.name!r}")
+    return schemas.Model.of(card, state.started)
+
+
 METRICS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 }
@@ -212,6 +222,9 @@ def answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_, error: RequestValidationError) -> JSONResponse:
         errors = error.errors()
+        unknown = [_field(e["loc"]) for e in errors if e["type"] == "extra_forbidden"]
+        if unknown:  # as OpenAI answers
+            return failure(400, f"Unknown parameter: {unknown[0]!r}.", unknown[0], code="unknown_parameter")
         names = [_field(e["loc"]) for e in errors]
         words = [f"{name}: {e['msg']}" for name, e in zip(names, errors)]
         return failure(422, "; ".join(words[:5]), names[0] if names else None)
@@ -249,10 +262,14 @@ def allowed(request: Request) -> list[str]:
 
 
 def failure(
-    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    message: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    code: str | None = None,
 ) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    detail = schemas.ErrorDetail(message=message, type=kind, code=CODES.get(status, "error"), param=param)
+    detail = schemas.ErrorDetail(message=message, type=kind, code=code or CODES.get(status, "error"), param=param)
     return JSONResponse(schemas.Error(error=detail).model_dump(), status, headers)
 
 

@@ -11,7 +11,7 @@ import math
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dsa_engine.media.stream_encoders import FORMATS
 from dsa_engine.serving.types import ModelCard, StreamRequest
@@ -19,8 +19,15 @@ from dsa_engine.serving.types import ModelCard, StreamRequest
 MAX_SHOWN = 60  # characters of a wrong value in an error message
 
 Id = Annotated[str, Field(min_length=1, max_length=128)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
+# 2.0 is an integer in JSON Schema, if not in Python
+Integral = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+Count = Annotated[int, Field(ge=1, le=2**31), Integral]
 Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def IfNull(default: Any) -> BeforeValidator:  # noqa: N802 reads as a type
+    """null is as if the field were left out."""
+    return BeforeValidator(lambda value: default if value is None else value)
 
 
 class Invalid(ValueError):
@@ -43,16 +50,24 @@ class Start(ClientMessage):
     type: Literal["session.start"]
     prompt: str
     model: str | None = None
-    format: str = "m4s"
-    width: int | None = None
-    height: int | None = None
+    format: Annotated[str, IfNull("m4s")] = "m4s"
+    width: Annotated[int, Integral] | None = None
+    height: Annotated[int, Integral] | None = None
     fps: Annotated[float | None, Field(allow_inf_nan=False)] = None
     num_frames: Count | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64), Integral, IfNull(0)] = 0
     step_policy: Annotated[str, Field(max_length=1000)] | None = None
     confidence_threshold: Unit | None = None
     min_steps: Count | None = None
     max_steps: Count | None = None
+    # Of vLLM-Omni's and the jobs API's requests. What is neutral for a distilled model is taken, all else refused.
+    size: str | None = None  # width x height; only the model's own
+    num_inference_steps: Count | None = None  # as max_steps
+    guidance_scale: Annotated[float | None, Field(allow_inf_nan=False)] = None
+    negative_prompt: str | None = None
+    extra_params: dict[str, Any] | None = None
+    sampling_params: dict[str, Any] | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None  # not used
 
     def to_request(self) -> StreamRequest:
         return StreamRequest(
@@ -62,7 +77,7 @@ class Start(ClientMessage):
             steps=self.step_policy,
             threshold=self.confidence_threshold,
             min_steps=self.min_steps,
-            max_steps=self.max_steps,
+            max_steps=min((n for n in (self.max_steps, self.num_inference_steps) if n is not None), default=None),
         )
 
 
@@ -136,6 +151,19 @@ def check(start: Start, card: ModelCard, max_prompt: int) -> None:
             raise Invalid(
                 code, f"{name}={abbreviate(given)}: this server's is {abbreviate(legal)}; leave it out or give that"
             )
+    size = f"{card.width}x{card.height}"
+    if start.size not in (None, size):
+        raise Invalid("invalid_value", f"size={abbreviate(start.size)}: this server's is {size!r}; leave it out")
+    neutral = {"guidance_scale": 1.0, "negative_prompt": "", "extra_params": {}, "sampling_params": {}}
+    for name, value in neutral.items():
+        given = getattr(start, name)
+        if given is not None and given != value:
+            words = f"{name}={abbreviate(given)}: the guidance is built into the model; must be {value!r} or left out"
+            if isinstance(value, dict):
+                words = (
+                    f"{name} of {', '.join(map(repr, list(given)[:3]))}: knows no such names; must be empty or left out"
+                )
+            raise Invalid("invalid_value", words)
     check_prompt(start.prompt, max_prompt)
 
 

@@ -24,6 +24,14 @@ class Refusal(ValueError):
         self.param = param
 
 
+class ImageReference(BaseModel):
+    """OpenAI's form of a picture; only a data URL, for the server fetches nothing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_url: str
+
+
 class CreateVideo(BaseModel):
     """A job. Fields that are omitted or null take the model's own values."""
 
@@ -43,8 +51,9 @@ class CreateVideo(BaseModel):
     num_inference_steps: Count | None = Field(None, description="the most denoising steps that a chunk may take")
     guidance_scale: float | None = Field(None, description="only 1: the guidance is built into the model")
     negative_prompt: str | None = Field(None, description="not possible: the guidance is built into the model")
-    input_reference: str | None = Field(
-        None, description="the first frame: a data URL or base64, or a file of multipart/form-data"
+    input_reference: str | ImageReference | None = Field(
+        None,
+        description='the first frame: a data URL or base64, {"image_url": data URL}, or a file of multipart/form-data',
     )
     reference_url: str | None = Field(None, description="not possible: the server fetches nothing")
     step_policy: str | None = Field(
@@ -89,7 +98,7 @@ class CreateVideo(BaseModel):
                 "fps", f"={self.fps:g}: the model makes {card.fps:g} frames per second; nearest is {card.fps:g}"
             )
         for name in ("guidance_scale", "negative_prompt"):
-            if getattr(self, name) not in (None, 1.0):
+            if getattr(self, name) not in (None, 1.0, ""):
                 raise Refusal(
                     name,
                     ": a distilled few-step model has its guidance built in; only guidance_scale=1 without a negative "
@@ -130,6 +139,14 @@ class CreateVideo(BaseModel):
         return near
 
 
+class RemixVideo(BaseModel):
+    """Another prompt on a video's seed and settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(min_length=1)
+
+
 class JobError(BaseModel):
     code: str
     message: str
@@ -146,6 +163,7 @@ class Video(BaseModel):
     progress: int = Field(ge=0, le=100)
     created_at: int
     completed_at: int | None
+    expires_at: int | None = None  # videos are kept until they are deleted
     prompt: str
     size: str
     seconds: str
@@ -253,9 +271,14 @@ class Error(BaseModel):
 def request_schema(form: bool) -> dict[str, Any]:
     """JSON schema of `CreateVideo`; form: for multipart/form-data, which has files and no null."""
     schema = CreateVideo.model_json_schema()
+    parts = schema.pop("$defs")  # a reference to them leads nowhere in the whole document
+    for field in schema["properties"].values():
+        for kind in field.get("anyOf", ()):
+            if "$ref" in kind:
+                kind.update(parts[kind.pop("$ref").rpartition("/")[2]])
     if form:
         for name, field in schema["properties"].items():
-            kinds = [kind for kind in field.pop("anyOf", ()) if kind != {"type": "null"}]
+            kinds = [kind for kind in field.pop("anyOf", ()) if kind["type"] not in ("null", "object")]
             field.update(kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
             field.pop("default", None)
             if name == "input_reference":

@@ -9,7 +9,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from dsa_engine.serving.http.schemas import CreateVideo, Refusal, Video
 from dsa_engine.serving.jobs.queue import Jobs
 from dsa_engine.serving.jobs.store import ID, Job
 from dsa_engine.serving.settings import Settings
+from dsa_engine.serving.types import StreamRequest
 
 FIELDS = 64  # of a form
 FORM, TEXT = "multipart/form-data", "application/json"
@@ -54,14 +55,19 @@ def _jobs(request: Request) -> Jobs:
 JobQueue = Annotated[Jobs, Depends(_jobs)]
 
 
-async def _found(id: Annotated[str, Path(pattern=ID)], jobs: JobQueue) -> Job:
-    job = await asyncio.to_thread(jobs.store.get, id)
+async def _found(id: str, jobs: JobQueue) -> Job:
+    job = await asyncio.to_thread(jobs.store.get, id)  # what is no id is not found either
     if job is None:
         raise missing(id)
     return job
 
 
 Found = Annotated[Job, Depends(_found)]
+
+
+def _client(request: Request) -> tuple[str, int]:
+    """The client's address, and how many jobs it may queue."""
+    return request.client.host if request.client else "", request.app.state.settings.max_client_jobs
 
 
 def as_video(job: Job, jobs: Jobs) -> Video:
@@ -81,7 +87,7 @@ async def create(request: Request, jobs: JobQueue) -> Video:
             async with jobs.decoding:
                 decoded = await asyncio.to_thread(image.decode, data, card.height, card.width)
             stream_request = dataclasses.replace(stream_request, image=decoded)
-        return as_video(await jobs.add(stream_request), jobs)
+        return as_video(await jobs.add(stream_request, *_client(request)), jobs)
     except ValidationError as error:  # a ValueError too, but it names fields
         raise RequestValidationError(error.errors()) from error
     except ValueError as error:
@@ -110,6 +116,20 @@ async def show(job: Found, jobs: JobQueue) -> Video:
     return as_video(job, jobs)
 
 
+@routes.post("/{id}/remix", responses=errors(400, 404, 413, 422, 429, 503, 507))
+async def remix(body: schemas.RemixVideo, job: Found, request: Request, jobs: JobQueue) -> Video:
+    """Another video of the same seed, length and settings, with another prompt."""
+    longest = request.app.state.settings.max_prompt
+    if len(body.prompt) > longest:
+        raise Refusal("prompt", f" of {len(body.prompt)} characters: at most {longest} are possible")
+    picture = await asyncio.to_thread(jobs.store.read_image, job.id) if job.picture else None
+    try:
+        again = StreamRequest(**{**job.request, "prompt": body.prompt}, image=picture, live=False)
+        return as_video(await jobs.add(again, *_client(request)), jobs)
+    except ValueError as error:
+        raise Refusal(None, str(error)) from error
+
+
 @routes.delete("/{id}", responses=errors(404, 422))
 async def delete(job: Found, jobs: JobQueue) -> schemas.Deleted:
     """Delete a job and its video; a running job is cancelled."""
@@ -136,6 +156,11 @@ async def content(request: Request, job: Found, jobs: JobQueue, variant: Literal
     return bare
 
 
+def picture_text(given: str | schemas.ImageReference) -> str:
+    """The data URL or base64 without the line ends that tools such as `base64` put in."""
+    return "".join((given if isinstance(given, str) else given.image_url).split())
+
+
 def missing(id: str | None) -> HTTPException:
     return HTTPException(404, f"there is no video {id!r}")
 
@@ -145,16 +170,20 @@ async def read(request: Request, settings: Settings) -> tuple[CreateVideo, bytes
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == TEXT:
         body = CreateVideo.model_validate_json(await request.body(), strict=True)
-        return body, None if body.input_reference is None else image.from_text(body.input_reference)
+        return body, None if body.input_reference is None else image.from_text(picture_text(body.input_reference))
     if kind != FORM:
         raise HTTPException(415, f"content-type {kind!r}: must be {TEXT} or {FORM}")
-    boundary = re.search(r'boundary="?([^";,\s]+)', request.headers["content-type"], re.IGNORECASE)
-    if boundary is None or f"--{boundary[1]}--".encode("latin-1") not in await request.body():
+    found = re.search(r'boundary=(?:"([^"]+)"|([^";,\s]+))', request.headers["content-type"], re.IGNORECASE)
+    boundary = "" if found is None else found[1] or found[2]
+    if not boundary or f"--{boundary}--".encode("latin-1") not in await request.body():
         raise Refusal(None, f"the {FORM} ends in the middle: its last boundary is not there")
     fields: dict[str, str] = {}
     data: bytes | None = None
     async with request.form(max_files=1, max_fields=FIELDS, max_part_size=settings.max_body) as form:
         for name, value in form.multi_items():
+            if value == "" and name != "prompt":  # what a page's form sends for a field that was left empty
+                continue
+            name = "input_reference" if name == "input_reference[image_url]" else name  # as OpenAI's SDKs write it
             if name in fields or (data is not None and name == "input_reference"):
                 raise Refusal(name, ": is there more than once")
             if not isinstance(value, UploadFile):
@@ -165,5 +194,5 @@ async def read(request: Request, settings: Settings) -> tuple[CreateVideo, bytes
                 raise Refusal(name, ": must be text, not a file")
     body = CreateVideo.model_validate_strings(fields)
     if body.input_reference is not None:
-        data = image.from_text(body.input_reference)
+        data = image.from_text(picture_text(body.input_reference))
     return body, data

@@ -65,6 +65,7 @@ class Jobs:
         self.stopping = False
         self.decoding = asyncio.Semaphore(MAX_DECODES)
         self._active: dict[str, ActiveJob] = {}
+        self._client_of: dict[str, str] = {}  # of queued jobs, since the start
         self._wake = asyncio.Event()
         self._transition_lock = asyncio.Lock()  # keeps a job's row and `_active` consistent
         self._feeder: asyncio.Task[None] | None = None
@@ -90,17 +91,31 @@ class Jobs:
             await asyncio.to_thread(self.store.update, id, status="queued")
         await asyncio.to_thread(self.store.close)
 
-    async def add(self, request: StreamRequest) -> Job:
-        """Queue a job. Raises Overloaded if too many are queued, ValueError for a request that is not possible."""
+    async def add(self, request: StreamRequest, client: str = "", most: int = MAX_QUEUED_JOBS) -> Job:
+        """Queue a job.
+
+        Args:
+            request: not live.
+            client: its address, and
+            most: how many of its jobs may be queued.
+
+        Raises:
+            Overloaded: too many are queued.
+            ValueError: a request that is not possible.
+        """
         if self.stopping:
             raise Overloaded("the server is stopping")
         await self.backend.check(request)
         queued = (await asyncio.to_thread(self.store.counts))["queued"]
         if queued >= MAX_QUEUED_JOBS:
             raise Overloaded(f"{queued} jobs are queued, no more are accepted; try again later")
+        own = sum(address == client for address in self._client_of.values())
+        if own >= most:
+            raise Overloaded(f"{own} jobs of this address are queued, which is the most; try again later")
         fields = {name: getattr(request, name) for name in STORED}
         card = self.backend.card
         job = await asyncio.to_thread(self.store.add, fields, card.name, card.fps, request.image)
+        self._client_of[job.id] = client
         self._wake.set()
         return job
 
@@ -110,6 +125,7 @@ class Jobs:
     async def delete(self, id: str) -> bool:
         """The job and its files, also while it runs. False if there is none."""
         async with self._transition_lock:
+            self._client_of.pop(id, None)
             active = self._active.get(id)
             if active is None:
                 return await asyncio.to_thread(self.store.delete, id)
@@ -138,6 +154,7 @@ class Jobs:
             job = None if self.stopping else await asyncio.to_thread(self.store.claim)
             if job is None:
                 return False
+            self._client_of.pop(job.id, None)
             active = self._active[job.id] = ActiveJob(job)
             active.task = asyncio.create_task(self._run(active))
         return True

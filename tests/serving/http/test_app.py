@@ -37,7 +37,7 @@ def test_a_stopping_server_says_so(fresh):
 
 
 def test_too_many_jobs_are_told_to_come_again(fresh, monkeypatch):
-    async def full(self, order):
+    async def full(self, order, *_):
         raise Overloaded("7 jobs are queued")
 
     monkeypatch.setattr("dsa_engine.serving.jobs.queue.Jobs.add", full)

@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    from dsa_engine.serving import server
+    try:
+        from dsa_engine.serving import server
+    except ModuleNotFoundError as error:
+        raise ImportError(f"serve needs the extra serving: pip install 'dsa-engine[serving]' ({error})") from error
 
     options = ServerOptions.parse(args)
     settings, model = options.settings, options.model.model

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import pytest
 
+from dsa_engine import cli
 from dsa_engine.serving.settings import ServerOptions, Settings, WorkerLimits, add_flags
 
 
@@ -98,3 +100,12 @@ def test_the_token_of_the_environment_is_used(options, monkeypatch):
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)
+
+
+def test_a_plain_install_is_told_what_serve_needs(monkeypatch, capsys):
+    for name in ("dsa_engine.serving.server", "dsa_engine.serving.http.app"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr("dsa_engine.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve", "--port", "0"]) == 2
+    assert "serve needs the extra serving: pip install 'dsa-engine[serving]'" in capsys.readouterr().err

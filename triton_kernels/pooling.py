@@ -8,6 +8,8 @@ tile's largest score until they are joined. `epilogue.py` takes its moments on i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -171,7 +173,9 @@ def weighted_kernel(
 
 
 @triton.jit
-def join_weighted_kernel(sums, scores, out, tiles, count, C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+def join_weighted_kernel(
+    sums, scores, out, out_frame, tiles, count, C: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
     """One query of one frame, a block of channels: the tiles' sums as one weighted mean."""
     frame, query = tl.program_id(0) // count, tl.program_id(0) % count
     col, tile = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, TILES)
@@ -183,32 +187,32 @@ def join_weighted_kernel(sums, scores, out, tiles, count, C: tl.constexpr, TILES
     total = tl.sum(
         tl.load(sums + (part + query)[:, None] * C + col[None, :], mask=inside, other=0.0) * share[:, None], 0
     )
-    tl.store(out + tl.program_id(0) * C + col, total / whole, mask=col < C)
+    tl.store(out + frame.to(tl.int64) * out_frame + query * C + col, total / whole, mask=col < C)
 
 
-def attention_pool(hidden: Tensor, queries: Tensor, frames: int, eps: float) -> Tensor:
-    hidden, queries = hidden.contiguous(), queries.contiguous()
-    batch, tokens, channels = hidden.shape
-    count, tiles = len(queries), triton.cdiv(tokens // frames, TILE)
-    sums = torch.empty(batch * frames, tiles, count, channels, dtype=torch.float32, device=hidden.device)
+def attention_pool(hidden: Sequence[Tensor], queries: Tensor, frames: int, eps: float) -> Tensor:
+    batch, tokens, channels = hidden[0].shape
+    count, tiles = queries.shape[1], triton.cdiv(tokens // frames, TILE)
+    sums = queries.new_empty(batch * frames, tiles, count, channels, dtype=torch.float32)
     scores = sums.new_empty(batch * frames, tiles, 2, count)
-    weighted_kernel[(tiles, batch * frames)](
-        hidden,
-        queries,
-        sums,
-        scores,
-        tokens // frames,
-        count,
-        eps,
-        channels,
-        TILE,
-        max(16, triton.next_power_of_2(count)),
-        block(hidden),
-    )
+    out = sums.new_empty(batch, frames, len(hidden), count, channels)
     padded = triton.next_power_of_2(tiles)
     width = max(16, min(128, 4096 // padded))
-    out = sums.new_empty(batch, frames, count, channels)
-    join_weighted_kernel[(batch * frames * count, triton.cdiv(channels, width))](
-        sums, scores, out, tiles, count, channels, padded, width
-    )
+    for block_index, (h, q) in enumerate(zip(hidden, queries)):
+        weighted_kernel[(tiles, batch * frames)](
+            h.contiguous(),
+            q.contiguous(),
+            sums,
+            scores,
+            tokens // frames,
+            count,
+            eps,
+            channels,
+            TILE,
+            max(16, triton.next_power_of_2(count)),
+            block(h),
+        )
+        join_weighted_kernel[(batch * frames * count, triton.cdiv(channels, width))](
+            sums, scores, out[:, :, block_index], out.stride(1), tiles, count, channels, padded, width
+        )
     return out

@@ -210,8 +210,8 @@ def linears(s: Sizes) -> list[Row]:
 
 
 def step_ops(s: Sizes) -> list[Row]:
-    """What a denoising step does besides its forward; `epilogue` pools by itself. A step with a `TokenHead` has three
-    `attention_pool` instead, after blocks of its forward."""
+    """What a denoising step does besides its forward; `epilogue` pools by itself. A step with a `TokenHead` has one
+    `attention_pool` of three blocks' tokens instead; the row is for one block."""
     tokens, per_frame, latents = s.T * s.C * BF16, s.F * s.C, s.F * s.config.in_dim * s.latent[0] * s.latent[1] * BF16
     hidden = s.C // 2
     weights = (s.patch * s.C + s.patch + hidden * 3 * s.C + hidden + hidden + 1) * BF16

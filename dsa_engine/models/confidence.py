@@ -147,9 +147,8 @@ class TokenHead(ConfidenceHead):
         return self._read_out(share.mT @ tokens)
 
     def forward(self, hidden: Sequence[Tensor], time: Tensor) -> Tensor:
-        pairs = zip(hidden, self.queries)
-        pooled = [ops.attention_pool(h, queries, time.shape[1], self.eps) for h, queries in pairs]
-        return self._read_out(torch.stack(pooled, dim=2).to(self.value.dtype))
+        pooled = ops.attention_pool(hidden, self.queries, time.shape[1], self.eps)
+        return self._read_out(pooled.to(self.value.dtype))
 
     def _read_out(self, pooled: Tensor) -> Tensor:
         """pooled [..., taps, TOKENS, dim] -> logits [...] float32."""

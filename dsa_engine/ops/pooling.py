@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from dsa_engine.ops.dispatch import resolve
@@ -25,29 +27,34 @@ def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     return resolve("pool_frames", hidden)(hidden, frames, eps)
 
 
-def attention_pool(hidden: Tensor, queries: Tensor, frames: int, eps: float) -> Tensor:
-    """Softmax-weighted means over a frame's tokens of n = LayerNorm(hidden):
+def attention_pool(hidden: Sequence[Tensor], queries: Tensor, frames: int, eps: float) -> Tensor:
+    """Softmax-weighted means over a frame's tokens of n = LayerNorm(hidden), of several blocks' tokens at once:
 
         out_q = sum_s softmax_s(queries_q . n_s) n_s
 
     Cross-attention of a query u to keys K n and values V n is V out_q with queries_q = K^T u / sqrt(E).
 
     Args:
-        hidden: [B, F * S, C].
-        queries: [Q, C].
+        hidden: [B, F * S, C] of each of N blocks.
+        queries: [N, Q, C], each block's own.
         frames: F.
         eps: Of the LayerNorm.
 
     Returns:
-        [B, F, Q, C] float32.
+        [B, F, N, Q, C] float32.
 
     Raises:
-        ValueError: The tokens do not divide into frames, or the queries are not as wide.
+        ValueError: The tokens do not divide into frames, or the queries are not as many or as wide.
     """
-    _check_frames("attention_pool", hidden, frames)
-    if queries.ndim != 2 or not len(queries) or queries.shape[1] != hidden.shape[2]:
-        raise ValueError(f"attention_pool: queries {list(queries.shape)} must be [Q, C] with C = {hidden.shape[2]}")
-    leading = queries if queries.requires_grad else hidden  # a gradient of either needs plain torch
+    for h in hidden:
+        _check_frames("attention_pool", h, frames)
+    fits = queries.ndim == 3 and queries.numel() and queries.shape[::2] == (len(hidden), hidden[0].shape[2])
+    if not fits or any(h.shape != hidden[0].shape for h in hidden):
+        raise ValueError(
+            f"attention_pool: queries {list(queries.shape)} must be [N, Q, C] for hidden "
+            f"{[list(h.shape) for h in hidden]} of N blocks, [B, T, C] each"
+        )
+    leading = queries if queries.requires_grad else hidden[0]  # a gradient of either needs plain torch
     return resolve("attention_pool", leading)(hidden, queries, frames, eps)
 
 

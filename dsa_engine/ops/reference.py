@@ -7,6 +7,7 @@ N cache slots. Formulas and contracts stand in the public functions of `ops/`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -185,9 +186,11 @@ def pool_frames(hidden: Tensor, frames: int, eps: float) -> Tensor:
     return torch.cat((mean.squeeze(2), variance.add_(eps).sqrt_()), dim=-1)
 
 
-def attention_pool(hidden: Tensor, queries: Tensor, frames: int, eps: float) -> Tensor:
-    y = F.layer_norm(hidden.float(), (hidden.shape[-1],), eps=eps).unflatten(1, (frames, -1))
-    return (y @ queries.float().T).softmax(dim=2).mT @ y
+def attention_pool(hidden: Sequence[Tensor], queries: Tensor, frames: int, eps: float) -> Tensor:
+    y = torch.stack(list(hidden), dim=1).float()  # [B, N, T, C]
+    y = F.layer_norm(y, (y.shape[-1],), eps=eps).unflatten(2, (frames, -1))
+    share = (y @ queries.float().mT[:, None]).softmax(dim=-2)
+    return (share.mT @ y).transpose(1, 2)
 
 
 def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:

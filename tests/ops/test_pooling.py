@@ -137,27 +137,37 @@ def cross_attended(hidden, tokens, key, value, frames):
 def test_pooling_with_k_q_is_cross_attention(batch, frames, tokens, channels, close):
     hidden = 2 + 5 * torch.randn(batch, frames * tokens, channels)
     learned, key, value = torch.randn(4, 7), torch.randn(7, channels), torch.randn(9, channels)
-    pooled = ops.attention_pool(hidden, learned @ key / 7**0.5, frames, EPS)
+    pooled = ops.attention_pool([hidden], (learned @ key / 7**0.5)[None], frames, EPS)[:, :, 0]
     assert pooled.shape == (batch, frames, 4, channels) and pooled.dtype == torch.float32
     close(pooled.double() @ value.double().T, cross_attended(hidden, learned, key, value, frames), rel=1e-5)
 
 
-@pytest.mark.parametrize("queries", [(4, 8), (0, 4), (4,)])
+@pytest.mark.parametrize("queries", [(2, 3, 8), (2, 0, 4), (1, 3, 4), (3, 4)])
 def test_queries_of_another_width_are_named(queries):
-    with pytest.raises(ValueError, match=r"queries \[.*\] must be \[Q, C\] with C = 4"):
-        ops.attention_pool(torch.randn(1, 6, 4), torch.randn(queries), 2, EPS)
+    with pytest.raises(ValueError, match=r"queries \[.*\] must be \[N, Q, C\] for hidden \[\[1, 6, 4\], \[1, 6, 4\]\]"):
+        ops.attention_pool([torch.randn(1, 6, 4)] * 2, torch.randn(queries), 2, EPS)
+
+
+def test_blocks_of_other_sizes_are_named():
+    with pytest.raises(ValueError, match=r"hidden \[\[1, 6, 4\], \[1, 4, 4\]\] of N blocks"):
+        ops.attention_pool([torch.randn(1, 6, 4), torch.randn(1, 4, 4)], torch.randn(2, 3, 4), 2, EPS)
 
 
 def test_a_gradient_reaches_the_queries_and_the_tokens():
-    hidden, queries = torch.randn(1, 6, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
-    ops.attention_pool(hidden, queries, 2, EPS)[0, 1, 0].sum().backward()
-    assert not hidden.grad[:, :3].any() and hidden.grad[:, 3:].any()
-    assert queries.grad[0].any() and not queries.grad[1].any()
+    hidden = [torch.randn(1, 6, 4, requires_grad=True) for _ in range(2)]
+    queries = torch.randn(2, 2, 4, requires_grad=True)
+    ops.attention_pool(hidden, queries, 2, EPS)[0, 1, 1, 0].sum().backward()
+    assert not hidden[0].grad.any() and not hidden[1].grad[:, :3].any() and hidden[1].grad[:, 3:].any()
+    assert queries.grad[1, 0].any() and not queries.grad[0].any() and not queries.grad[1, 1].any()
 
 
 def exact_attention(hidden, queries, frames):
-    y = torch.nn.functional.layer_norm(hidden.double(), hidden.shape[-1:], eps=EPS).unflatten(1, (frames, -1))
-    return (y @ queries.double().T).softmax(dim=2).mT @ y
+    """Block by block."""
+    rows = []
+    for h, q in zip(hidden, queries, strict=True):
+        y = torch.nn.functional.layer_norm(h.double(), h.shape[-1:], eps=EPS).unflatten(1, (frames, -1))
+        rows.append((y @ q.double().T).softmax(dim=2).mT @ y)
+    return torch.stack(rows, dim=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,8 +182,8 @@ def exact_attention(hidden, queries, frames):
 )
 def test_the_attention_kernels(dtype, batch, frames, tokens, channels, count, sharpness):
     """Flat and near one-hot softmax; scores of a hundred and more do not overflow."""
-    hidden = surrounded(batch, frames * tokens, channels, dtype=dtype, scale=5.0)
-    queries = surrounded(count, channels, dtype=dtype, scale=sharpness)
+    hidden = [surrounded(batch, frames * tokens, channels, dtype=dtype, scale=5.0) for _ in range(2)]
+    queries = surrounded(2, count, channels, dtype=dtype, scale=sharpness)
     with poisoned_memory():
         pooled = kernel.attention_pool(hidden, queries, frames, EPS)
     compare(pooled, reference.attention_pool(hidden, queries, frames, EPS), exact_attention(hidden, queries, frames))
@@ -181,8 +191,8 @@ def test_the_attention_kernels(dtype, batch, frames, tokens, channels, count, sh
 
 @pytest.mark.parametrize("tokens, channels", [(16, 128), (21, 1536), (150, 96)])
 def test_the_attention_kernels_at_the_widths_of_real_models(tokens, channels):
-    hidden = surrounded(1, tokens, channels, dtype=torch.bfloat16, scale=3.0)
-    queries = surrounded(4, channels, dtype=torch.bfloat16, scale=channels**-0.5)
+    hidden = [surrounded(1, tokens, channels, dtype=torch.bfloat16, scale=3.0)]
+    queries = surrounded(1, 4, channels, dtype=torch.bfloat16, scale=channels**-0.5)
     with poisoned_memory():
         pooled = kernel.attention_pool(hidden, queries, 1, EPS)
     compare(pooled, reference.attention_pool(hidden, queries, 1, EPS), exact_attention(hidden, queries, 1))
@@ -193,15 +203,15 @@ def test_attention_keeps_frames_and_rows_apart():
     hidden[1, 5:10] = float("nan")
     spoilt = torch.zeros(2, 3, dtype=torch.bool, device=DEVICE)
     spoilt[1, 1] = True
-    pooled = kernel.attention_pool(hidden, torch.randn(3, 40, device=DEVICE), 3, EPS).flatten(2)
+    pooled = kernel.attention_pool([hidden], torch.randn(1, 3, 40, device=DEVICE), 3, EPS).flatten(2)
     assert torch.equal(pooled.isnan().any(-1), spoilt) and torch.equal(pooled.isnan().all(-1), spoilt)
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_attention_of_wan_on_a_gpu():
-    hidden = surrounded(2, 4680, 1536, dtype=torch.bfloat16, scale=5.0, offset=2.0)
-    queries = surrounded(4, 1536, dtype=torch.bfloat16, scale=1536**-0.5)
+    hidden = [surrounded(2, 4680, 1536, dtype=torch.bfloat16, scale=5.0, offset=2.0) for _ in range(3)]
+    queries = surrounded(3, 4, 1536, dtype=torch.bfloat16, scale=1536**-0.5)
     with poisoned_memory():
         pooled = [kernel.attention_pool(hidden, queries, 3, EPS) for _ in range(5)]
     compare(pooled[0], reference.attention_pool(hidden, queries, 3, EPS), exact_attention(hidden, queries, 3))

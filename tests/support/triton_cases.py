@@ -101,7 +101,7 @@ def row_cases() -> list[Case]:
         return lambda: modulate.gelu_bias(meta(1, m.F * m.S, ffn), meta(ffn), fp8)
 
     def attention_pool(m: Model, dtype=BF16):
-        return lambda: pooling.attention_pool(rows(m, dtype), meta(4, m.C, dtype=dtype), m.F, 1e-6)
+        return lambda: pooling.attention_pool([rows(m, dtype)], meta(1, 4, m.C, dtype=dtype), m.F, 1e-6)
 
     wide, half = "LDG.E.128 STG.E.128", "LDG.E.128 STG.E.64"
     weighted = {"weighted_kernel": "FFMA ASYNC.128", "join_weighted_kernel": "LDG.E.128"}

@@ -41,6 +41,13 @@ SPREAD = (1.25, 3.0)  # mean steps of two more thresholds beside a head's preset
 CHANGES = (2.2, 2.8)  # mean steps of the change policy
 REDUCES = ("min", "mean")  # of the relative rule
 BINS = 10
+TEACHER, TEACHER_STEPS = "shapes-teacher", 24  # whose chunks all rows are compared with (`distance`)
+
+
+def brief_jobs(source: Source) -> dict[str, Job]:
+    """The rows of one head with --brief: its middle preset and the relative rule."""
+    threshold = load(source).config.presets["balanced"]
+    return {f"{THRESHOLD}{threshold}": Job(source, Confidence(threshold)), f"{RULE}min": Job(source, Relative())}
 
 
 def head_jobs(source: Source, seen: Trace) -> dict[str, Job]:
@@ -98,23 +105,27 @@ def at_equal_steps(table: Table, curve: Sequence[Table]) -> dict | None:
     return versus(table, {}, {"it": curve})["it"]
 
 
-def evaluate_student(args: argparse.Namespace, student: str, clips: Clips, workers) -> tuple[dict, dict[int, Table]]:
+def evaluate_student(
+    args: argparse.Namespace, student: str, clips: Clips, workers, teacher: Table
+) -> tuple[dict, dict[int, Table]]:
     """All rows of one student, its heads' signals, and the paired comparisons at equal mean steps."""
     model, files = str(model_of(args.runs, student)), head_files(args.runs, student)
     sources = {name: Source(model, path) for name, path in files.items()}
     first = next(iter(sources.values()))
     limit = load(first).max_steps
-    known = known_jobs(first, clips, limit)
-    jobs = {name: job for name, job in known.items() if not name.startswith("fixed") or job.policy != "trace"}
-    jobs |= {f"trace {name}": Job(source, "trace") for name, source in sources.items()}
+    known = known_jobs(first, clips, limit, args.brief)
+    jobs = {name: job for name, job in known.items() if job.policy != "trace"}
+    traced = dict(list(sources.items())[:1]) if args.brief else sources
+    jobs |= {f"trace {name}": Job(source, "trace") for name, source in traced.items()}
     with tqdm(total=len(jobs), unit="row", desc=student) as bar:
         results = run(jobs, clips, workers, bar)
-        traces = {name: results.pop(f"trace {name}") for name in sources}
+        traces = {name: results.pop(f"trace {name}") for name in traced}
         some = next(iter(traces.values()))
         results[f"fixed:{limit}"] = some
-        more = change_jobs(first, some.trace)
+        more = {} if args.brief else change_jobs(first, some.trace)
         for name, source in sources.items():
-            more |= {f"{name} {row}": job for row, job in head_jobs(source, traces[name].trace).items()}
+            own_jobs = brief_jobs(source) if args.brief else head_jobs(source, traces[name].trace)
+            more |= {f"{name} {row}": job for row, job in own_jobs.items()}
         bar.total += len(more)
         results |= run(more, clips, workers, bar)
     fixed = {n: results[f"fixed:{n}"].table for n in range(1, limit + 1)}
@@ -131,17 +142,17 @@ def evaluate_student(args: argparse.Namespace, student: str, clips: Clips, worke
         for row, result in own[name].items():
             rivals = {other: curve_of(rival, fixed) for other, rival in own.items() if other != name}
             own_curve = {"its thresholds": curve_of(own[name], fixed)} if row.startswith(RULE) else {}
-            rows[row] = figures(result.table, limit) | {
+            rows[row] = figures(result.table, limit, teacher) | {
                 "preset": presets.get(row.removeprefix(THRESHOLD)),
                 "versus": versus(result.table, against, others | rivals | own_curve),
                 "seconds": result.seconds,
             }
         heads[name] = {
             "kind": load(source).engine.head.kind,
-            "signal": signal(source, traces[name].trace, traces[name].table.hard),
+            "signal": signal(source, traces[name].trace, traces[name].table.hard) if name in traces else None,
             "rows": rows,
         }
-    found = {row: figures(r.table, limit) | {"seconds": r.seconds} for row, r in baselines.items()}
+    found = {row: figures(r.table, limit, teacher) | {"seconds": r.seconds} for row, r in baselines.items()}
     return {"model": model, "baselines": found, "heads": heads}, fixed
 
 
@@ -154,14 +165,23 @@ def evaluate(args: argparse.Namespace) -> dict:
     pool = ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1 else nullcontext()
     parts, fixed = {}, {}
     with pool as workers:
+        with tqdm(total=1, unit="row", desc=TEACHER) as bar:
+            job = Job(Source(TEACHER), "teacher", (("steps", TEACHER_STEPS),))
+            teacher = run({"teacher": job}, clips, workers, bar)["teacher"].table
         for student in students:
-            parts[student], fixed[student] = evaluate_student(args, student, clips, workers)
+            parts[student], fixed[student] = evaluate_student(args, student, clips, workers, teacher)
     one = students[0]
     between = {
         student: {f"fixed:{n}": compare(fixed[one][n], table) for n, table in fixed[student].items()}
         for student in students[1:]
     }
-    found = {"benchmark": "ablation", "clips": clips.clips, "chunks": clips.chunks, "seed": clips.seed}
+    found = {
+        "benchmark": "ablation",
+        "brief": args.brief,
+        "clips": clips.clips,
+        "chunks": clips.chunks,
+        "seed": clips.seed,
+    }
     found |= {"students": parts, f"minus {one}": between, "seconds": time.perf_counter() - start}
     return rounded(found | {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "commit": commit()})
 
@@ -176,6 +196,7 @@ def main() -> None:
         default=["joint", "paper", "paper-token"],
         help="stage folders; those without heads are left out",
     )
+    add("--brief", action="store_true", help="only fixed counts, the preset `balanced` and relative:min; no signals")
     add("--clips", type=positive_int, default=512)
     add("--chunks", type=positive_int, default=4, help="chunks per clip")
     add("--seed", type=int, default=0, help="of the noise; the prompts are always the same")

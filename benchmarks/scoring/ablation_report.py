@@ -42,12 +42,15 @@ def report(result: Mapping) -> list[str]:
     lines = []
     for student, part in result["students"].items():
         rivals = list(part["heads"])
-        body = [["head", "rule", "steps", "NFE", "valid", "easy / hard steps", "motion", "minus fixed, equal NFE"]]
+        body = [["head", "rule", "steps", "NFE", "valid", "easy / hard steps", "motion", "distance to teacher"]]
+        body[0] += ["minus fixed, equal NFE"]
         body[0] += ["minus 4 fixed", *(f"minus {name}" for name in rivals), "minus its thresholds"]
         for head, rule, row in labelled(part):
             against = row.get("versus", {})
             cells = [head, rule, f"{row['mean_steps']:.2f}", f"{nfe(row):.1f}", f"{row['valid']:.3f}"]
             cells += [f"{row['steps_easy']:.2f} / {row['steps_hard']:.2f}", f"{row['motion']:.3f}"]
+            gap = row["distance"]
+            cells += ["-" if gap is None else f"{gap['place']:.3f} / {gap['move']:.4f}"]
             cells += [delta(against.get(name)) for name in ("fixed", "fixed:4", *rivals, "its thresholds")]
             body.append(cells)
         lines += [
@@ -56,7 +59,8 @@ def report(result: Mapping) -> list[str]:
         ]
         body = [["head", "AUC hard", "Spearman", "calibration error", "median confidence by step", "rises"]]
         for head, found in part["heads"].items():
-            s = found["signal"]
+            if (s := found["signal"]) is None:
+                continue
             medians = " ".join(f"{m:.2f}" for m in s["median_confidence_by_step"])
             body.append(
                 [head, f"{s['auc_hard']:.3f}", f"{s['spearman']:.3f}", f"{s['calibration_error']:.2f}", medians]

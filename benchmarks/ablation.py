@@ -149,7 +149,7 @@ def evaluate_student(
             }
         heads[name] = {
             "kind": load(source).engine.head.kind,
-            "signal": signal(source, traces[name].trace, traces[name].table.hard) if name in traces else None,
+            "signal": None if args.brief else signal(source, traces[name].trace, traces[name].table.hard),
             "rows": rows,
         }
     found = {row: figures(r.table, limit, teacher) | {"seconds": r.seconds} for row, r in baselines.items()}

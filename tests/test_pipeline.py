@@ -268,8 +268,11 @@ def test_bad_places_to_load_from(tmp_path, untrained):
         Pipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="config.json"):
         Pipeline.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"format": "other/9"}))
-    with pytest.raises(ValueError, match="other/9"):
+    (tmp_path / "config.json").write_text(json.dumps({"format": "dsa_engine/9"}))
+    with pytest.raises(ValueError, match="dsa_engine/9"):
+        Pipeline.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"format": "other/9"}))  # another tool's
+    with pytest.raises(FileNotFoundError, match="a folder without a model"):
         Pipeline.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((untrained / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match="model.safetensors"):

@@ -154,7 +154,12 @@ MAKERS: dict[str, Callable[[TensorFactory, Row, Sizes], Sequence]] = {
     "rms_norm": lambda d, row, s: (*activations(d, s, 1), d.normal(s.C), EPS),
     "quantize": lambda d, row, s: activations(d, s, 1),
     "pool_frames": lambda d, row, s: (*activations(d, s, 1), s.F, EPS),
-    "attention_pool": lambda d, row, s: (activations(d, s, 1), d.normal(1, TOKENS, s.C, std=s.C**-0.5), s.F, EPS),
+    "attention_pool": lambda d, row, s: (
+        tuple(activations(d, s, 1)),
+        d.normal(1, TOKENS, s.C, std=s.C**-0.5),
+        s.F,
+        EPS,
+    ),
 }
 MAKERS |= {f.__name__: f for f in (norm_rope_append, attention, cross_attention, linear, fp8_linear)}
 MAKERS |= {f.__name__: f for f in (epilogue, gaussian, norm_silu, bias_residual, vae_decode)}

@@ -141,7 +141,7 @@ class Row:
 
     def microseconds(self, rates: Rates) -> tuple[float, float]:
         """(of the FLOP, of the bytes)"""
-        rate = rates.attention if "attention" in self.op else rates.gemm
+        rate = rates.attention if self.op in ("attention", "cross_attention") else rates.gemm
         return 1e6 * self.flop / rate[self.precision], 1e6 * self.bytes / rates.memory
 
     def floor(self, rates: Rates) -> float:
@@ -221,7 +221,7 @@ def step_ops(s: Sizes) -> list[Row]:
     queries = TOKENS * s.C
     return [
         Row("pool_frames", "", "bf16", 0, tokens, 2 * per_frame * FP32, calls(0)),
-        Row("attention_pool", "", "bf16", 0, tokens + queries * BF16, s.F * queries * FP32, calls(0)),
+        Row("attention_pool", "", "bf16", 4 * s.T * queries, tokens + queries * BF16, s.F * queries * FP32, calls(0)),
         Row("epilogue", "", "bf16", flop, read, 2 * latents + (s.F + 1) * FP32, calls(1)),
         Row("gaussian", "", "bf16", 0, 3 * INDEX, latents // BF16 * FP32, calls(1)),
     ]

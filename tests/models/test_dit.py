@@ -189,8 +189,9 @@ def test_prompt_embeddings_of_another_shape_are_named(tiny_dit, shape):
 def test_the_outputs_have_the_promised_shapes(tiny_dit):
     cache = empty_cache(tiny_dit.config, (4, 6), window=2)
     rows, text_kv = cache.rows(cache.acquire(2), 2), tiny_dit.text_kv(torch.zeros(2, 1, 40))
-    out = tiny_dit(torch.randn(2, 2, 16, 4, 6), torch.zeros(2, 2), rows.frames, text_kv, rows)
-    assert [list(x.shape) for x in out] == [[2, 2, 16, 4, 6], [2, 12, 96], [2, 2, 96]]
+    out = tiny_dit(torch.randn(2, 2, 16, 4, 6), torch.zeros(2, 2), rows.frames, text_kv, rows, (0, 2))
+    assert list(out.velocity.shape) == [2, 2, 16, 4, 6] and list(out.time.shape) == [2, 2, 96]
+    assert [list(x.shape) for x in out.hidden] == [[2, 12, 96]] * 2
 
 
 def test_bfloat16_stays_near_float32(tiny_dit, close):

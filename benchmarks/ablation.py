@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.cli import positive_int
+from benchmarks.common.cli import complete, positive_int
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.scoring.ablation_report import RULE, THRESHOLD, draw, report
 from benchmarks.scoring.policy_rows import Clips, Job, Result, Source, curves, known_jobs, load, run
@@ -35,7 +35,6 @@ from dsa_engine import Change, Confidence, Relative
 from dsa_engine.evaluation import statistics
 from dsa_engine.evaluation.rollouts import Table, Trace
 from dsa_engine.evaluation.summary import compare, figures, rounded, versus
-from dsa_engine.files import check_output_path
 
 SPREAD = (1.25, 3.0)  # mean steps of two more thresholds beside a head's presets
 CHANGES = (2.2, 2.8)  # mean steps of the change policy
@@ -203,10 +202,7 @@ def main() -> None:
     add("--jobs", type=positive_int, default=1, help="worker processes, each with one thread")
     add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
     add("--plot", type=Path, metavar="PNG", help="draw quality over evaluations of the network")
-    args = parser.parse_args()
-    for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
-        if path is not None:
-            check_output_path(path, suffix)  # before the work, not after it
+    args = complete(parser.parse_args())
     torch.set_num_threads(1)  # a small model's GEMMs are over before a second thread has woken up
     result = evaluate(args)
     if args.save:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks only beside this file
 
-from benchmarks.common.cli import positive_int
+from benchmarks.common.cli import complete, positive_int
 from benchmarks.common.environment import commit, machine, save
 from benchmarks.scoring.policy_rows import Clips, Job, Result, Source, chosen_jobs, curves, known_jobs, load, run
 from benchmarks.scoring.psnr import psnr
@@ -40,7 +40,6 @@ from dsa_engine.config import COMMIT_MODES, ModelConfig
 from dsa_engine.evaluation.rollouts import Table
 from dsa_engine.evaluation.statistics import mean_interval
 from dsa_engine.evaluation.summary import KINDS, compare, figures, head_figures, per_clip, rounded, versus
-from dsa_engine.files import check_output_path
 from dsa_engine.models.confidence import new_head
 from dsa_engine.models.dit import CausalDiT
 from dsa_engine.models.fp8 import QUANTIZATIONS
@@ -219,11 +218,8 @@ def main() -> None:
     add("--save", type=Path, metavar="JSON", help="also write the JSON object to this file")
     add("--plot", type=Path, metavar="PNG", help="draw quality over mean steps")
     add("--json", action="store_true", help="the last line of stdout is one JSON object")
-    args = parser.parse_args()
-    for path, suffix in ((args.save, ".json"), (args.plot, ".png")):
-        if path is not None:
-            check_output_path(path, suffix)  # before the work, not after it
-    torch.set_num_threads(1)  # a small model's products are over before a second thread has woken up
+    args = complete(parser.parse_args())
+    torch.set_num_threads(1)  # a small model's GEMMs are over before a second thread has woken up
     result = evaluate(args)
     if args.save:
         save(result, args.save)

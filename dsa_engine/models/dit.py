@@ -7,7 +7,7 @@ Source: Wan 2.1 `wan/modules/model.py`; per-frame modulation as in Self-Forcing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,10 @@ class DiTOutput(NamedTuple):
     velocity: Tensor
     hidden: tuple[Tensor, ...]
     time: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> DiTOutput:
+        """The same with a function applied to every tensor."""
+        return DiTOutput(function(self.velocity), tuple(map(function, self.hidden)), function(self.time))
 
 
 def timestep_features(t: Tensor, dim: int) -> Tensor:

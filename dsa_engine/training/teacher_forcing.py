@@ -68,11 +68,7 @@ def teacher_forced(
     tokens = frames * (x.shape[-2] // p) * (x.shape[-1] // p)
     memory = TeacherForced(clips, chunks, tokens, min(context, chunks), x.device)
     out = model(x, t, position, text_kv, memory, taps)
-
-    def noisy_rows(part: Tensor) -> Tensor:
-        return part.unflatten(0, (clips, 2, chunks))[:, 1].flatten(0, 1)
-
-    return DiTOutput(noisy_rows(out.velocity), tuple(map(noisy_rows, out.hidden)), noisy_rows(out.time))
+    return out.map(lambda part: part.unflatten(0, (clips, 2, chunks))[:, 1].flatten(0, 1))
 
 
 class WholeClip:
@@ -103,8 +99,4 @@ def whole_clip(
     t = 1000 * sigma.repeat_interleave(frames, dim=1)
     position = torch.arange(chunks * frames, device=noisy.device).expand(clips, -1)
     out = model(noisy.flatten(1, 2), t, position, model.text_kv(text[:, 0]), WholeClip(), taps)
-
-    def rows(part: Tensor) -> Tensor:
-        return part.unflatten(1, (chunks, -1)).flatten(0, 1)
-
-    return DiTOutput(rows(out.velocity), tuple(map(rows, out.hidden)), rows(out.time))
+    return out.map(lambda part: part.unflatten(1, (chunks, -1)).flatten(0, 1))
